@@ -1,0 +1,979 @@
+"""ExSVD: Stable Video Diffusion extended to long videos by ExVideo, in one file, read from top to bottom.
+
+    1. Configurations         sizes of the three networks; SVD-XT is the default of each
+    2. Primitives             sinusoid, attention, feed-forward
+    3. Spatio-temporal blocks residual and transformer blocks, and the learned mix of their two branches
+    4. ExVideo                folded frame positions, trainable frame table, identity 3D convolution, extend(), freeze()
+    5. UNet                   (B,T,8,H,W) noisy and image latents -> (B,T,4,H,W)
+    6. VAE                    image encoder, temporal decoder
+    7. CLIP image encoder     ViT-H/14 and its antialiased preprocessing
+    8. EDM                    preconditioning, Karras sigmas, training loss
+    9. Checkpoints            every published weight file, by name rules; load(), load_weights(), save()
+
+Shapes: B videos, T frames, C channels, H W size of the latents (image size / 8), N = H*W pixels, D width of the context.
+Public functions speak (B, T, C, H, W). Inside there are three layouts, and every line that changes one says so:
+spatial (B*T, C, H, W), temporal convolution (B, C, T, H, W), temporal attention (B*N, T, C).
+
+Sources. Method: ExVideo (Duan et al. 2024, arXiv:2406.14130), sections 3.2 and 3.3. Base model: Stable Video Diffusion
+(Blattmann et al. 2023, arXiv:2311.15127). Diffusion: EDM (Karras et al. 2022, arXiv:2206.00364). Facts that no paper
+states (orders, epsilons, names) were read off Stability-AI/generative-models, diffusers 0.42 and DiffSynth-Studio 1.1.7.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+try:  # optional, CUDA only; everything works without it
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Configurations. The defaults are SVD-XT; `heads` and `channels` have one entry per resolution level.
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    channels: tuple = (320, 640, 1280, 1280)
+    heads: tuple = (5, 10, 20, 20)  # head size 64 on every level of SVD
+    context_dim: int = 1024         # D, width of the CLIP image embedding
+    groups: int = 32                # of every GroupNorm
+    native_frames: int = 25         # what the base was trained on: SVD-XT 25, SVD 14. Not visible in the weights
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    channels: tuple = (128, 256, 512, 512)
+    groups: int = 32
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    width: int = 1280
+    layers: int = 32
+    heads: int = 16
+    patch: int = 14
+    out_dim: int = 1024
+    image: int = 224
+
+
+# Norm epsilons differ between the public codes; the weights were trained with Stability's, so these are Stability's.
+# (diffusers has 1e-6 in most UNet residual blocks, DiffSynth 1e-5 in the UNet transformer and the VAE's last norm.)
+EPS_UNET_RES = 1e-5          # residual blocks, spatial and temporal, and the last norm of the UNet
+EPS_UNET_TRANSFORMER = 1e-6  # GroupNorm that opens a transformer block
+EPS_LAYER_NORM = 1e-5        # every LayerNorm, CLIP's too
+EPS_VAE = 1e-6               # every VAE norm ...
+EPS_VAE_TEMPORAL = 1e-5      # ... but the decoder's temporal residual blocks
+
+VAE_SCALE = 0.18215  # the UNet's video latents are VAE latents times this (unit variance); its image latents are not scaled
+ID_DIM = 256         # sinusoid width of each added id (fps - 1, motion bucket, noise augmentation)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Primitives. Tokens are (batch, length, C).
+
+
+def sinusoid(t, dim):
+    """Sinusoidal features of any scalar (Vaswani et al. 2017), cosines first as in SVD: (...) -> (..., dim), float32."""
+    freqs = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, dtype=torch.float32, device=t.device))
+    angles = t.float()[..., None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def flash_fits(q):
+    """Whether flash-attn can take q (b, n, h, d): installed, CUDA half precision, and a head size it has kernels for."""
+    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    return flash_attn_func is not None and half and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0  # the VAE's 512 does not fit
+
+
+def attention(q, k, v, heads):
+    """softmax(q k^T / sqrt(d)) v in every head: q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d)."""
+    q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=heads) for x in (q, k, v))
+    if flash_fits(q):
+        return rearrange(flash_attn_func(q, k, v), "b n h d -> b n (h d)")
+    q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, C, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(C, C, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(C, C)
+
+    def forward(self, x):
+        return self.to_out(attention(self.to_q(x), self.to_k(x), self.to_v(x), self.heads))
+
+
+class ContextAttention(nn.Module):
+    """Cross-attention to the one context token. A softmax over one key is 1, so every query gets the same value: this
+    *is* cross-attention, exactly. to_q and to_k (and the norm before them) can't matter; they are loaded and saved."""
+
+    def __init__(self, C, context_dim):
+        super().__init__()
+        self.to_q = nn.Linear(C, C, bias=False)
+        self.to_k, self.to_v = (nn.Linear(context_dim, C, bias=False) for _ in range(2))
+        self.to_out = nn.Linear(C, C)
+
+    def forward(self, ctx):
+        return self.to_out(self.to_v(ctx))  # (B, 1, D) -> (B, 1, C)
+
+
+class FeedForward(nn.Module):
+    """GEGLU: the first half of the projection is the value, the second half the gate, through the exact (erf) GELU."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.proj_in = nn.Linear(C, 8 * C)
+        self.proj_out = nn.Linear(4 * C, C)
+
+    def forward(self, x):
+        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
+
+
+LayerNorm = partial(nn.LayerNorm, eps=EPS_LAYER_NORM)
+
+
+class Upsample(nn.Conv2d):
+    """Nearest neighbour 2x, then the convolution."""
+
+    def forward(self, x):
+        return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Spatio-temporal blocks: (B*T, C, H, W) -> (B*T, C', H, W). A spatial branch sees each frame alone, a temporal branch
+#    sees all frames, and a learned alpha = sigmoid(mix) blends them. T is known from B, which emb and ctx carry.
+
+
+def blend(a, b, mix):
+    """alpha*a + (1 - alpha)*b with alpha = sigmoid(mix). The UNet calls it with a = spatial, the VAE with a = temporal."""
+    return torch.lerp(b, a, mix.float().sigmoid().to(a.dtype))
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; the noise embedding enters between. Over pixels (3x3) or over frames (3x1x1)."""
+
+    def __init__(self, c_in, c_out, emb_dim=None, temporal=False, groups=32, eps=EPS_UNET_RES):
+        super().__init__()
+        Conv = partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0)) if temporal else \
+            partial(nn.Conv2d, kernel_size=3, padding=1)
+        # The temporal norm's statistics span all frames: cutting a clip in time changes the result (see VAE.decode).
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=eps), Conv(c_in, c_out)
+        self.emb = nn.Linear(emb_dim, c_out) if emb_dim else None
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=eps), Conv(c_out, c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb=None):
+        """x (b, c_in, ...), emb (B, emb_dim) with b a multiple of B -> (b, c_out, ...)"""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.emb is not None:
+            e = self.emb(F.silu(emb)).repeat_interleave(len(x) // len(emb), 0)  # (b, c_out): one noise level per video
+            h = h + e.reshape(e.shape + (1,) * (h.ndim - 2))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class SpatioTemporalRes(nn.Module):
+    """A residual block per frame, one over frames on its output, blended. Without emb_dim it is the VAE decoder's."""
+
+    def __init__(self, c_in, c_out, emb_dim=None, groups=32, eps=EPS_UNET_RES, eps_temporal=EPS_UNET_RES):
+        super().__init__()
+        self.spatial = ResBlock(c_in, c_out, emb_dim, groups=groups, eps=eps)
+        self.temporal = ResBlock(c_out, c_out, emb_dim, temporal=True, groups=groups, eps=eps_temporal)
+        self.mix = nn.Parameter(torch.tensor([0.5 if emb_dim else 0.0]))
+
+    def forward(self, x, B, emb=None):
+        spatial = self.spatial(x, emb)                                  # (B*T, C, H, W)
+        x = rearrange(spatial, "(b t) c h w -> b c t h w", b=B)
+        x = rearrange(self.temporal(x, emb), "b c t h w -> (b t) c h w")
+        # Trap: alpha weights the spatial branch in the UNet, but the temporal branch in the VAE decoder.
+        return blend(spatial, x, self.mix) if emb is not None else blend(x, spatial, self.mix)
+
+
+class SpatialBlock(nn.Module):
+    """Transformer block over the pixels of each frame: (B*T, N, C) -> (B*T, N, C)."""
+
+    def __init__(self, C, heads, context_dim):
+        super().__init__()
+        self.norm1, self.attn1 = LayerNorm(C), SelfAttention(C, heads)
+        self.norm2, self.attn2 = LayerNorm(C), ContextAttention(C, context_dim)
+        self.norm3, self.ff = LayerNorm(C), FeedForward(C)
+
+    def forward(self, x, ctx):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(ctx).repeat_interleave(len(x) // len(ctx), 0)  # (B*T, 1, C), the same at every pixel
+        return x + self.ff(self.norm3(x))
+
+
+class TemporalBlock(nn.Module):
+    """Transformer block over the frames at each pixel: (B*T, N, C) -> (B*T, N, C). What ExVideo extends and trains."""
+
+    def __init__(self, C, heads, context_dim):
+        super().__init__()
+        self.frame_embed = nn.Sequential(nn.Linear(C, 4 * C), nn.SiLU(), nn.Linear(4 * C, C))
+        self.frame_table = None  # ExVideo: (num_frames, C), replaces the sinusoid of the frame index
+        self.frame_conv = None   # ExVideo: the identity 3D convolution
+        self.norm_in, self.ff_in = LayerNorm(C), FeedForward(C)
+        self.norm1, self.attn1 = LayerNorm(C), SelfAttention(C, heads)
+        self.norm2, self.attn2 = LayerNorm(C), ContextAttention(C, context_dim)
+        self.norm3, self.ff = LayerNorm(C), FeedForward(C)
+
+    def forward(self, x, ctx, H):
+        B, T = len(ctx), len(x) // len(ctx)
+        x = rearrange(x, "(b t) n c -> b t n c", b=B) + self.frame_positions(T, x)[:, None]
+        if self.frame_conv is not None:
+            x = self.frame_conv(rearrange(x, "b t (h w) c -> b c t h w", h=H))
+            x = rearrange(x, "b c t h w -> b t (h w) c")
+        x = rearrange(x, "b t n c -> (b n) t c")
+        x = x + self.ff_in(self.norm_in(x))
+        x = x + self.attn1(self.norm1(x))
+        x = rearrange(x, "(b n) t c -> b n t c", b=B) + self.attn2(ctx)[:, None]  # the video's context, whatever pixel
+        x = x + self.ff(self.norm3(x))
+        return rearrange(x, "b n t c -> (b t) n c")
+
+    def frame_positions(self, T, like):
+        """Embedding of the frame indices 0..T-1: (T, C)."""
+        if self.frame_table is None:
+            table = sinusoid(torch.arange(T, device=like.device), like.shape[-1]).to(like.dtype)
+        else:
+            table = self.frame_table[:T]
+        return self.frame_embed(table)
+
+
+class SpatioTemporalTransformer(nn.Module):
+    """(B*T, C, H, W) -> (B*T, C, H, W)"""
+
+    def __init__(self, C, heads, context_dim, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, C, eps=EPS_UNET_TRANSFORMER)
+        self.proj_in = nn.Linear(C, C)
+        self.spatial = SpatialBlock(C, heads, context_dim)
+        self.temporal = TemporalBlock(C, heads, context_dim)
+        self.mix = nn.Parameter(torch.tensor([0.5]))
+        self.proj_out = nn.Linear(C, C)
+
+    def forward(self, x, ctx):
+        H = x.shape[2]
+        h = self.proj_in(rearrange(self.norm(x), "bt c h w -> bt (h w) c"))
+        h = self.spatial(h, ctx)                              # (B*T, N, C), without frame positions
+        h = blend(h, self.temporal(h, ctx, H), self.mix)      # alpha weights the spatial branch
+        return x + rearrange(self.proj_out(h), "bt (h w) c -> bt c h w", h=H)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. ExVideo (section 3.2, Figure 1). Each temporal transformer block gets, in front of everything else it does, a
+#    trainable table of frame positions in place of the sinusoid, and a 3D convolution that starts as the identity.
+#    The table starts by walking the positions the base knows to and fro, so that neighbouring frames always have
+#    neighbouring positions, and an extended model computes exactly what the base did on up to native_frames frames.
+
+
+def fold_positions(native, num_frames):
+    """The "cyclic pattern" of section 3.2: frame index -> position known to the base, a list of num_frames ints.
+
+    Up through all native positions, then swings of 4/5 of them: for native = 25 it is 0 1 ... 24 23 ... 4 5 ... 24 23 ...
+    (the 25 and 20 of the released model; the paper gives no formula, and the fraction is how we carry it to other lengths).
+    """
+    swing = native * 4 // 5
+    back = ((t - native + 1) % (2 * swing) if swing and t >= native else 0 for t in range(num_frames))
+    return [min(t, native - 1) - min(b, 2 * swing - b) for t, b in enumerate(back)]
+
+
+class FrameConv(nn.Conv3d):
+    """3x3x3 convolution over frames and pixels, initialised to the identity: (B, C, T, H, W) -> (B, C, T, H, W).
+
+    Borders reflect, as in the released model. Along an axis of length 1, where reflection is undefined (and the official
+    code fails), the border replicates: one frame and images of 64 pixels work.
+    """
+
+    def __init__(self, C, device=None, dtype=None):
+        super().__init__(C, C, 3, device=device, dtype=dtype)
+        with torch.no_grad():
+            self.bias.zero_()
+            self.weight.zero_()[:, :, 1, 1, 1] = torch.eye(C, device=device, dtype=dtype)
+
+    def forward(self, x):
+        T, H, W = (3 if n == 1 else n for n in x.shape[2:])
+        pad = [p for n in reversed(x.shape[2:]) for p in ((0, 0) if n == 1 else (1, 1))]
+        return super().forward(F.pad(x.expand(-1, -1, T, H, W), pad, mode="reflect"))
+
+
+@torch.no_grad()
+def extend(unet, num_frames=128):
+    """Extend a UNet to num_frames frames, in place (ExVideo section 3.2); returns it.
+
+    Works from a sinusoidal base (native length: unet.config.native_frames) and from a learned table, that of a model
+    which was extended before (native length: its rows). On up to the native length the output stays bit for bit the same.
+    """
+    for block in unet.temporal_blocks():
+        like = block.norm_in.weight
+        native = unet.config.native_frames if block.frame_table is None else len(block.frame_table)
+        positions = torch.tensor(fold_positions(native, num_frames), device=like.device)
+        rows = sinusoid(positions, len(like)) if block.frame_table is None else block.frame_table[positions]
+        block.frame_table = nn.Parameter(rows.to(like.dtype))
+        if block.frame_conv is None:
+            block.frame_conv = FrameConv(len(like), like.device, like.dtype)
+    return unet
+
+
+def freeze(unet):
+    """Freeze all but the temporal transformer blocks (section 3.3, "parameter freezing"); returns the trainable names."""
+    for name, p in unet.named_parameters():
+        p.requires_grad_(".temporal." in name and ".attn." in name)
+    return [name for name, p in unet.named_parameters() if p.requires_grad]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. UNet: four levels down, a middle, four levels up. `down` and `up` have twelve blocks each, numbered as in the
+#    published single file; a block is an optional residual, transformer and resampling (or input) convolution.
+
+
+class Block(nn.Module):
+    def __init__(self, res=None, attn=None, conv=None):
+        super().__init__()
+        self.res, self.attn, self.conv = res, attn, conv
+
+    def forward(self, h, emb, ctx):
+        if self.res is not None:
+            h = self.res(h, len(ctx), emb)
+        if self.attn is not None:
+            h = self.attn(h, ctx)
+        return h if self.conv is None else self.conv(h)
+
+
+class UNet(nn.Module):
+    """SVD's spatio-temporal UNet (SVD-XT: 1,524,623,082 parameters).
+
+    In training mode activations are checkpointed per block, residual and transformer parts alike; set
+    `unet.checkpointing = False` to trade memory for time.
+    """
+
+    def __init__(self, config=UNetConfig()):
+        super().__init__()
+        self.config = config
+        self.checkpointing = True
+        C, emb_dim = config.channels, 4 * config.channels[0]
+        res = partial(SpatioTemporalRes, emb_dim=emb_dim, groups=config.groups)
+        attn = partial(SpatioTemporalTransformer, context_dim=config.context_dim, groups=config.groups)
+        mlp = lambda n: nn.Sequential(nn.Linear(n, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.time_embed = mlp(C[0])        # noise level
+        self.cond_embed = mlp(3 * ID_DIM)  # fps - 1, motion bucket, noise augmentation
+        last = len(C) - 1                  # the coarsest level has no transformers
+
+        self.down = nn.ModuleList([Block(conv=nn.Conv2d(8, C[0], 3, padding=1))])
+        widths = [C[0]]  # of the skips
+        for level, c in enumerate(C):
+            for _ in range(2):
+                self.down.append(Block(res(widths[-1], c), attn(c, config.heads[level]) if level < last else None))
+                widths.append(c)
+            if level < last:
+                self.down.append(Block(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))
+                widths.append(c)
+
+        self.mid = nn.ModuleList([Block(res(c, c), attn(c, config.heads[last])), Block(res(c, c))])
+
+        self.up = nn.ModuleList()
+        for level, c_out in reversed(list(enumerate(C))):
+            for i in range(3):
+                self.up.append(Block(res(c + widths.pop(), c_out),
+                                     attn(c_out, config.heads[level]) if level < last else None,
+                                     Upsample(c_out, c_out, 3, padding=1) if i == 2 and level > 0 else None))
+                c = c_out
+
+        self.norm_out = nn.GroupNorm(config.groups, C[0], eps=EPS_UNET_RES)
+        self.conv_out = nn.Conv2d(C[0], 4, 3, padding=1)
+
+    def temporal_blocks(self):
+        """The 16 temporal transformer blocks, in forward order."""
+        return [m for m in self.modules() if isinstance(m, TemporalBlock)]
+
+    @property
+    def max_frames(self):
+        """Rows of the frame table, the most frames the model can make; None for a base model, whose sinusoid has no end."""
+        table = self.temporal_blocks()[0].frame_table
+        return None if table is None else len(table)
+
+    def forward(self, x, c_noise, ctx, ids):
+        """F of EDM's preconditioning (section 8).
+
+        x (B,T,8,H,W): 4 noisy latents times c_in, then 4 image latents; H and W multiples of 8.
+        c_noise (B,): ln(sigma)/4. ctx (B,1,D): CLIP image embedding, zeros when unconditional.
+        ids (B,3): fps - 1, motion bucket, noise augmentation. Returns (B,T,4,H,W) in x's dtype.
+        Raises ValueError where shapes do not fit or T exceeds the frame table.
+        """
+        B, T, _, H, W = x.shape
+        if H % 8 or W % 8 or ctx.shape[:2] != (B, 1):
+            raise ValueError(f"latents must be multiples of 8 and ctx (B,1,D) with B={B}: got {H}x{W}, {tuple(ctx.shape)}")
+        if self.max_frames and T > self.max_frames:
+            raise ValueError(f"{T} frames asked of a model extended to {self.max_frames}: use extend() for more")
+        dtype = self.conv_out.weight.dtype
+        ctx = ctx.to(dtype)
+        emb = self.time_embed(sinusoid(c_noise, self.config.channels[0]).to(dtype))      # (B, emb_dim)
+        emb = emb + self.cond_embed(sinusoid(ids, ID_DIM).flatten(1).to(dtype))
+
+        run = lambda block, *args: block(*args)
+        if self.training and self.checkpointing:
+            run = partial(checkpoint, use_reentrant=False)
+
+        h, skips = x.to(dtype).flatten(0, 1), []                                          # (B*T, 8, H, W)
+        for block in self.down:
+            h = run(block, h, emb, ctx)
+            skips.append(h)
+        for block in self.mid:
+            h = run(block, h, emb, ctx)
+        for block in self.up:
+            h = run(block, torch.cat([h, skips.pop()], dim=1), emb, ctx)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return h.unflatten(0, (B, T)).to(x.dtype)                                         # (B, T, 4, H, W)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. VAE: images (N,3,8h,8w) in [-1,1] -> latents (N,4,h,w), latents (B,T,4,h,w) -> video (B,T,3,8h,8w).
+#    The encoder is Stable Diffusion's image encoder. The decoder has a temporal residual block behind every spatial one.
+
+
+class PixelAttention(nn.Module):
+    """Self-attention over pixels with a single head as wide as the feature map (512 in SVD)."""
+
+    def __init__(self, C, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, C, eps=EPS_VAE)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(C, C, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (rearrange(f(h), "b c h w -> b (h w) c") for f in (self.q, self.k, self.v))
+        h = rearrange(attention(q, k, v, heads=1), "b (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Conv2d):
+    """Stride 2 on an image padded at the right and the bottom only, as in Stable Diffusion's VAE."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution and the resampling after them; where `sample` is None there is none."""
+
+    def __init__(self, blocks, sample, name):
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        setattr(self, name, sample)
+
+
+class Mid(nn.Module):
+    def __init__(self, res, C, groups):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = res(C, C), PixelAttention(C, groups), res(C, C)
+
+
+class Encoder(nn.Module):
+    """(N,3,8h,8w) -> (N,8,h,w), mean and log variance of the latents before quant_conv."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, res = config.channels, partial(ResBlock, groups=config.groups, eps=EPS_VAE)
+        self.conv_in = nn.Conv2d(3, C[0], 3, padding=1)
+        c_in = (C[0],) + C[:-1]
+        self.down = nn.ModuleList(
+            Level([res(a, b), res(b, b)], Downsample(b, b, 3, stride=2) if i < len(C) - 1 else None, "downsample")
+            for i, (a, b) in enumerate(zip(c_in, C)))
+        self.mid = Mid(res, C[-1], config.groups)
+        self.norm_out = nn.GroupNorm(config.groups, C[-1], eps=EPS_VAE)
+        self.conv_out = nn.Conv2d(C[-1], 8, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for level in self.down:
+            for block in level.block:
+                h = block(h)
+            if level.downsample is not None:
+                h = level.downsample(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """(B,T,4,h,w) -> (B,T,3,8h,8w). `up` is listed from fine to coarse, as in the checkpoints, and run in reverse."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.channels
+        res = partial(SpatioTemporalRes, groups=config.groups, eps=EPS_VAE, eps_temporal=EPS_VAE_TEMPORAL)
+        self.conv_in = nn.Conv2d(4, C[-1], 3, padding=1)
+        self.mid = Mid(res, C[-1], config.groups)
+        c_in = C[1:] + (C[-1],)
+        self.up = nn.ModuleList(
+            Level([res(a, b), res(b, b), res(b, b)], Upsample(b, b, 3, padding=1) if i > 0 else None, "upsample")
+            for i, (a, b) in enumerate(zip(c_in, C)))
+        self.norm_out = nn.GroupNorm(config.groups, C[0], eps=EPS_VAE)
+        self.conv_out = nn.Conv2d(C[0], 3, 3, padding=1)
+        self.time_conv_out = nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 0, 0))  # over the frames of the finished RGB video
+
+    def forward(self, z):
+        B = len(z)
+        h = self.conv_in(z.flatten(0, 1))                                                 # (B*T, C, h, w)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, B)), B)
+        for level in reversed(self.up):
+            for block in level.block:
+                h = block(h, B)
+            if level.upsample is not None:
+                h = level.upsample(h)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.time_conv_out(rearrange(h, "(b t) c h w -> b c t h w", b=B))
+        return rearrange(h, "b c t h w -> b t c h w")
+
+
+class VAE(nn.Module):
+    """SVD's VAE (97.7 M parameters). Latents here are unscaled: the UNet's video latents are these times VAE_SCALE."""
+
+    def __init__(self, config=VAEConfig()):
+        super().__init__()
+        self.config = config
+        self.encoder, self.quant_conv, self.decoder = Encoder(config), nn.Conv2d(8, 8, 1), Decoder(config)
+
+    def encode(self, img):
+        """Mean latents of images, unscaled: (N,3,H,W) in [-1,1], H and W multiples of 8 -> (N,4,H/8,W/8)."""
+        h = self.quant_conv(self.encoder(img.to(self.quant_conv.weight.dtype)))
+        return h[:, :4].to(img.dtype)
+
+    def decode(self, z):
+        """Video of unscaled latents, the whole clip at once: (B,T,4,h,w) -> (B,T,3,8h,8w), about [-1,1], not clamped.
+
+        Normalisation in the temporal blocks spans all frames, so decoding a clip in pieces gives (slightly) other pixels.
+        """
+        return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).to(z.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. CLIP image encoder (OpenCLIP ViT-H/14): images (N,3,H,W) in [-1,1] -> embeddings (N,1024).
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0,1]
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def preprocess_clip(img, size=224):
+    """Images for the ImageEncoder: (N,3,H,W) in [-1,1] -> (N,3,size,size), float32, normalised with CLIP's statistics.
+
+    As SVD was trained: Gaussian blur against aliasing, bicubic resize with aligned corners; the aspect ratio is not kept
+    and nothing is cropped.
+    """
+    x = img.float()
+    for axis, n in ((2, img.shape[2]), (3, img.shape[3])):
+        sigma = max((n / size - 1) / 2, 0.001)
+        k = int(max(4 * sigma, 3)) | 1  # made odd
+        taps = torch.exp(-0.5 * ((torch.arange(k, device=img.device) - k // 2) / sigma) ** 2)
+        taps = (taps / taps.sum()).reshape((1, 1, k, 1) if axis == 2 else (1, 1, 1, k)).repeat(3, 1, 1, 1)
+        pad = (0, 0, k // 2, k // 2) if axis == 2 else (k // 2, k // 2, 0, 0)
+        x = F.conv2d(F.pad(x, pad, mode="reflect"), taps, groups=3)
+    x = F.interpolate(x, (size, size), mode="bicubic", align_corners=True)
+    mean, std = (torch.tensor(v, device=img.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return ((x + 1) / 2 - mean) / std
+
+
+class CLIPBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.ln1, self.qkv, self.out = LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.ln2, self.fc1, self.fc2 = LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        x = x + self.out(attention(*self.qkv(self.ln1(x)).chunk(3, dim=-1), self.heads))
+        return x + self.fc2(F.gelu(self.fc1(self.ln2(x))))  # exact GELU, neither tanh nor "quick"
+
+
+class ImageEncoder(nn.Module):
+    """OpenCLIP's ViT-H/14 vision tower with its projection (632.1 M parameters)."""
+
+    def __init__(self, config=CLIPConfig()):
+        super().__init__()
+        self.config = config
+        width, tokens = config.width, (config.image // config.patch) ** 2 + 1
+        self.conv1 = nn.Conv2d(3, width, config.patch, stride=config.patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
+        self.ln_pre = LayerNorm(width)
+        self.blocks = nn.ModuleList(CLIPBlock(width, config.heads) for _ in range(config.layers))
+        self.ln_post = LayerNorm(width)
+        self.proj = nn.Parameter(torch.randn(width, config.out_dim) * width**-0.5)
+
+    def forward(self, img):
+        """Embedding of preprocessed images: (N,3,224,224) -> (N,out_dim), in img's dtype."""
+        x = rearrange(self.conv1(img.to(self.proj.dtype)), "n c h w -> n (h w) c")
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
+        x = self.ln_pre(x)
+        for block in self.blocks:
+            x = block(x)
+        return (self.ln_post(x[:, 0]) @ self.proj).to(img.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. EDM (Karras et al. 2022, Table 1) with SVD's choices: v-prediction, sigma_data = 1. Latents here are scaled by
+#    VAE_SCALE, float32, (B,T,4,H,W); sigma is (B,), a noise level per video.
+
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 700.0, 7.0  # from SVD's published scheduler; EDM's own sigma_max, for images, is 80
+
+
+def karras_sigmas(steps, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO):
+    """EDM eq. 5: noise levels from sigma_max down to sigma_min, then 0: (steps + 1,), float32."""
+    ramp = torch.linspace(1, 0, steps, dtype=torch.float64) if steps > 1 else torch.ones(1, dtype=torch.float64)
+    sigmas = (sigma_min ** (1 / rho) + ramp * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+
+
+def denoise(unet, x, sigma, image_latents, ctx, ids):
+    """D(x; sigma), the estimate of the clean latents (EDM eq. 7): (B,T,4,H,W) -> (B,T,4,H,W).
+
+    image_latents (B,1 or T,4,H,W): unscaled VAE latents of the conditioning image, zeros when unconditional.
+    sigma (B,) > 0, ctx (B,1,D), ids (B,3) as in UNet.forward.
+    """
+    s = sigma.float().view(-1, 1, 1, 1, 1)
+    c_skip = 1 / (s**2 + 1)
+    c_out = -s / (s**2 + 1).sqrt()
+    c_in = 1 / (s**2 + 1).sqrt()
+    c_noise = sigma.float().log() / 4
+    inputs = torch.cat([c_in * x, image_latents.expand(-1, x.shape[1], -1, -1, -1).to(x.dtype)], dim=2)
+    return c_skip * x + c_out * unet(inputs, c_noise, ctx, ids)
+
+
+def edm_loss(unet, x, sigma, noise, image_latents, ctx, ids):
+    """Training loss of each video, (B,): lambda(sigma) |D(x + sigma*noise; sigma) - x|^2, averaged over its elements.
+
+    lambda = (sigma^2 + 1) / sigma^2, EDM's weight for sigma_data = 1: it makes the loss of an untrained F about 1 at
+    every noise level. x and noise (B,T,4,H,W), the rest as in denoise().
+    """
+    s = sigma.float().view(-1, 1, 1, 1, 1)
+    D = denoise(unet, x + s * noise, sigma, image_latents, ctx, ids)
+    return ((s**2 + 1) / s**2 * (D - x) ** 2).mean(dim=(1, 2, 3, 4))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Checkpoints. Our parameter names, put through short lists of substitutions, give the names in each published file;
+#    so one list both reads and writes a format, and the names a file must have are known before it is opened.
+
+
+class WeightsError(ValueError):
+    """A weight file that can't be used; the message says what is wrong with it and what to do."""
+
+
+def _number(template, per_level, offset=0):
+    """A substitution that splits a flat block number into level and index: down.4.res -> down_blocks.1.resnets.0"""
+    return lambda m: template.format(*divmod(int(m[1]) - offset, per_level))
+
+
+_FF = [(r"\.(ff|ff_in)\.proj_in", r".\1.net.0.proj"), (r"\.(ff|ff_in)\.proj_out", r".\1.net.2"), (r"to_out", "to_out.0")]
+_EXTENSION = [(r"frame_table$", "positional_embedding.embeddings"), (r"frame_conv", "positional_conv")]
+
+UNET_SGM = [
+    (r"(\.res\.\w+)\.norm1", r"\1.in_layers.0"), (r"conv1", "in_layers.2"), (r"\.emb\.", ".emb_layers.1."),
+    (r"(\.res\.\w+)\.norm2", r"\1.out_layers.0"), (r"conv2", "out_layers.3"), (r"\.skip\.", ".skip_connection."),
+    (r"\.res\.spatial", ".res"), (r"\.res\.temporal", ".res.time_stack"), (r"\.mix$", ".time_mixer.mix_factor"),
+    (r"\.temporal\.frame_embed", ".time_pos_embed"), *_EXTENSION,
+    (r"\.spatial\.", ".transformer_blocks.0."), (r"\.temporal\.", ".time_stack.0."), *_FF,
+    (r"^mid\.0\.res", "middle_block.0"), (r"^mid\.0\.attn", "middle_block.1"), (r"^mid\.1\.res", "middle_block.2"),
+    (r"^down\.0\.conv", "input_blocks.0.0"), (r"^down\.(\d+)\.conv", r"input_blocks.\1.0.op"),
+    (r"^up\.2\.conv", "output_blocks.2.1.conv"), (r"^up\.(\d+)\.conv", r"output_blocks.\1.2.conv"),
+    (r"^down\.", "input_blocks."), (r"^up\.", "output_blocks."), (r"(\d)\.res\.", r"\1.0."), (r"(\d)\.attn\.", r"\1.1."),
+    (r"^cond_embed", "label_emb.0"), (r"^norm_out", "out.0"), (r"^conv_out", "out.2"), (r"^", "model.diffusion_model."),
+]
+UNET_DIFFUSERS = [
+    (r"^down\.0\.conv", "conv_in"), (r"^down\.(\d+)\.conv", _number("down_blocks.{}.downsamplers.0.conv", 3, 1)),
+    (r"^down\.(\d+)\.res", _number("down_blocks.{}.resnets.{}", 3, 1)),
+    (r"^down\.(\d+)\.attn", _number("down_blocks.{}.attentions.{}", 3, 1)),
+    (r"^mid\.(\d+)\.res", r"mid_block.resnets.\1"), (r"^mid\.(\d+)\.attn", r"mid_block.attentions.\1"),
+    (r"^up\.(\d+)\.res", _number("up_blocks.{}.resnets.{}", 3)), (r"^up\.(\d+)\.attn", _number("up_blocks.{}.attentions.{}", 3)),
+    (r"^up\.(\d+)\.conv", _number("up_blocks.{}.upsamplers.0.conv", 3)),
+    (r"(resnets\.\d+)\.(spatial|temporal)", r"\1.\2_res_block"), (r"\.emb\.", ".time_emb_proj."), (r"\.skip\.", ".conv_shortcut."),
+    (r"\.mix$", ".time_mixer.mix_factor"), (r"\.temporal\.frame_embed\.0", ".time_pos_embed.linear_1"),
+    (r"\.temporal\.frame_embed\.2", ".time_pos_embed.linear_2"), *_EXTENSION,
+    (r"\.spatial\.", ".transformer_blocks.0."), (r"\.temporal\.", ".temporal_transformer_blocks.0."), *_FF,
+    (r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
+    (r"^cond_embed\.0", "add_embedding.linear_1"), (r"^cond_embed\.2", "add_embedding.linear_2"), (r"^norm_out", "conv_norm_out"),
+]
+VAE_SGM = [
+    (r"temporal\.norm1", "time_stack.in_layers.0"), (r"temporal\.conv1", "time_stack.in_layers.2"),
+    (r"temporal\.norm2", "time_stack.out_layers.0"), (r"temporal\.conv2", "time_stack.out_layers.3"),
+    (r"\.spatial\.", "."), (r"\.mix$", ".mix_factor"), (r"\.skip\.", ".nin_shortcut."),
+    (r"(down|up)sample\.", r"\1sample.conv."), (r"time_conv_out", "conv_out.time_mix_conv"),
+    (r"^decoder", "first_stage_model.decoder"), (r"^(encoder|quant_conv)", r"conditioner.embedders.3.encoder.\1"),
+]
+VAE_DIFFUSERS = [
+    (r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{3 - int(m[1])}"),  # the decoder is listed in reverse there
+    (r"^encoder\.down\.", "encoder.down_blocks."), (r"\.block\.", ".resnets."), (r"(down|up)sample\.", r"\1samplers.0.conv."),
+    (r"mid\.block_1", "mid_block.resnets.0"), (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
+    (r"(attentions\.0)\.norm", r"\1.group_norm"), (r"(attentions\.0)\.([qkv])\.", r"\1.to_\2."), (r"proj_out", "to_out.0"),
+    (r"(resnets\.\d+)\.(spatial|temporal)", r"\1.\2_res_block"), (r"\.skip\.", ".conv_shortcut."),
+    (r"\.mix$", ".time_mixer.mix_factor"), (r"norm_out", "conv_norm_out"),
+]
+CLIP_SGM = [
+    (r"^blocks", "transformer.resblocks"), (r"\.qkv\.", ".attn.in_proj_"), (r"\.out\.", ".attn.out_proj."),
+    (r"\.ln(\d)", r".ln_\1"), (r"fc1", "mlp.c_fc"), (r"fc2", "mlp.c_proj"), (r"^", "conditioner.embedders.0.open_clip.model.visual."),
+]
+CLIP_DIFFUSERS = [
+    (r"^blocks", "encoder.layers"), (r"\.qkv\.", ".self_attn.{qkv}_proj."), (r"\.out\.", ".self_attn.out_proj."),
+    (r"\.ln(\d)", r".layer_norm\1"), (r"(fc\d)", r"mlp.\1"), (r"^ln_pre", "pre_layrnorm"), (r"^ln_post", "post_layernorm"),
+    (r"^class_embedding", "embeddings.class_embedding"), (r"^conv1", "embeddings.patch_embedding"),
+    (r"^positional_embedding", "embeddings.position_embedding.weight"), (r"^(?!proj)", "vision_model."),
+    (r"^proj", "visual_projection.weight"),
+]
+EXVIDEO = [  # names inside one temporal block of the ExVideo release
+    (r"^ff_in\.proj_in", "act_fn_in.proj"), (r"^ff_in\.proj_out", "ff_in"), (r"^ff\.proj_in", "act_fn_out.proj"),
+    (r"^ff\.proj_out", "ff_out"), (r"^norm3", "norm_out"), (r"^frame_embed", "positional_embedding_proj"), *_EXTENSION,
+]
+# The release numbers the blocks of a flat list in which pushes and pops count too; these are its temporal ones, in order.
+EXVIDEO_BLOCKS = (7, 17, 29, 39, 51, 61, 83, 113, 123, 133, 144, 154, 164, 175, 185, 195)
+
+# In svd_xt.safetensors but part of no network of ours: a second encoder, a second decoder, CLIP's text side.
+SGM_IGNORED = re.compile(r"first_stage_model\.encoder\.|conditioner\.embedders\.3\.encoder\.(decoder|post_quant_conv)\.|"
+                         r"conditioner\.embedders\.0\.open_clip\.model\.(logit_scale|token_embedding|positional_embedding|"
+                         r"text_projection|ln_final)")
+
+
+# What belongs to each network in the single file; together with SGM_IGNORED, all of it.
+SGM_PART = {UNet: r"model\.diffusion_model\.", ImageEncoder: r"conditioner\.embedders\.0\.open_clip\.model\.visual\.",
+            VAE: r"first_stage_model\.(decoder|post_quant_conv)\.|conditioner\.embedders\.3\.encoder\.(encoder|quant_conv)\."}
+RULES = {"sgm": {UNet: UNET_SGM, VAE: VAE_SGM, ImageEncoder: CLIP_SGM},
+         "diffusers": {UNet: UNET_DIFFUSERS, VAE: VAE_DIFFUSERS, ImageEncoder: CLIP_DIFFUSERS}}
+
+
+def file_names(module, layout):
+    """Where a layout keeps each parameter of a module: {our name: [name in the file]}, three names where it splits q, k, v.
+
+    layout: "ours" (state_dict), "sgm" (the published single file), "diffusers" (its folders), or "exvideo" (UNet only: the
+    33 tensors of each temporal block).
+    """
+    if layout == "ours":
+        return {name: [name] for name in module.state_dict()}
+    if layout == "exvideo":
+        blocks = {n: m for n, m in module.named_modules() if isinstance(m, TemporalBlock)}
+        return {f"{block}.{name}": [f"blocks.{number}.{rename(name, EXVIDEO)}"]
+                for number, block in zip(EXVIDEO_BLOCKS, blocks) for name in blocks[block].state_dict()}
+    names = {ours: rename(ours, RULES[layout][type(module)]) for ours in module.state_dict()}
+    return {ours: [name.replace("{qkv}", c) for c in "qkv"] if "{qkv}" in name else [name] for ours, name in names.items()}
+
+
+def rename(name, rules):
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def convert(names, tensors, shape):
+    """The tensors a file keeps under these names, as one parameter of ours."""
+    t = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # CLIP's q, k, v, split in diffusers
+    if names == ["visual_projection.weight"]:
+        t = t.T                                                 # diffusers has a Linear there, the single file a matrix
+    return t.view(shape) if tuple(t.shape) + (1, 1) == shape else t  # 1x1 convolutions of the VAE, Linear in diffusers
+
+
+class Tensors:
+    """Names, shapes and tensors of a safetensors file (memory-mapped, read on demand) or of a dict of tensors."""
+
+    def __init__(self, source):
+        if isinstance(source, Mapping):
+            self.label, self.meta, self.names = "the given tensors", {}, set(source)
+            self.get, self.shape = source.__getitem__, lambda name: source[name].shape
+            return
+        self.label = os.fspath(source)
+        if not os.path.isfile(source):
+            raise WeightsError(f"{self.label}: no such weight file")
+        with open(source, "rb") as f:
+            if f.read(2) in (b"PK", b"\x80\x02"):  # zip or pickle: loading one can run any code
+                raise WeightsError(f"{self.label} is a pickled checkpoint, which is never opened: use its .safetensors version")
+        try:
+            file = safe_open(source, framework="pt")
+            self.meta = json.loads((file.metadata() or {}).get("exsvd", "{}"))
+        except (SafetensorError, ValueError) as e:
+            raise WeightsError(f"{self.label} is not a complete safetensors file ({e}): download or save it again") from None
+        self.names, self.get, self.shape = set(file.keys()), file.get_tensor, lambda name: file.get_slice(name).get_shape()
+
+    def table_rows(self):
+        """Frames that the file's frame tables hold; None where it has none."""
+        tables = sorted(n for n in self.names if n.endswith(("positional_embedding.embeddings", "frame_table")))
+        return self.shape(tables[0])[0] if tables else None
+
+
+def find(module, tensors):
+    """Where `tensors` keeps each parameter of the module: {our name: (tensors, names)}. Checked in full, nothing is read.
+
+    Raises WeightsError with examples if anything is missing, mis-shaped or left over.
+    """
+    state, kind = module.state_dict(), type(module).__name__
+    is_overlay = isinstance(module, UNet) and any(n.startswith("blocks.") for n in tensors.names)
+    layouts = ["exvideo"] if is_overlay else ["ours", "sgm", "diffusers"]
+    names = max((file_names(module, layout) for layout in layouts),
+                key=lambda names: sum(n in tensors.names for group in names.values() for n in group))
+    rows, max_frames = tensors.table_rows(), getattr(module, "max_frames", None)
+    if isinstance(module, UNet) and rows and rows != max_frames:
+        raise WeightsError(f"{tensors.label} is extended to {rows} frames, but the UNet {f'to {max_frames}' if max_frames else 'is not'}"
+                           f": call extend(unet, {rows}) before loading it")
+    if not rows:  # a base file leaves what extend() added as it is
+        names = {ours: group for ours, group in names.items() if not re.search("frame_(table|conv)", ours)}
+    if any(n.startswith("first_stage_model.post_quant_conv") for n in tensors.names) and isinstance(module, VAE):
+        raise WeightsError(f"{tensors.label} is the image-decoder variant, whose VAE decoder has no temporal layers: "
+                           "use svd_xt.safetensors (or svd.safetensors) instead of svd_xt_image_decoder.safetensors")
+
+    expected = {n for group in names.values() for n in group}
+    others = "|".join([SGM_IGNORED.pattern] + [part for network, part in SGM_PART.items() if not isinstance(module, network)])
+    missing = sorted(expected - tensors.names)
+    unexpected = sorted(n for n in tensors.names - expected if not re.match(others, n))
+    misshaped = []
+    for ours, group in names.items():
+        if tensors.names.issuperset(group):
+            shapes, want = [tuple(tensors.shape(n)) for n in group], tuple(state[ours].shape)
+            try:
+                ok = convert(group, [torch.empty(s, device="meta") for s in shapes], want).shape == want
+            except (RuntimeError, IndexError):  # q, k, v that can't be joined
+                ok = False
+            if not ok:
+                misshaped.append(f"{', '.join(group)} {', '.join(map(str, shapes))} instead of {want} in all")
+    problems = [f"{len(found)} {what}, such as {'; '.join(found[:3])}" for what, found in
+                (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if found]
+    if problems:
+        raise WeightsError(f"{tensors.label} does not fit {kind} ({len(expected)} tensors): {'. '.join(problems)}")
+    return {ours: (tensors, group) for ours, group in names.items()}
+
+
+@torch.no_grad()
+def fill(module, plan, dtype=None, device=None):
+    """Read what find() found, tensor by tensor, into a module. Parameters on the meta device become real ones."""
+    for ours, (tensors, names) in plan.items():
+        path, _, leaf = ours.rpartition(".")
+        parent = module.get_submodule(path)
+        p = getattr(parent, leaf)
+        t = convert(names, [tensors.get(n) for n in names], tuple(p.shape))
+        if p.is_meta:  # copied even where nothing is converted: the model must not change or die with the file
+            t = torch.empty(p.shape, dtype=dtype or p.dtype, device=device or "cpu").copy_(t)
+            setattr(parent, leaf, nn.Parameter(t, requires_grad=p.requires_grad))
+        else:
+            p.copy_(t)
+
+
+def load_weights(module, tensors_or_path):
+    """Load a UNet, VAE or ImageEncoder, in place, from a .safetensors file or a dict of tensors in any published naming:
+    the single file (other networks in it are passed over), diffusers, ours, and for an extended UNet the ExVideo release.
+
+    A base file leaves the layers that extend() added as they are. Returns the module. Raises WeightsError if any tensor
+    is missing, unexpected or mis-shaped, and has then changed nothing.
+    """
+    fill(module, find(module, Tensors(tensors_or_path)))
+    return module
+
+
+@dataclass
+class SVD:
+    """The three networks, in eval mode, and what their files say of themselves."""
+    unet: UNet
+    vae: VAE
+    clip: ImageEncoder
+    meta: dict                # of the model file, {} for published ones
+    extension: dict | None    # of the extension file, {} for the ExVideo release, None without one
+
+
+FOLDER = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "clip": "image_encoder/model"}
+
+
+def open_model(path):
+    """Weights and configurations of a model: ({"unet", "vae", "clip": Tensors}, (UNetConfig, VAEConfig, CLIPConfig))."""
+    if not os.path.isdir(path):
+        tensors = Tensors(path)
+        config = {k: {f: tuple(v) if isinstance(v, list) else v for f, v in c.items()}
+                  for k, c in tensors.meta.get("config", {}).items()}
+        try:
+            return dict.fromkeys(FOLDER, tensors), (UNetConfig(**config.get("unet", {})), VAEConfig(**config.get("vae", {})),
+                                                    CLIPConfig(**config.get("clip", {})))
+        except TypeError as e:
+            raise WeightsError(f"{tensors.label}: configuration not understood ({e}); was it written by a newer version?") from None
+    files, config = {}, {}
+    for name, stem in FOLDER.items():
+        found = [f for f in (f"{stem}.safetensors", f"{stem}.fp16.safetensors") if os.path.isfile(os.path.join(path, f))]
+        if not found:
+            raise WeightsError(f"{path}: no {stem}.safetensors (or .fp16.safetensors); a diffusers folder of SVD has one")
+        files[name] = Tensors(os.path.join(path, found[0]))
+        try:
+            with open(os.path.join(path, os.path.dirname(stem), "config.json")) as f:
+                config[name] = json.load(f)
+        except FileNotFoundError:
+            config[name] = {}  # SVD-XT
+        except ValueError as e:
+            raise WeightsError(f"{f.name}: not readable as JSON ({e})") from None
+    pick = lambda part, **keys: {ours: tuple(v) if isinstance(v, list) else v
+                                 for ours, key in keys.items() if (v := config[part].get(key)) is not None}
+    return files, (
+        UNetConfig(**pick("unet", channels="block_out_channels", heads="num_attention_heads",
+                          context_dim="cross_attention_dim", native_frames="num_frames")),
+        VAEConfig(**pick("vae", channels="block_out_channels")),
+        CLIPConfig(**pick("clip", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
+                          patch="patch_size", out_dim="projection_dim", image="image_size")))
+
+
+def load(path, extension=None, dtype=torch.float32, device="cpu"):
+    """SVD from published or own weights, in eval mode: an SVD with .unet, .vae, .clip.
+
+    path: a single .safetensors file, or a folder in diffusers' layout (the full-precision files where both are there).
+    extension: the ExVideo release or an extension trained here; its frame table says how many frames. On float16 the
+    VAE's encoder stays float32, whose range it needs. Nothing is initialised that is then overwritten, every tensor is
+    converted alone, so memory peaks at the model's size in `dtype`. Raises WeightsError.
+    """
+    files, configs = open_model(path)
+    overlay = None if extension is None else Tensors(extension)
+    if overlay and not overlay.table_rows():
+        raise WeightsError(f"{overlay.label} is not an extension: it has no positional_embedding.embeddings")
+    with torch.device("meta"):
+        networks = {"unet": UNet(configs[0]), "vae": VAE(configs[1]), "clip": ImageEncoder(configs[2])}
+        rows = (overlay or files["unet"]).table_rows()
+        if rows:
+            extend(networks["unet"], rows)
+    plans = {name: find(network, files[name]) for name, network in networks.items()}
+    if overlay:
+        plans["unet"] |= find(networks["unet"], overlay)
+    for name, network in networks.items():
+        keep = {n: p for n, p in plans[name].items() if dtype == torch.float16 and re.match("encoder|quant_conv", n)}
+        fill(network, keep, torch.float32, device)
+        fill(network, {n: p for n, p in plans[name].items() if n not in keep}, dtype, device)
+    return SVD(*(network.eval() for network in networks.values()), files["unet"].meta, overlay and overlay.meta)
+
+
+def save(path, tensors, meta):
+    """Write tensors as .safetensors with our metadata: complete or not at all."""
+    partial_path = f"{path}.{os.getpid()}.tmp"
+    try:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial_path,
+                  metadata={"format": "pt", "exsvd": json.dumps(meta)})
+        os.replace(partial_path, path)
+    finally:
+        if os.path.exists(partial_path):
+            os.remove(partial_path)
+
+
+def save_extension(path, unet, state=None, **meta):
+    """Write the temporal blocks of an extended UNet with the names and shapes of the ExVideo release.
+
+    state: {our name: tensor}, say an EMA, for those of unet's parameters that it holds. meta: kept in the file as JSON.
+    """
+    state = unet.state_dict() | (state or {})
+    save(path, {names[0]: state[ours] for ours, names in file_names(unet, "exvideo").items()},
+         {"native_frames": unet.config.native_frames} | meta)
+
+
+def save_model(path, unet, vae, clip, dtype=None, **meta):
+    """Write a whole model as a single file in SGM names, with its configuration: load() needs nothing else."""
+    parts = {"unet": unet, "vae": vae, "clip": clip}
+    tensors = {names[0]: part.state_dict()[ours].to(dtype or part.state_dict()[ours].dtype)
+               for part in parts.values() for ours, names in file_names(part, "sgm").items()}
+    save(path, tensors, {"config": {name: asdict(part.config) for name, part in parts.items()}} | meta)
