@@ -236,7 +236,8 @@ class TemporalBlock(nn.Module):
         x = rearrange(x, "(b t) n c -> b t n c", b=B) + self.frame_positions(T, x)[:, None]
         if self.frame_conv is not None:
             x = self.frame_conv(rearrange(x, "b t (h w) c -> b c t h w", h=H))
-            x = rearrange(x, "b c t h w -> b t (h w) c")
+            # Contiguous, like x without the convolution: kernels choose by layout, and round differently.
+            x = rearrange(x, "b c t h w -> b t (h w) c").contiguous()
         x = rearrange(x, "b t n c -> (b n) t c")
         x = x + self.ff_in(self.norm_in(x))
         x = x + self.attn1(self.norm1(x))
@@ -326,6 +327,10 @@ def extend(unet, num_frames=128):
         if block.frame_conv is None:
             block.frame_conv = FrameConv(len(like), like.device, like.dtype)
     return unet
+
+
+# Parameters that can't matter while the context is one token (see ContextAttention): loaded and saved, never trained.
+IDLE = re.compile(r"\.attn\.(spatial|temporal)\.(attn2\.to_[qk]|norm2)\.")
 
 
 def freeze(unet):
@@ -662,6 +667,21 @@ def edm_loss(unet, x, sigma, noise, image_latents, ctx, ids):
     return ((s**2 + 1) / s**2 * (D - x) ** 2).mean(dim=(1, 2, 3, 4))
 
 
+def exvideo_loss(unet, x, sigma, noise, image_latents, ctx, ids):
+    """The loss of ExVideo's released training script instead, (B,): the weight is sqrt(sigma^2 + 1) / sigma and the target
+    1.01 x, against videos that turn grey. Its sigmas are draw_sigmas("exvideo", ...)."""
+    s = sigma.float().view(-1, 1, 1, 1, 1)
+    D = denoise(unet, x + s * noise, sigma, image_latents, ctx, ids)
+    return ((s**2 + 1).sqrt() / s * (D - 1.01 * x) ** 2).mean(dim=(1, 2, 3, 4))
+
+
+def draw_sigmas(kind, n, generator):
+    """Noise levels to train on, (n,): "edm", ln sigma ~ N(0.7, 1.6^2), or "exvideo", uniform on its 1000 Karras sigmas."""
+    if kind == "edm":
+        return (0.7 + 1.6 * torch.randn(n, generator=generator)).exp()
+    return karras_sigmas(1000)[torch.randint(1000, (n,), generator=generator)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Checkpoints. Our parameter names, put through short lists of substitutions, give the names in each published file;
 #    so one list both reads and writes a format, and the names a file must have are known before it is opened.
@@ -922,13 +942,14 @@ def open_model(path):
                           patch="patch_size", out_dim="projection_dim", image="image_size")))
 
 
-def load(path, extension=None, dtype=torch.float32, device="cpu"):
+def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet", "vae", "clip")):
     """SVD from published or own weights, in eval mode: an SVD with .unet, .vae, .clip.
 
     path: a single .safetensors file, or a folder in diffusers' layout (the full-precision files where both are there).
     extension: the ExVideo release or an extension trained here; its frame table says how many frames. On float16 the
     VAE's encoder stays float32, whose range it needs. Nothing is initialised that is then overwritten, every tensor is
-    converted alone, so memory peaks at the model's size in `dtype`. Raises WeightsError.
+    converted alone, so memory peaks at the model's size in `dtype`. parts: what to load; the others stay None.
+    Raises WeightsError.
     """
     files, configs = open_model(path)
     overlay = None if extension is None else Tensors(extension)
@@ -939,14 +960,15 @@ def load(path, extension=None, dtype=torch.float32, device="cpu"):
         rows = (overlay or files["unet"]).table_rows()
         if rows:
             extend(networks["unet"], rows)
-    plans = {name: find(network, files[name]) for name, network in networks.items()}
-    if overlay:
+    plans = {name: find(networks[name], files[name]) for name in parts}
+    if overlay and "unet" in parts:
         plans["unet"] |= find(networks["unet"], overlay)
-    for name, network in networks.items():
+    for name in parts:
+        network = networks[name].eval()
         keep = {n: p for n, p in plans[name].items() if dtype == torch.float16 and re.match("encoder|quant_conv", n)}
         fill(network, keep, torch.float32, device)
         fill(network, {n: p for n, p in plans[name].items() if n not in keep}, dtype, device)
-    return SVD(*(network.eval() for network in networks.values()), files["unet"].meta, overlay and overlay.meta)
+    return SVD(*(networks[name] if name in parts else None for name in networks), files["unet"].meta, overlay and overlay.meta)
 
 
 def save(path, tensors, meta):

@@ -1,0 +1,349 @@
+"""Image to video.
+
+    python sample.py assets/img.png                                     # the toy that ships with the repository
+    python sample.py photo.jpg --model svd_xt.safetensors --extension model.fp16.safetensors --size 512x512
+    python sample.py --decode-only out/photo.latents.safetensors        # once more from saved latents
+
+In order: the image is read and fitted, encoded by CLIP and the VAE, noise is carried down the sigmas by a sampler, the
+latents are saved, decoded in overlapping chunks and streamed to a video file. Arithmetic on latents is float32.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+import data
+import exsvd
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# What a run uses where no flag says otherwise. area: width x height, kept at the image's own aspect ratio.
+DEFAULTS = {
+    # as diffusers and Stability's own script run SVD and SVD-XT; frames: the native length
+    "SVD": dict(area=1024 * 576, steps=25, cfg=(1.0, 3.0), fps=7, motion=127, aug=0.02, decode_chunk=14),
+    # as the ExVideo authors run their release; frames: the rows of its table
+    "ExVideo": dict(area=512 * 512, steps=50, cfg=(2.0, 2.0), fps=30, motion=127, aug=0.02, decode_chunk=16),
+    "toy": dict(area=64 * 64, steps=25, cfg=(1.0, 1.0), fps=8, motion=64, aug=0.02, decode_chunk=16),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samplers: pure functions of (denoise, x, sigmas). denoise(x, sigma) -> D, the clean latents it expects; x carries noise
+# of sigmas[0]; sigmas fall and end in 0. All arithmetic is in x's dtype and on its device; x is not changed.
+
+
+def euler(denoise, x, sigmas):
+    """EDM, algorithm 1 without its correction: x moves on the line to D until the noise that is left is the next sigma's."""
+    for sigma, nxt in zip(sigmas[:-1], sigmas[1:]):
+        D = denoise(x, sigma)
+        x = D + (x - D) * (nxt / sigma)
+    return x
+
+
+def heun(denoise, x, sigmas):
+    """EDM, algorithm 1: a second evaluation corrects each step but the last; twice the cost of Euler."""
+    for sigma, nxt in zip(sigmas[:-1], sigmas[1:]):
+        d = (x - denoise(x, sigma)) / sigma
+        x_next = x + (nxt - sigma) * d
+        if nxt > 0:
+            d = (d + (x_next - denoise(x_next, nxt)) / nxt) / 2
+            x_next = x + (nxt - sigma) * d
+        x = x_next
+    return x
+
+
+def ddim(denoise, x, sigmas, eta=0.0, generator=None):
+    """DDIM (Song et al. 2020, eq. 12 and 16) in EDM's variables, alpha-bar = 1/(1 + sigma^2).
+
+    eta 0 is Euler; eta 1 takes out as much noise and puts back as much of its own, from `generator`, as ancestral sampling.
+    """
+    for sigma, nxt in zip(sigmas[:-1], sigmas[1:]):
+        D = denoise(x, sigma)
+        fresh = eta * nxt * (1 - (nxt / sigma) ** 2).sqrt()
+        kept = (nxt**2 - fresh**2).sqrt()
+        x = D + (x - D) * (kept / sigma)
+        if eta > 0:
+            x = x + fresh * torch.randn(x.shape, generator=generator).to(x)  # drawn on the CPU: a seed means one video
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From an image to latents
+
+
+def condition(svd, img, aug, noise, device):
+    """What the UNet is told about the image (3,H,W) in [-1,1]: image latents (1,1,4,h,w), unscaled, and ctx (1,1,D)."""
+    img = img[None].to(device)
+    ctx = svd.clip(exsvd.preprocess_clip(img, svd.clip.config.image))[:, None]  # CLIP sees the frame at video size
+    return svd.vae.encode(img + aug * noise.to(device))[:, None], ctx
+
+
+def guided(unet, image_latents, ctx, ids, cfg, frames):
+    """denoise(x, sigma) for the samplers. Guidance rises linearly over the frames, from cfg[0] on the first to cfg[1]."""
+    scale = torch.linspace(*cfg, frames, device=ctx.device).view(1, -1, 1, 1, 1)
+
+    def denoise(x, sigma):
+        sigma = sigma.to(x).expand(len(x))
+        D = exsvd.denoise(unet, x, sigma, image_latents, ctx, ids)
+        if max(cfg) > 1:  # one pass after the other: a batch of two would need twice the memory
+            D0 = exsvd.denoise(unet, x, sigma, torch.zeros_like(image_latents), torch.zeros_like(ctx), ids)
+            D = D0 + scale * (D - D0)
+        return D
+
+    return denoise
+
+
+def adjust(z, match, contrast):
+    """What the official tool does to the latents of the released ExVideo weights: (1,T,4,h,w) -> (1,T,4,h,w).
+
+    match: every frame gets the mean and deviation of the whole video. contrast: a factor, 1.2 there.
+    Both counter a video that greys with time. The likely cause, read off that code and not confirmed: its training
+    targets were scaled by 0.13025, SDXL's constant, instead of 0.18215, so the weights aim at too little contrast.
+    """
+    if match:
+        mean, std = (f(dim=(2, 3, 4), keepdim=True) for f in (z.mean, z.std))
+        z = (z - mean) / std * z.std() + z.mean()
+    return z * contrast
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From latents to frames
+
+
+def is_out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # the CPU allocator has no type
+
+
+def decode(vae, z, chunk):
+    """Decode in time: unscaled latents (1,T,4,h,w) -> yields float32 (n,3,8h,8w) on the CPU, T frames in all.
+
+    Chunks of `chunk` frames overlap by a quarter and are blended by a linear ramp, so memory does not grow with T. It is
+    not the same as VAE.decode of everything, whose norms see all frames. Out of memory halves the chunk and goes on.
+    """
+    T, start, tail = z.shape[1], 0, None
+    while start < T:
+        end = min(start + chunk, T)
+        first = max(0, end - chunk)  # the last chunk is as long as the others: its head is decoded again and dropped
+        frames = None
+        try:
+            frames = vae.decode(z[:, first:end])[0, start - first:].float().cpu()         # (end - start, 3, 8h, 8w)
+        except RuntimeError as e:
+            if not is_out_of_memory(e) or chunk == 1:
+                raise
+        if frames is None:  # handled out here, where the exception no longer keeps the tensors of the attempt alive
+            chunk //= 2
+            print(f"out of memory: decoding goes on with chunks of {chunk} frames", file=sys.stderr)
+            if z.is_cuda:
+                torch.cuda.empty_cache()
+            if tail is not None and chunk <= len(tail):  # too short to blend with what the larger chunk left
+                yield tail
+                start, tail = start + len(tail), None
+            continue
+        if tail is not None:
+            n = len(tail)
+            ramp = torch.arange(1, n + 1).view(-1, 1, 1, 1) / (n + 1)
+            frames = torch.cat([torch.lerp(tail, frames[:n], ramp), frames[n:]])
+        overlap = chunk // 4 if end < T else 0
+        yield frames[:len(frames) - overlap]
+        start, tail = end - overlap, frames[len(frames) - overlap:]
+
+
+def to_pixels(frames):
+    """float (n,3,H,W) in [-1,1] -> uint8 (n,H,W,3)"""
+    return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description="Image to video with SVD and ExVideo. Defaults depend on the model: SVD / ExVideo / toy.",
+                                epilog="Real weights: see README.md, section Weights.")
+    shown = lambda key: " / ".join(str(d[key]) for d in DEFAULTS.values())
+    p.add_argument("images", nargs="*", metavar="IMAGE", help="pictures (PNG, JPEG, WebP, GIF, ...) or videos, whose first frame is used")
+    p.add_argument("--model", help="single .safetensors file or diffusers folder [weights/svd_xt.safetensors if there, else the toy]")
+    p.add_argument("--extension", help="ExVideo release or own extension [with the default model: weights/exvideo.safetensors if there]")
+    p.add_argument("--native", type=int, help="frames the base was trained on [25, or what the model's files say; 14 for svd.safetensors]")
+    p.add_argument("--frames", type=int, help="frames to make [all rows of the extension's table, or the native length]")
+    p.add_argument("--size", metavar="WxH", help="multiples of 64 [the family's area at the image's own aspect ratio]")
+    p.add_argument("--steps", type=int, help=f"noise levels [{shown('steps')}]")
+    p.add_argument("--sampler", choices=("euler", "heun", "ddim"), default="euler", help="[euler]; ddim with --eta 0 is the same")
+    p.add_argument("--eta", type=float, default=0.0, help="fresh noise per step of ddim, 0 to 1 [0]")
+    p.add_argument("--cfg", type=float, nargs=2, metavar=("MIN", "MAX"), help=f"guidance on the first and last frame [{shown('cfg')}]")
+    p.add_argument("--fps", type=float, help=f"frames per second, told to the model and written to the file [{shown('fps')}]")
+    p.add_argument("--motion", type=float, help="amount of motion. SVD's scale is 0..255; ExVideo's release and the toy were "
+                                                f"trained on 0..127 [{shown('motion')}]")
+    p.add_argument("--aug", type=float, help=f"noise added to the image, which frees the motion from it [{shown('aug')}]")
+    p.add_argument("--seed", type=int, default=0, help="of all noise, drawn on the CPU: the same on every device [0]")
+    p.add_argument("--decode-chunk", type=int, metavar="N", help=f"frames decoded at once; fewer need less memory [{shown('decode_chunk')}]")
+    p.add_argument("--match-stats", action=argparse.BooleanOptionalAction, help="give every frame's latents the mean and deviation of "
+                                                                                "the video's [only with the published ExVideo weights]")
+    p.add_argument("--contrast", type=float, help="factor on the latents [1.2 with the published ExVideo weights, else 1]")
+    p.add_argument("--decode-only", metavar="FILE", help="decode latents saved by an earlier run, instead of sampling")
+    p.add_argument("--out", help=".mp4, .webm, .gif or a folder of PNGs; {name} is the image's name [out/{name}.mp4]")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one, else cpu]")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the networks [bfloat16; the toy on the CPU: float32]")
+    a = p.parse_args(argv)
+
+    if bool(a.images) == bool(a.decode_only):
+        p.error("give at least one image, such as assets/img.png, or --decode-only FILE, and not both")
+    for name, low in (("frames", 1), ("steps", 1), ("decode_chunk", 1), ("native", 1), ("fps", 1), ("motion", 0), ("aug", 0), ("eta", 0)):
+        value = getattr(a, name)
+        if value is not None and not low <= value < float("inf"):
+            p.error(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+    if a.eta > 1 or (a.eta and a.sampler != "ddim"):
+        p.error(f"--eta {a.eta:g} needs --sampler ddim and a value of 0 to 1")
+    if a.size:
+        try:
+            a.size = tuple(int(n) for n in a.size.lower().split("x"))
+            W, H = a.size
+        except ValueError:
+            p.error(f"--size {a.size}: write it as WIDTHxHEIGHT, for example 512x512")
+        if W < 64 or H < 64 or W % 64 or H % 64:
+            near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
+            p.error(f"--size {W}x{H}: both must be multiples of 64; the nearest is {near}")
+    try:
+        torch.empty(0, device=a.device)
+    except (RuntimeError, AssertionError) as e:
+        p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
+    a.out = a.out or "out/{name}.mp4"
+    names = [os.path.splitext(os.path.basename(path))[0] for path in a.images] or \
+            [os.path.basename(a.decode_only).removesuffix(".latents.safetensors")]
+    a.outs = [a.out.replace("{name}", name) for name in names]
+    if len(set(a.outs)) < len(a.outs):
+        p.error("two images would be written to the same file: put {name} into --out, and give images of different names")
+    return a
+
+
+def default_model(a):
+    """--model and --extension where they are not given; one line says so when it is the toy."""
+    if a.model:
+        return a.model, a.extension
+    weights = os.path.join(HERE, "weights")
+    model, extension = (os.path.join(weights, name) for name in ("svd_xt.safetensors", "exvideo.safetensors"))
+    if os.path.exists(model):
+        return model, a.extension or (extension if os.path.exists(extension) else None)
+    print("no weights/svd_xt.safetensors: using the toy model in assets/. For the real one, put stabilityai/stable-video-diffusion-"
+          "img2vid-xt's svd_xt.safetensors (its own licence; 1.1 is gated) and ECNU-CILab/ExVideo-SVD-128f-v1's model.fp16.safetensors "
+          "(as exvideo.safetensors), both on Hugging Face, into weights/", file=sys.stderr)
+    return os.path.join(HERE, "assets", "toy.safetensors"), a.extension
+
+
+def peak_memory(device):
+    """Peak memory, for the closing line: what torch allocated on a GPU, or what the process held."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return "memory not measured"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
+
+
+@torch.inference_mode()
+def make_latents(svd, img, s, device):
+    """One image (3,H,W) in [-1,1] to scaled latents (1,T,4,H/8,W/8) on the device. s: the settings, all of them."""
+    H, W = img.shape[1:]
+    generator = torch.Generator().manual_seed(s["seed"])
+    noise = torch.randn(1, s["frames"], 4, H // 8, W // 8, generator=generator)
+    image_latents, ctx = condition(svd, img, s["aug"], torch.randn(1, 3, H, W, generator=generator), device)
+    ids = torch.tensor([[s["fps"] - 1, s["motion"], s["aug"]]], device=device)
+    denoise = guided(svd.unet, image_latents, ctx, ids, s["cfg"], s["frames"])
+    sigmas = exsvd.karras_sigmas(s["steps"]).to(device)
+    calls = 2 * s["steps"] - 1 if s["sampler"] == "heun" else s["steps"]
+    with tqdm(total=calls, desc="sampling", unit="step") as bar:
+        def step(x, sigma):
+            D = denoise(x, sigma)
+            bar.update()
+            return D
+        x = noise.to(device) * (sigmas[0] ** 2 + 1).sqrt()
+        if s["sampler"] == "ddim":
+            return ddim(step, x, sigmas, s["eta"], generator)
+        return {"euler": euler, "heun": heun}[s["sampler"]](step, x, sigmas)
+
+
+@torch.inference_mode()
+def write_video(vae, latents, s, out):
+    """Scaled latents (1,T,4,h,w) to a video file, chunk by chunk."""
+    z = adjust(latents, s["match_stats"], s["contrast"]) / exsvd.VAE_SCALE
+    with data.VideoWriter(out, s["fps"], s) as video, tqdm(total=z.shape[1], desc="decoding", unit="frame") as bar:
+        for frames in decode(vae, z, s["decode_chunk"]):
+            video.write(to_pixels(frames))
+            bar.update(len(frames))
+
+
+def settings_of(a, family, extension, config, max_frames, img):
+    """Every number that shapes the video: the flags, and the family's defaults where there are none. No paths, no times."""
+    default = DEFAULTS[family]
+    get = lambda key: default[key] if getattr(a, key) is None else getattr(a, key)
+    native = a.native or config.native_frames
+    frames = a.frames or max_frames or native
+    if max_frames and frames > max_frames:
+        raise exsvd.WeightsError(f"--frames {frames}: the extension was made for {max_frames}, which is the most it can do")
+    if not max_frames and frames > native:
+        print(f"warning: --frames {frames}, but this model without extension knows {native}: expect motion that jitters or "
+              "fades after those (--extension for longer videos, --native N if the model's length is another)", file=sys.stderr)
+    width, height = a.size or data.default_size(img.shape[1], img.shape[0], default["area"])
+    published = extension == {}  # names of the ExVideo release and none of our metadata: only that is corrected, see adjust()
+    return dict(family=family, frames=frames, width=width, height=height, steps=get("steps"), sampler=a.sampler, eta=a.eta,
+                cfg=list(get("cfg")), fps=get("fps"), motion=get("motion"), aug=get("aug"), seed=a.seed, dtype=a.dtype,
+                decode_chunk=get("decode_chunk"), match_stats=published if a.match_stats is None else a.match_stats,
+                contrast=(1.2 if published else 1.0) if a.contrast is None else a.contrast)
+
+
+def latents_path(out):
+    return os.path.splitext(out.rstrip("/"))[0] + ".latents.safetensors"
+
+
+def main(argv=None):
+    a = parse(argv)
+    for out in a.outs:
+        data.VideoWriter(out, a.fps or 1)  # writes nothing yet; a bad --out should fail now, not after an hour
+    images = [data.read_image(path) for path in a.images]
+    device = torch.device(a.device)
+    model, extension = default_model(a)
+    toy = exsvd.open_model(model)[0]["unet"].meta.get("family") == "toy"
+    a.dtype = a.dtype or ("float32" if toy and device.type == "cpu" else "bfloat16")
+    load = lambda **parts: exsvd.load(model, extension, getattr(torch, a.dtype), device, **parts)
+
+    if a.decode_only:
+        file = exsvd.Tensors(a.decode_only)
+        s = file.meta.get("settings")
+        if s is None or "latents" not in file.names:
+            raise exsvd.WeightsError(f"{a.decode_only} holds no latents saved by sample.py (they are called *.latents.safetensors)")
+        if toy != (s["family"] == "toy"):
+            raise exsvd.WeightsError(f"{a.decode_only} was made by a model of the {s['family']} family: give the same --model")
+        s |= {key: getattr(a, key) for key in ("fps", "decode_chunk", "match_stats", "contrast") if getattr(a, key) is not None}
+        write_video(load(parts=("vae",)).vae, file.get("latents").to(device), s, a.outs[0])
+        print(f"{a.outs[0]}: {s['frames']} frames of {s['width']}x{s['height']} at {s['fps']:g} fps, {peak_memory(device)} at the peak")
+        return
+
+    svd = load()
+    family = "toy" if toy else "SVD" if svd.extension is None and not svd.unet.max_frames else "ExVideo"
+    print(f"{family}: {sum(p.numel() for p in svd.unet.parameters()) / 1e6:.1f} M parameters in the UNet, {a.dtype} on {device}")
+    for img, out in zip(images, a.outs):
+        s = settings_of(a, family, svd.extension, svd.unet.config, svd.unet.max_frames, img)
+        begin = time.perf_counter()
+        latents = make_latents(svd, data.fit_image(img, s["width"], s["height"]), s, device)
+        sampled = time.perf_counter()
+        if not latents.isfinite().all():
+            raise exsvd.WeightsError(f"{out}: the latents are not finite; weights and --dtype {a.dtype} do not go together")
+        os.makedirs(os.path.dirname(out.rstrip("/")) or ".", exist_ok=True)
+        exsvd.save(latents_path(out), {"latents": latents}, {"settings": s})  # an hour's work, should the decoder fail
+        write_video(svd.vae, latents, s, out)
+        print(f"{out}: {s['frames']} frames of {s['width']}x{s['height']} at {s['fps']:g} fps, {(sampled - begin) / s['steps']:.2f} s "
+              f"per step, {time.perf_counter() - sampled:.1f} s to decode, {peak_memory(device)} at the peak")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (exsvd.WeightsError, data.MediaError, OSError) as e:
+        sys.exit(f"sample.py: {e}")
+    except torch.OutOfMemoryError:
+        sys.exit("sample.py: out of GPU memory; lower --frames or --size, or --decode-chunk if it was decoding (then see --decode-only)")
