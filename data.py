@@ -1,21 +1,37 @@
-"""Pixels in and out, and the synthetic moving world the toy model is trained on.
+"""Pixels in and out, the synthetic moving world the toy model is trained on, and videos as clips for training.
+
+    python data.py check videos/                                        # what would be used, and why not the rest
+    python data.py encode --model svd_xt.safetensors --data videos/ --out latents/
 
     1. Reading images and videos     read_image, read_video, read_settings
     2. Fitting an image to a size    fit_image, default_size
     3. Writing videos                VideoWriter (.mp4, .webm, .gif, a folder of PNGs), write_png
     4. Synthetic moving scenes       synthetic_scene
+    5. Motion and noise              motion_score, motion_bucket, draw_condition
+    6. The index of a data set       list_files, scan, find_cuts, build_index
+    7. Clips                         open_dataset
+    8. Encoding a data set           encode_frames, encode_condition, encode
+    9. Command line                  check, main
 
 Pixels are uint8 RGB with the channel last, (H, W, 3) or (T, H, W, 3), until fit_image turns them into what the model
 eats: float32 (3, H, W) in [-1, 1].  T frames, H W pixels.  Colour profiles (ICC) and HDR transfer curves are ignored.
 """
+import argparse
+import bisect
 import colorsys
 import contextlib
+import csv
+import hashlib
 import io
 import json
 import math
 import os
 import shutil
 import struct
+import sys
+import time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,6 +40,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+import exsvd
 
 av.logging.set_level(None)                  # ffmpeg's own messages would drown our one line
 
@@ -104,8 +124,14 @@ def _rgb(frame, alpha=None):
 
 
 def _turned(frame):
-    """A video frame's pixels, turned as its container asks (quarter turns to the left)."""
-    return torch.rot90(_rgb(frame), frame.rotation // 90, (0, 1)).contiguous()
+    """A video frame's pixels, turned as its container asks: mirrored or not, then quarter turns to the left."""
+    img, matrix = _rgb(frame), None
+    with contextlib.suppress(ValueError):   # side data of a kind that PyAV does not know
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:                  # PyAV's rotation leaves out the mirror, which shows in the determinant
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        img = img.flip(0) if a * d < b * c else img
+    return torch.rot90(img, frame.rotation // 90, (0, 1)).contiguous()
 
 
 def _best_stream(container):
@@ -298,17 +324,18 @@ def read_settings(path):
 # 2. Fitting an image to a size
 # ----------------------------------------------------------------------------------------------------------------------
 
-def fit_image(img, width, height):
+def fit_image(img, width, height, aspect=1):
     """uint8 (H, W, 3) -> float32 (3, height, width) in [-1, 1]: scaled to cover the target, centre cropped, not distorted.
 
-    Antialiased bicubic, the same scale along both axes."""
+    Antialiased bicubic, the same scale along both axes; aspect is the width of a pixel over its height."""
     H, W, _ = img.shape
-    scale = max(width / W, height / H) * (1 + 1e-9)                                 # never one pixel short by rounding
+    scale = max(width / (W * aspect), height / H) * (1 + 1e-9)                      # never one pixel short by rounding
+    sx, sy = float(scale * aspect), float(scale)
     # drop now what the crop would drop, but for the filter's reach: 10000x10 must not become 64000x64 first
-    x, y = (max(0, int((n - m / scale) / 2 - 2 / scale) - 3) for n, m in ((W, width), (H, height)))
+    x, y = (max(0, int((n - m / s) / 2 - 2 / s) - 3) for n, m, s in ((W, width, sx), (H, height, sy)))
     img = img[y:H - y, x:W - x]
     img = img.permute(2, 0, 1)[None].float() / 127.5 - 1                            # (1, 3, H, W)
-    img = F.interpolate(img, scale_factor=scale, mode="bicubic", antialias=True)
+    img = F.interpolate(img, scale_factor=(sy, sx), mode="bicubic", antialias=True)
     y, x = (img.shape[2] - height) // 2, (img.shape[3] - width) // 2
     return img[0, :, y:y + height, x:x + width].clamp(-1, 1).contiguous()           # bicubic overshoots at edges
 
@@ -328,9 +355,10 @@ def default_size(width, height, area, multiple=64, max_ratio=4):
 # 3. Writing videos
 # ----------------------------------------------------------------------------------------------------------------------
 
-# one thread: x264 and libvpx divide the work differently for each number of threads, and the bytes with it
+# One thread: x264 and libvpx divide the work differently for each number of threads, and the bytes with it.
+# No mbtree: with it up to one in ten files of the same 64x64 frames came out with other bytes; without, none of 450.
 ENCODERS = {  # extension: container, codec, its options
-    ".mp4": ("mp4", "libx264", {"crf": "17", "preset": "medium"}),
+    ".mp4": ("mp4", "libx264", {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}),
     ".webm": ("webm", "libvpx-vp9", {"crf": "20", "b": "0", "deadline": "good", "cpu-used": "4"}),
     ".gif": ("gif", "gif", {}),
 }
@@ -666,3 +694,685 @@ def synthetic_scene(seed, index, frames=8, size=64):
     truth = {k: torch.from_numpy(v).float() for k, v in truth.items()}
     truth["present"] = ((truth["centres"] >= 0) & (truth["centres"] < size)).all(-1)
     return (x.clamp(0, 1) * 255).round().to(torch.uint8), truth
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Motion and noise: what a clip tells the model about itself
+# ----------------------------------------------------------------------------------------------------------------------
+
+# ExVideo's training script sorts clips into 128 buckets by these lower bounds, here in units of 1e-9
+EXVIDEO_MOTION = (
+    0, 12205946, 15117834, 18080613, 20614484, 21959992, 24088068, 26323952, 28277775, 29968588, 31836554, 33596724,
+    35121530, 37200287, 38914755, 40696491, 42368013, 44265781, 46311017, 48243891, 50294187, 52142400, 53634230, 55612389,
+    57594258, 59410289, 61283995, 63603796, 65192916, 67146860, 69066539, 70390493, 72588451, 73959745, 75889029, 77695683,
+    79783581, 82162730, 84092639, 85958421, 87700523, 89684933, 91688842, 93335517, 94987206, 96664011, 98314710, 100262381,
+    101984538, 103404313, 105280340, 106974818, 109028399, 111164779, 113065213, 114362158, 116407216, 118063427, 119524263,
+    121835820, 124242283, 126202747, 128989249, 131672353, 133417681, 135567948, 137313649, 139189199, 140912935, 143525436,
+    145718485, 148315132, 151039496, 153218940, 155252382, 157651082, 159966752, 162195817, 164811596, 167341709, 170251891,
+    172651157, 175550997, 178372145, 181039348, 183565900, 186599866, 190071866, 192574754, 195026234, 198099136, 200210452,
+    202522039, 205410406, 208610669, 211623028, 214723110, 218520239, 222194016, 225363150, 229384825, 233422622, 237012610,
+    240735114, 243622541, 247465774, 252190471, 257356376, 261856794, 266556412, 271076709, 277361482, 281250387, 286582440,
+    291158527, 296712339, 303008437, 311793238, 318485111, 326999635, 332138240, 341770738, 354188830, 365194678, 379234344,
+    401538879, 416078776, 440871328,
+)
+AUG_LOG_MEAN, AUG_LOG_STD = -3.0, 0.5       # ln sigma of the noise on a condition image: SVD's choice
+
+
+def motion_score(video):
+    """How much a clip moves: float >= 0, for (T, 3, H, W) in [-1, 1] or a list of its frames.
+
+    Standard deviation over time (unbiased), averaged over channels and pixels, as ExVideo's script measures it; 0 if T = 1.
+    Summed in float64, so that every machine and every order of summation finds the same bucket."""
+    mean = sum(x.double() for x in video) / len(video)
+    return (sum((x - mean).square() for x in video) / max(len(video) - 1, 1)).sqrt().mean().item()
+
+
+def motion_bucket(score, scale="exvideo"):
+    """The motion id of a score: "exvideo", the last of its 128 thresholds not above the score; a number, that number."""
+    if scale == "exvideo":
+        return float(max(0, bisect.bisect_right(EXVIDEO_MOTION, score, key=lambda t: t / 1e9) - 1))
+    try:
+        return float(scale)
+    except ValueError:
+        raise MediaError(f"motion scale {scale!r} is not known; use exvideo, or one number for all clips") from None
+
+
+def draw_condition(seed, name, frame, size):
+    """The noise on frame number `frame` of the file `name` as a condition image: sigma float32 (), noise (3, H, W)."""
+    key = hashlib.blake2b(os.fsencode(f"{seed}/{name}/{frame}"), digest_size=8).digest()
+    g = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+    aug = torch.exp(AUG_LOG_MEAN + AUG_LOG_STD * torch.randn((), generator=g))
+    return aug, torch.randn(3, size[1], size[0], generator=g)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. The index: every file of a data set decoded once, before anything relies on it
+# ----------------------------------------------------------------------------------------------------------------------
+# A frame's number is its place among the frames that decode, in the order shown.  Headers are not believed: they count
+# frames that are damaged, hidden or not there.  A shot is what lies between two hard cuts; clips never cross one.
+
+INDEX_VERSION = 1
+SYNTHETIC_FPS = 8
+SUFFIXES = set(".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv "
+               ".y4m".split())              # looked at in folders; a list may name anything
+
+
+def list_files(source):
+    """The files of a data set: {name: path}, sorted; a name is the path relative to the folder (the list's folder).
+
+    source: a folder, searched recursively; a .txt file with a path per line; a .csv file with a column path, video or
+    file (else its first); a .json list of paths or {"path": ...}, as Open-Sora-Plan's.  Raises MediaError."""
+    source = Path(source)
+    root = source if source.is_dir() else source.parent
+    try:
+        if source.is_dir():
+            found = (p.relative_to(source) for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            paths = [p for p in found if p.name[0] != "."]
+        elif source.suffix.lower() == ".json":
+            items = json.loads(source.read_text())
+            paths = [item if isinstance(item, str) else item["path"] for item in items]
+        elif source.suffix.lower() == ".csv":
+            rows = [row for row in csv.reader(source.read_text().splitlines()) if row]
+            head = [cell.strip().lower() for cell in rows[0]] if rows else []
+            named = [head.index(word) for word in ("path", "video", "file") if word in head]
+            paths = [row[named[0]] for row in rows[1:]] if named else [row[0] for row in rows]
+        elif source.suffix.lower() == ".txt":
+            lines = map(str.strip, source.read_text().splitlines())
+            paths = [line for line in lines if line and line[0] != "#"]
+        else:
+            raise ValueError("it is neither there as a folder nor a .txt, .csv or .json list")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+        e = "its items have no path" if isinstance(e, (KeyError, TypeError, IndexError)) else _reason(e)
+        raise MediaError(f"{source}: not a set of videos ({e}); give a folder, a list of paths, or synthetic") from None
+    files = {}
+    for path in paths:
+        path = os.path.abspath(root / path)
+        name = os.path.relpath(path, os.path.abspath(root))
+        files[path.lstrip("/") if name.startswith("..") else name] = path
+    return dict(sorted(files.items()))
+
+
+def _decode(container, stream):
+    """Frames in the order shown; None for a damaged packet or frame, after which decoding goes on."""
+    stream.codec_context.thread_count = 1   # with more, an error would surface at another packet from one run to the next
+    packets, failures = container.demux(stream), 0
+    while failures < 100:
+        try:
+            packet = next(packets, None)
+            if packet is None:
+                return
+            frames, failures = packet.decode(), 0
+        except (av.FFmpegError, ValueError):
+            failures += 1
+            packets = container.demux(stream)                                       # goes on behind the damage
+            frames = [None]
+        for frame in frames:
+            yield None if frame is None or frame.is_corrupt else frame
+
+
+CUT_JUMP, CUT_RATIO = 0.04, 2.0             # mean difference of thumbnails in [0, 1]; times the third largest step nearby
+
+
+def find_cuts(lags):
+    """Numbers of the frames that follow a hard cut.  lags (N, 3): distances of each frame from the 1, 2 and 3 before it.
+
+    At a cut both frames before differ from both after (a flash of one frame does not), and by far more than frames nearby
+    differ from each other (fast motion does not; nor do drawings that move every other or third frame)."""
+    pad = np.full((1, 3), np.inf)
+    after = np.concatenate([lags[1:], pad])
+    jump = np.minimum(lags[:, :2].min(1), after[:, 1:].min(1))
+    steps = np.pad(np.where(np.isfinite(lags[:, 0]), lags[:, 0], 0), 6, "reflect")
+    near = np.lib.stride_tricks.sliding_window_view(steps, 13).copy()               # (N, 13)
+    near[:, 6] = 0
+    level = np.partition(near, -3)[:, -3]                                           # two other cuts may be nearby
+    cut = np.isfinite(jump) & (jump > CUT_JUMP) & (jump > CUT_RATIO * level)
+    return [int(t) for t in np.flatnonzero(cut)]
+
+
+def scan(path):
+    """What the index keeps of one file, as JSON; {"error": ...} if no frame of it can be had."""
+    pts, lags, recent, bad, interlaced, healthy = [], [], deque(maxlen=3), 0, 0, True
+    try:
+        with open(path, "rb") as f, av.open(_Unnamed(f), options=SAFE) as c:
+            s = _best_stream(c)
+            for frame in _decode(c, s):
+                if frame is None:
+                    bad, healthy = bad + 1, False
+                    continue
+                x = frame.reformat(32, 18, "rgb24", interpolation=Interpolation.AREA).to_ndarray().astype(np.float32) / 255
+                # until the next key frame the picture may be damaged; that it jumps back then is no cut
+                lags.append([healthy * float(np.abs(x - y).mean()) for y in recent] + [math.inf] * (3 - len(recent)))
+                healthy |= frame.key_frame
+                recent.appendleft(x)
+                pts.append(frame.pts)
+                interlaced += frame.interlaced_frame
+                last = frame
+            base, rate, codec = s.time_base, s.average_rate or s.guessed_rate or 25, s.codec_context.codec.canonical_name
+            aspect = s.sample_aspect_ratio or 1
+    except (OSError, av.FFmpegError, ValueError, LookupError, EOFError, MemoryError) as e:
+        return {"error": f"unreadable: {_reason(e)}"}
+    if not pts:
+        return {"error": f"broken: opens, but none of its frames can be decoded ({bad} bad packets)"}
+    stamped = None not in pts and all(a < b for a, b in zip(pts, pts[1:]))
+    if not stamped:                         # as in AVI with B frames; frames are then found by counting, not by seeking
+        pts, base = range(len(pts)), 1 / Fraction(rate)
+    lags = np.array(lags)
+    cuts = find_cuts(lags)
+    shots = zip([0, *cuts], [*cuts, len(pts)])
+    width, height = round(last.width * aspect), last.height
+    steps, first = np.diff(pts), np.flatnonzero(np.diff(np.diff(pts), prepend=-1))  # runs of equal steps
+    runs = np.diff(first, append=len(steps))
+    return {"codec": codec, "frames": len(pts), "bad": bad, "interlaced": 2 * interlaced > len(pts), "stamped": stamped,
+            "size": [height, width] if last.rotation % 180 else [width, height],    # upright, of square pixels
+            "base": [base.numerator, base.denominator], "start": int(pts[0]),
+            "steps": [[int(steps[i]), int(n)] for i, n in zip(first, runs)], "cuts": cuts,
+            "change": [round(float(lags[a + 1:b, 0].mean()), 6) if b > a + 1 else 0.0 for a, b in shots]}
+
+
+def _stamps(entry):
+    """Presentation times of a file's frames, in units of its time base: int64 (N,)."""
+    steps = [np.full(n, step) for step, n in entry["steps"]]
+    return np.cumsum(np.concatenate([[entry["start"]], *steps])).astype(np.int64)
+
+
+def _times(entry):
+    """The same in seconds, float64 (N,)."""
+    return _stamps(entry) * (entry["base"][0] / entry["base"][1])
+
+
+def build_index(source, files):
+    """{name: what scan() found}, from the cache where size and mtime of a file are as they were, else by decoding it.
+
+    The cache, JSON, lies in the data set's folder, or if that is read-only under ~/.cache."""
+    source = Path(os.path.abspath(source))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exsvd"
+    caches = [source / ".exsvd-index.json" if source.is_dir() else source.with_name(f".{source.name}.exsvd-index.json"),
+              home / (hashlib.blake2b(os.fsencode(source), digest_size=12).hexdigest() + ".json")]
+    old, index, keys = {}, {}, {}
+    for cache in reversed(caches):
+        try:
+            known = json.loads(cache.read_text())
+            old |= known["files"] if known["version"] == INDEX_VERSION else {}
+        except (OSError, ValueError, LookupError, TypeError):                       # none yet, or not ours: built anew
+            pass
+    for name, path in files.items():
+        try:
+            with open(path, "rb") as f:     # what cannot be opened now may be another time: that is not kept
+                stat = os.fstat(f.fileno())
+            keys[name] = [stat.st_size, stat.st_mtime_ns]
+            if old.get(name, {}).get("key") == keys[name]:
+                index[name] = old[name]
+        except OSError as e:
+            index[name] = {"error": f"unreadable: {_reason(e)}"}
+
+    def save():
+        for cache in caches:
+            try:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                return _write(cache, _json({"version": INDEX_VERSION, "files": {n: e for n, e in index.items() if "key" in e}}))
+            except OSError:
+                continue
+        tqdm.write(f"neither {caches[0].parent} nor {home} can be written: the index is not kept", file=sys.stderr)
+
+    todo, saved = [name for name in files if name not in index], time.monotonic()
+    if todo:
+        pool = ThreadPoolExecutor(os.cpu_count())                                   # decoding lets other threads run
+        try:
+            jobs = {pool.submit(scan, files[name]): name for name in todo}
+            for job in tqdm(as_completed(jobs), "index", len(todo), unit="file"):
+                index[jobs[job]] = job.result() | {"key": keys[jobs[job]]}
+                if time.monotonic() > saved + 60:
+                    save()
+                    saved = time.monotonic()
+        finally:                            # an interrupted build goes on where it was
+            pool.shutdown(cancel_futures=True)
+            save()
+    return {name: index[name] for name in files}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Clips
+# ----------------------------------------------------------------------------------------------------------------------
+
+def _rate(times):
+    """Frames per second, the mean over all of `times`."""
+    return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 1.0
+
+
+def _middles(times):
+    """Times until which each frame is the nearest one, (N,)."""
+    return np.append((times[1:] + times[:-1]) / 2, times[-1] + 0.5 / _rate(times[-2:]))
+
+
+def spans(entry, frames, stride, fps):
+    """Where clips can start: [(first, count)], one for each shot that is long enough."""
+    bounds = [0, *entry["cuts"], entry["frames"]]
+    if fps is None:
+        found = [(a, b - a - (frames - 1) * stride) for a, b in zip(bounds, bounds[1:])]
+    else:
+        t = _times(entry)
+        found = [(a, int(np.searchsorted(t[a:b], m - (frames - 1) / fps, "right")))
+                 for a, b, m in zip(bounds, bounds[1:], _middles(t)[np.array(bounds[1:]) - 1])]
+    return [(a, n) for a, n in found if n > 0]
+
+
+def picks(times, start, frames, stride, fps):
+    """The numbers of a clip's frames, int64 (T,): every stride-th, or those shown nearest to each 1/fps."""
+    if fps is None:
+        return start + stride * np.arange(frames)
+    return np.searchsorted(_middles(times), times[start] + np.arange(frames) / fps)
+
+
+def _numbered(path, entry, size, wanted=None, seek=None):
+    """(number, pixels) of a file's frames from its start, or from the key frame at or before the time stamp `seek`.
+
+    Pixels are float32 (3, H, W) in [-1, 1]; None for frames that are not among `wanted`."""
+    places = {stamp: i for i, stamp in enumerate(_stamps(entry).tolist())}
+    with _open(path) as f, av.open(_Unnamed(f), options=SAFE) as c:
+        s = _best_stream(c)
+        aspect = s.sample_aspect_ratio or 1
+        if seek is not None:
+            c.seek(int(seek), stream=s)
+        for count, frame in enumerate(frame for frame in _decode(c, s) if frame is not None):
+            i = places.get(frame.pts) if entry["stamped"] else count
+            if wanted is None or i in wanted:
+                yield i, fit_image(_turned(frame), *size, 1 / aspect if frame.rotation % 180 else aspect)
+            elif i is not None:             # damage may let frames through after a seek that the index does not have
+                yield i, None
+
+
+def read_clip(path, entry, numbers, size):
+    """Frames of a video by number: float32 (T, 3, H, W) in [-1, 1]; size (W, H).  Raises MediaError."""
+    first, last, wanted = int(numbers[0]), int(numbers[-1]), set(map(int, numbers))
+    at, second = _stamps(entry)[first], entry["base"][1] / entry["base"][0]         # in units of the time base
+    reason = "its frames are not those of the index"
+    for seek in [at, at - 2 * second, at - 20 * second, None] if entry["stamped"] else [None]:
+        got = {}                            # a key frame is sought by decoding time, and may be shown after `first`
+        try:
+            for i, pixels in _numbered(path, entry, size, wanted, seek):
+                if pixels is not None:
+                    got[i] = pixels
+                if i >= last or i > first and first not in got:
+                    break
+        except (av.FFmpegError, ValueError, LookupError, EOFError) as e:            # not every container can seek
+            reason = _reason(e)
+        if len(got) == len(wanted):
+            return torch.stack([got[int(i)] for i in numbers])
+    raise MediaError(f"{path}: cannot be read as it was indexed ({reason}); put the file back, or start again without it")
+
+
+class Clips:
+    """An endless stream of clips: item n is a function of (seed, n) alone, whatever process asks for it.
+
+    Each epoch takes one clip, anywhere in it, from every usable file, in a new order."""
+
+    def __init__(self, source, index, frames, size, stride, fps, seed, motion, skip_static=0.0):
+        self.source, self.frames, self.size, self.stride, self.fps = str(source), frames, tuple(size), stride, fps
+        self.seed, self.motion, self.skip_static, self.index, self.left_out = seed, motion, skip_static, index, {}
+        self.usable, self.order = {}, (None, None)
+        for name, entry in index.items():
+            if "error" in entry:
+                self.left_out[name] = entry["error"]
+                continue
+            found, shots = spans(entry, frames, stride, fps), [0, *entry["cuts"]]
+            moving = [(a, n) for a, n in found if entry["change"][shots.index(a)] >= skip_static]
+            if moving:
+                self.usable[name] = moving
+            elif found:
+                self.left_out[name] = f"static: neighbouring frames differ by {max(entry['change'])}, {skip_static} needed"
+            else:
+                longest = max(np.diff([*shots, entry["frames"]]))
+                needed = math.ceil((frames - 1) * (_rate(_times(entry)) / fps if fps else stride)) + 1
+                self.left_out[name] = (f"too short: {entry['frames']} frames found, {longest} of them without a cut, "
+                                       f"{needed} needed" + (f" ({entry['bad']} bad packets)" if entry["bad"] else ""))
+        self.names, self.clips = list(self.usable), len(self.usable)
+
+    def reasons(self):
+        return Counter(why.split(":")[0] for why in self.left_out.values())
+
+    def describe(self):
+        """One line: how many files are used, and how many are not for each reason."""
+        starts = sum(n for found in self.usable.values() for _, n in found)
+        rate = f"{self.fps:g} fps" if self.fps else f"stride {self.stride}"
+        return (f"{self.source}: {self.clips} of {len(self.index)} files hold {starts:,} clips of {self.frames} frames at {rate}"
+                + "".join(f", {n} {why}" for why, n in sorted(self.reasons().items())))
+
+    def _where(self, n):
+        epoch, i = divmod(n, self.clips)
+        if self.order[0] != epoch:
+            self.order = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(self.clips)
+        name = self.names[self.order[1][i]]
+        k = int(np.random.default_rng([self.seed, 1, n]).integers(sum(count for _, count in self.usable[name])))
+        for first, count in self.usable[name]:
+            if k < count:
+                return name, first + k
+            k -= count
+
+    def _times(self, name):
+        return _times(self.index[name])
+
+    def __getitem__(self, n):
+        name, start = self._where(int(n))
+        times = self._times(name)                                                   # (N,), seconds
+        numbers = picks(times, start, self.frames, self.stride, self.fps)           # (T,)
+        item = self._load(name, numbers)
+        fps = _rate(times[numbers]) if self.frames > 1 else _rate(times)
+        return item | {"fps": torch.tensor(fps, dtype=torch.float32), "name": f"{name}@{start}",
+                       "motion": torch.tensor(motion_bucket(item.pop("score"), self.motion))}
+
+
+class VideoClips(Clips):
+    """Items: "video" (T, 3, H, W) in [-1, 1], "fps", "motion", "aug", "aug_noise" (3, H, W), "name"; all tensors float32."""
+    pixels = True
+
+    def __init__(self, files, *args):
+        super().__init__(*args)
+        self.files = files
+
+    def _video(self, name, numbers):
+        return read_clip(self.files[name], self.index[name], numbers, self.size)
+
+    def _load(self, name, numbers):
+        video = self._video(name, numbers)
+        aug, noise = draw_condition(self.seed, name, int(numbers[0]), self.size)
+        return {"video": video, "score": motion_score(video), "aug": aug, "aug_noise": noise}
+
+
+class SyntheticClips(VideoClips):
+    """The same of synthetic_scene: scene n for item n, SYNTHETIC_FPS frames per second before any stride."""
+
+    def __init__(self, *args):
+        super().__init__({}, "synthetic", {}, *args)
+        if self.fps and self.fps > SYNTHETIC_FPS:
+            raise MediaError(f"synthetic scenes have {SYNTHETIC_FPS} frames per second, not {self.fps:g}; ask for fewer")
+        self.clips = 10_000                 # for printing: there is no end to them
+
+    def describe(self):
+        return f"synthetic scenes: clips of {self.frames} frames, {self.size[0]}x{self.size[1]} pixels"
+
+    def _where(self, n):
+        return f"scene {n}", 0
+
+    def _times(self, name):
+        stride = self.stride if self.fps is None else math.ceil(SYNTHETIC_FPS / self.fps)
+        return np.arange(self.frames * stride) / SYNTHETIC_FPS
+
+    def _video(self, name, numbers):
+        W, H = self.size
+        scene, _ = synthetic_scene(self.seed, int(name.split()[1]), int(numbers[-1]) + 1, max(W, H))
+        return torch.stack([fit_image(scene[i], W, H) for i in numbers.tolist()])
+
+
+class LatentClips(Clips):
+    """Clips encoded by encode().  Items: "latents" (T, 4, h, w), "cond" (4, h, w), "ctx" (D,), "fps", "motion", "aug", "name".
+
+    The motion scores in it are those of clips of the frames, stride and fps it was encoded for, so others are refused
+    unless `motion` is a number.  The condition noise is that of the seed it was encoded with."""
+    pixels = False
+
+    def __init__(self, source, frames, size, stride, fps, seed, motion, skip_static=0.0):
+        store = _read_store(source)
+        self.settings = store["settings"]
+        skip_static = max(skip_static, self.settings["skip_static"])
+        super().__init__(source, store["files"], frames, size, stride, fps, seed, motion, skip_static)
+        asked = {"size": list(self.size)} | ({"frames": frames, "stride": stride, "fps": fps} if motion == "exvideo" else {})
+        for key, value in asked.items():
+            if self.settings[key] != value:
+                raise MediaError(f"{source}: was encoded with {key} {self.settings[key]}, not {value}; use that, encode again"
+                                 + ("" if key == "size" else ", or give all clips one motion bucket, as in --motion 127"))
+        self.missing = store["of"] - len(self.index)
+
+    def describe(self):
+        rest = f"; {self.missing} files are not encoded yet: run data.py encode again" if self.missing else ""
+        return f"{super().describe()}; latents of {'{}x{}'.format(*self.size)} pixels, seed {self.settings['seed']}{rest}"
+
+    def _load(self, name, numbers):
+        first, last = int(numbers[0]), int(numbers[-1])
+        try:
+            with safe_open(_shard(self.source, name), "pt") as f:
+                one = lambda key: f.get_slice(key)[first:first + 1][0]
+                latents = f.get_slice("latents")[first:last + 1][torch.from_numpy(numbers - first)]
+                return {"latents": latents.float(), "cond": one("cond").float(), "ctx": one("ctx").float(), "aug": one("aug"),
+                        "score": one("motion").item()}
+        except (OSError, SafetensorError) as e:
+            raise MediaError(f"{_shard(self.source, name)}: cannot be read ({_reason(e)}); run data.py encode again") from None
+
+
+def open_dataset(source, frames=40, size=(64, 64), stride=1, fps=None, seed=0, motion="exvideo", skip_static=0.0, log=None):
+    """The clips of a data set: dataset[n] for n = 0, 1, 2, ... without end; see VideoClips and LatentClips for the items.
+
+    source: "synthetic", anything list_files() takes, or a folder written by encode(). A clip is `frames` frames, every
+    stride-th one or, with fps, those nearest to each 1/fps; size is (W, H), shorter side resized, centre cropped.
+    skip_static: shots whose thumbnails change less from frame to frame, 0 to 1, are left out (0.002: a still picture).
+    log: a file that will name what is left out, and why. Raises MediaError, also when nothing is left.
+    Of several processes one must come first: it builds the index that the others then find."""
+    if frames < 1 or stride < 1 or fps is not None and not fps > 0 or seed < 0 or min(size) < 8:
+        raise MediaError(f"frames {frames}, stride {stride}, fps {fps}, seed {seed}, size {size}: all must be positive")
+    motion_bucket(0.0, motion)              # raises if the scale is not known
+    dataset = _clips(source, skip_static, frames, size, stride, fps, seed, motion)
+    if log is not None:
+        _write(log, "".join(f"{name}\t{why}\n" for name, why in dataset.left_out.items()))
+    if not dataset.clips:
+        raise MediaError(f"{dataset.describe()}: nothing is left to use; python data.py check says why")
+    return dataset
+
+
+def _clips(source, skip_static, *settings):
+    if str(source) == "synthetic":
+        return SyntheticClips(*settings)
+    if os.path.exists(os.path.join(source, STORE)):
+        return LatentClips(source, *settings, skip_static)
+    files = list_files(source)
+    return VideoClips(files, source, build_index(source, files), *settings, skip_static)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Encoding a data set once, so that training needs neither VAE nor CLIP
+# ----------------------------------------------------------------------------------------------------------------------
+# One .safetensors file per video, and latents.json, which says with what settings.  Per frame: its mean latent; as if a
+# clip began there, its condition latent, CLIP embedding, and motion score; its time.
+
+STORE = "latents.json"
+
+
+def _shard(folder, name):
+    return os.path.join(folder, name + ".safetensors")
+
+
+def _read_store(folder):
+    try:
+        store = json.loads(Path(folder, STORE).read_text())
+        return {key: store[key] for key in ("settings", "files", "of")}
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise MediaError(f"{folder}/{STORE}: cannot be read ({_reason(e)}); encode into another folder") from None
+
+
+@torch.no_grad()
+def encode_frames(vae, video):
+    """Mean latents, unscaled: (T, 3, H, W) -> (T, 4, H/8, W/8), on the VAE's device, in the video's dtype.
+
+    One frame at a time: in a batch of another size a frame's latent differs in its last bits."""
+    device = next(vae.parameters()).device
+    return torch.cat([vae.encode(x[None].to(device)) for x in video])
+
+
+@torch.no_grad()
+def encode_condition(vae, clip, frame, aug, noise):
+    """What the model is told of its first frame (3, H, W): the latent of frame + aug * noise, (4, h, w), and the CLIP
+    embedding (D,) of the clean frame at this very size, as in Stability's code."""
+    frame, aug, noise = (torch.as_tensor(x).to(next(vae.parameters()).device) for x in (frame, aug, noise))
+    ctx = clip(exsvd.preprocess_clip(frame[None], clip.config.image))
+    return vae.encode((frame + aug * noise)[None])[0], ctx[0]
+
+
+def _write_rows(path, shapes, rows, meta):
+    """A .safetensors file of more than fits in memory.  shapes: {name: (dtype, shape)}; rows: (name, i, tensor), any order.
+
+    The format (8 bytes of length, a JSON header, the tensors) is simple enough to be filled in place."""
+    kind = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    header, end = {"__metadata__": {"exsvd": _json(meta)}}, 0
+    for name, (dtype, shape) in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kind[dtype], "shape": shape, "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.part", "wb") as f:   # left behind by a kill, and then written anew by the next run
+        f.write(struct.pack("<Q", len(head)) + head)
+        f.truncate(8 + len(head) + end)
+        for name, i, row in rows:
+            row = torch.as_tensor(row, dtype=shapes[name][0]).detach().cpu().reshape(-1)
+            f.seek(8 + len(head) + header[name]["data_offsets"][0] + i * row.nbytes)
+            f.write(row.view(torch.uint8).numpy())
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.part", path)
+
+
+def _encoded(dataset, name, vae, clip, bar):
+    """All rows of one file's shard; holds no more frames than a clip spans."""
+    entry, times = dataset.index[name], dataset._times(name)
+    numbers = lambda start: picks(times, start, dataset.frames, dataset.stride, dataset.fps).tolist()
+    starts = deque(first + k for first, count in dataset.usable[name] for k in range(count))
+    window, last = {}, -1
+    for i, frame in _numbered(dataset.files[name], entry, dataset.size):
+        aug, noise = draw_condition(dataset.seed, name, i, dataset.size)
+        cond, ctx = encode_condition(vae, clip, frame, aug, noise)
+        yield from (("time", i, times[i]), ("aug", i, aug), ("cond", i, cond), ("ctx", i, ctx))
+        yield "latents", i, encode_frames(vae, frame[None])
+        window[i], last = frame.to(cond.device), i
+        while starts and numbers(starts[0])[-1] <= i:
+            yield "motion", starts[0], motion_score([window[k] for k in numbers(starts[0])])
+            starts.popleft()
+        window = {k: x for k, x in window.items() if starts and k >= starts[0]}
+        bar.update()
+    if last != entry["frames"] - 1:
+        raise MediaError(f"{dataset.files[name]}: cannot be read as it was indexed; put the file back, or leave it out")
+
+
+def encode(model, source, out, dtype=torch.float32, device="cpu", **settings):
+    """Encodes all usable files of a data set into the folder `out`; what is there already is kept.  settings: open_dataset's.
+
+    dtype: of latents and embeddings in the files.  Raises MediaError, also if `out` was begun with other settings."""
+    dataset = open_dataset(source, **settings)
+    if not dataset.pixels or isinstance(dataset, SyntheticClips):
+        raise MediaError(f"{source}: is not a set of videos; train.py takes it as it is")
+    svd = exsvd.load(model, device=device, parts=("vae", "clip"))
+    weights = hashlib.blake2b(digest_size=8)                                        # two tensors tell one model from another
+    for x in (svd.vae.quant_conv.weight, svd.clip.proj):
+        weights.update(x.detach().cpu().numpy().tobytes())
+    ours = {"model": weights.hexdigest(), "ctx": svd.clip.config.out_dim, "dtype": str(dtype).split(".")[1], "seed": dataset.seed,
+            "size": list(dataset.size), "frames": dataset.frames, "stride": dataset.stride, "fps": dataset.fps,
+            "skip_static": dataset.skip_static}
+    if os.path.exists(os.path.join(out, STORE)):
+        theirs = _read_store(out)["settings"]
+        wrong = [key for key in ours if theirs.get(key) != ours[key]]
+        if wrong:
+            raise MediaError(f"{out}: was begun with {wrong[0]} {theirs.get(wrong[0])}, not {ours[wrong[0]]}; encode into another "
+                             "folder")
+
+    def finished(name):
+        try:
+            with safe_open(_shard(out, name), "pt") as f:
+                return f.metadata()["exsvd"] == _json(ours | {"file": dataset.index[name]})
+        except (OSError, SafetensorError, LookupError, TypeError):
+            return False
+
+    def save():
+        Path(out).mkdir(parents=True, exist_ok=True)
+        files = {name: dataset.index[name] for name in dataset.names if name in done}
+        _write(Path(out, STORE), _json({"settings": ours, "files": files, "of": dataset.clips}))
+
+    done = set(filter(finished, dataset.names))
+    save()
+    todo, saved, (W, H) = [name for name in dataset.names if name not in done], time.monotonic(), dataset.size
+    with tqdm(desc="encode", total=sum(dataset.index[name]["frames"] for name in todo), unit="frame") as bar:
+        for name in todo:
+            n, latent = dataset.index[name]["frames"], (4, H // 8, W // 8)
+            shapes = {"time": (torch.float64, (n,)), "motion": (torch.float64, (n,)), "aug": (torch.float32, (n,)),
+                      "latents": (dtype, (n, *latent)), "cond": (dtype, (n, *latent)), "ctx": (dtype, (n, ours["ctx"]))}
+            rows = _encoded(dataset, name, svd.vae, svd.clip, bar)
+            _write_rows(_shard(out, name), shapes, rows, ours | {"file": dataset.index[name]})
+            done.add(name)
+            if time.monotonic() > saved + 60:
+                save()
+                saved = time.monotonic()
+    save()
+    return dataset
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Command line: python data.py check videos/;  python data.py encode --model M --data videos/ --out latents/
+# ----------------------------------------------------------------------------------------------------------------------
+
+def check(source, frames, size, stride, fps, skip_static):
+    """Prints what of a data set would be used, and why not the rest.  Returns the number of usable files."""
+    dataset = _clips(source, skip_static, frames, size or (64, 64), stride, fps, 0, "0")
+    for name, why in dataset.left_out.items():
+        print(f"  left out  {name}: {why}")
+    print(dataset.describe())
+    used = [dataset.index[name] for name in dataset.names]
+    if used:
+        rates, sizes = [_rate(_times(e)) for e in used], sorted((e["size"] for e in used), key=math.prod)
+        hours = sum(_times(e)[-1] - _times(e)[0] for e in used) / 3600
+        codecs = ", ".join(f"{codec} ({n})" for codec, n in Counter(e["codec"] for e in used).most_common())
+        variable = sum(np.ptp([step for step, _ in e["steps"]] or [0]) > 1 for e in used)               # by more than rounding
+        print(f"  {hours:.2f} hours, {sum(len(e['cuts']) for e in used)} cuts; codecs {codecs}")
+        print(f"  {min(rates):.5g} to {max(rates):.5g} frames per second, variable in {variable} files; "
+              f"{'{}x{}'.format(*sizes[0])} to {'{}x{}'.format(*sizes[-1])} pixels")
+        print(f"  {sum(e['interlaced'] for e in used)} interlaced (used as they are; better deinterlaced first), "
+              f"{sum(e['bad'] > 0 for e in used)} with damaged packets ({sum(e['bad'] for e in used)}, whose frames are left out)")
+        if size:
+            print(f"  {sum(w < size[0] or h < size[1] for w, h in sizes)} smaller than {'{}x{}'.format(*size)}: enlarged")
+        if fps:
+            print(f"  {sum(rate < 0.95 * fps for rate in rates)} slower than {fps:g} frames per second: some frames are repeated")
+    return dataset.clips
+
+
+def _size(text):
+    """WxH, multiples of 8."""
+    W, H = map(int, text.lower().split("x"))
+    if min(W, H) < 8 or W % 8 or H % 8:
+        raise ValueError
+    return W, H
+
+
+def main():
+    p = argparse.ArgumentParser(description="Look at a set of videos before training on it, or encode it once and for all.")
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("check", help="say what would be used, and why not the rest")
+    c.add_argument("data", help="a folder, a .txt, .csv or .json list, or a folder of latents")
+    e = commands.add_parser("encode", help="store latents and embeddings; the same command again goes on where it stopped")
+    e.add_argument("--model", required=True, help="SVD-XT, a single file or a diffusers folder; its VAE and CLIP are used")
+    e.add_argument("--data", required=True, help="a folder, or a .txt, .csv or .json list")
+    e.add_argument("--out", required=True, help="a folder for the latents, one file per video")
+    for q in (c, e):
+        q.add_argument("--frames", type=int, help="of a clip (default: 128, as in the paper" + ("; toy: 40)" if q is e else ")"))
+        q.add_argument("--stride", type=int, default=1, help="take every k-th frame (default: 1)")
+        q.add_argument("--fps", type=float, help="take the frames nearest to this rate instead")
+        q.add_argument("--skip-static", type=float, default=0.0, help="leave out shots that change less per frame; try 0.002")
+        q.add_argument("--size", type=_size, metavar="WxH", help="pixels of a clip, multiples of 8" +
+                       (" (default: 512x512; toy: 64x64)" if q is e else "; here only to count smaller videos"))
+    e.add_argument("--seed", type=int, default=0, help="of the noise on condition images; train.py --seed then draws the same")
+    e.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"],
+                   help="of what is stored, computed in float32 (default: float16: latents off by 3e-4 of their norm, the loss of a "
+                   "clip by up to 5e-5 of itself; bfloat16: 2e-3 and 9e-4; float32: what encoding on the fly gives, bit for bit)")
+    e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
+    a = vars(p.parse_args())
+    try:
+        toy = "model" in a and exsvd.open_model(a["model"])[0]["unet"].meta.get("family") == "toy"
+        a["frames"] = a["frames"] or (40 if toy else 128)
+        if a.pop("command") == "check":
+            return 0 if check(a.pop("data"), **a) else 1
+        a["size"] = a["size"] or ((64, 64) if toy else (512, 512))
+        print(encode(a.pop("model"), a.pop("data"), a.pop("out"), getattr(torch, a.pop("dtype")), a.pop("device"), **a).describe())
+    except (MediaError, exsvd.WeightsError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

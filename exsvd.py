@@ -318,6 +318,8 @@ def extend(unet, num_frames=128):
     Works from a sinusoidal base (native length: unet.config.native_frames) and from a learned table, that of a model
     which was extended before (native length: its rows). On up to the native length the output stays bit for bit the same.
     """
+    if num_frames < 1:
+        raise ValueError(f"extend() to {num_frames} frames: it takes at least one")
     for block in unet.temporal_blocks():
         like = block.norm_in.weight
         native = unet.config.native_frames if block.frame_table is None else len(block.frame_table)
@@ -817,15 +819,15 @@ class Tensors:
                 raise WeightsError(f"{self.label} is a pickled checkpoint, which is never opened: use its .safetensors version")
         try:
             file = safe_open(source, framework="pt")
-            self.meta = json.loads((file.metadata() or {}).get("exsvd", "{}"))
-        except (SafetensorError, ValueError) as e:
+            self.meta = dict(json.loads((file.metadata() or {}).get("exsvd", "{}")))
+        except (SafetensorError, ValueError, TypeError) as e:
             raise WeightsError(f"{self.label} is not a complete safetensors file ({e}): download or save it again") from None
         self.names, self.get, self.shape = set(file.keys()), file.get_tensor, lambda name: file.get_slice(name).get_shape()
 
     def table_rows(self):
         """Frames that the file's frame tables hold; None where it has none."""
         tables = sorted(n for n in self.names if n.endswith(("positional_embedding.embeddings", "frame_table")))
-        return self.shape(tables[0])[0] if tables else None
+        return (*self.shape(tables[0]), 0)[0] or None if tables else None
 
 
 def find(module, tensors):
@@ -842,7 +844,7 @@ def find(module, tensors):
     if isinstance(module, UNet) and rows and rows != max_frames:
         raise WeightsError(f"{tensors.label} is extended to {rows} frames, but the UNet {f'to {max_frames}' if max_frames else 'is not'}"
                            f": call extend(unet, {rows}) before loading it")
-    if not rows:  # a base file leaves what extend() added as it is
+    if not rows and not is_overlay:  # a base file leaves what extend() added as it is
         names = {ours: group for ours, group in names.items() if not re.search("frame_(table|conv)", ours)}
     if any(n.startswith("first_stage_model.post_quant_conv") for n in tensors.names) and isinstance(module, VAE):
         raise WeightsError(f"{tensors.label} is the image-decoder variant, whose VAE decoder has no temporal layers: "
@@ -912,12 +914,12 @@ def open_model(path):
     """Weights and configurations of a model: ({"unet", "vae", "clip": Tensors}, (UNetConfig, VAEConfig, CLIPConfig))."""
     if not os.path.isdir(path):
         tensors = Tensors(path)
-        config = {k: {f: tuple(v) if isinstance(v, list) else v for f, v in c.items()}
-                  for k, c in tensors.meta.get("config", {}).items()}
         try:
+            config = {k: {f: tuple(v) if isinstance(v, list) else v for f, v in c.items()}
+                      for k, c in tensors.meta.get("config", {}).items()}
             return dict.fromkeys(FOLDER, tensors), (UNetConfig(**config.get("unet", {})), VAEConfig(**config.get("vae", {})),
                                                     CLIPConfig(**config.get("clip", {})))
-        except TypeError as e:
+        except (TypeError, AttributeError) as e:
             raise WeightsError(f"{tensors.label}: configuration not understood ({e}); was it written by a newer version?") from None
     files, config = {}, {}
     for name, stem in FOLDER.items():
@@ -956,7 +958,10 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
     if overlay and not overlay.table_rows():
         raise WeightsError(f"{overlay.label} is not an extension: it has no positional_embedding.embeddings")
     with torch.device("meta"):
-        networks = {"unet": UNet(configs[0]), "vae": VAE(configs[1]), "clip": ImageEncoder(configs[2])}
+        try:
+            networks = {"unet": UNet(configs[0]), "vae": VAE(configs[1]), "clip": ImageEncoder(configs[2])}
+        except Exception as e:  # sizes that no network can have
+            raise WeightsError(f"{path}: no network has the sizes of its configuration ({type(e).__name__}: {e})") from None
         rows = (overlay or files["unet"]).table_rows()
         if rows:
             extend(networks["unet"], rows)
@@ -976,7 +981,7 @@ def save(path, tensors, meta):
     partial_path = f"{path}.{os.getpid()}.tmp"
     try:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial_path,
-                  metadata={"format": "pt", "exsvd": json.dumps(meta)})
+                  metadata={"exsvd": json.dumps(meta)})  # one key: their order is random, and the bytes with it
         os.replace(partial_path, path)
     finally:
         if os.path.exists(partial_path):
@@ -988,7 +993,11 @@ def save_extension(path, unet, state=None, **meta):
 
     state: {our name: tensor}, say an EMA, for those of unet's parameters that it holds. meta: kept in the file as JSON.
     """
-    state = unet.state_dict() | (state or {})
+    own, state = unet.state_dict(), state or {}
+    if unet.max_frames is None or not own.keys() >= state.keys():
+        raise ValueError(f"{path}: nothing to save of a UNet that is not extended" if unet.max_frames is None else
+                         f"{path}: {min(state.keys() - own.keys())} is no parameter of the UNet")
+    state = own | state
     save(path, {names[0]: state[ours] for ours, names in file_names(unet, "exvideo").items()},
          {"native_frames": unet.config.native_frames} | meta)
 
@@ -996,6 +1005,8 @@ def save_extension(path, unet, state=None, **meta):
 def save_model(path, unet, vae, clip, dtype=None, **meta):
     """Write a whole model as a single file in SGM names, with its configuration: load() needs nothing else."""
     parts = {"unet": unet, "vae": vae, "clip": clip}
-    tensors = {names[0]: part.state_dict()[ours].to(dtype or part.state_dict()[ours].dtype)
-               for part in parts.values() for ours, names in file_names(part, "sgm").items()}
+    tensors = {}
+    for part in parts.values():
+        state = part.state_dict()
+        tensors |= {names[0]: state[ours].to(dtype or state[ours].dtype) for ours, names in file_names(part, "sgm").items()}
     save(path, tensors, {"config": {name: asdict(part.config) for name, part in parts.items()}} | meta)
