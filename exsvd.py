@@ -140,11 +140,16 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(4 * C, C)
 
     def forward(self, x):
-        value, gate = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(value * F.gelu(gate))
+        (w_value, w_gate), (b_value, b_gate) = self.proj_in.weight.chunk(2), self.proj_in.bias.chunk(2)
+        h = F.gelu(F.linear(x, w_gate, b_gate))  # two products instead of one cut in two: less is alive at once
+        return self.proj_out(h * F.linear(x, w_value, b_value) if torch.is_grad_enabled() else h.mul_(F.linear(x, w_value, b_value)))
 
 
 LayerNorm = partial(nn.LayerNorm, eps=EPS_LAYER_NORM)
+
+
+def silu(x):
+    return F.silu(x, inplace=not torch.is_grad_enabled())  # always called on a fresh norm
 
 
 class Upsample(nn.Conv2d):
@@ -156,12 +161,53 @@ class Upsample(nn.Conv2d):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Spatio-temporal blocks: (B*T, C, H, W) -> (B*T, C', H, W). A spatial branch sees each frame alone, a temporal branch
-#    sees all frames, and a learned alpha = sigmoid(mix) blends them. T is known from B, which emb and ctx carry.
+#    sees all frames, and a learned alpha = sigmoid(mix) blends them. T is known from B, the number of videos.
+#
+#    Long videos do not fit in memory, but hardly any layer needs all of one: spatial layers treat frames independently,
+#    temporal ones pixels. So the layers below hand Slices a function, and it is applied to a slice of frames or pixels at
+#    a time; only the results are ever whole. What fits in one slice is computed as if none of this were here.
 
 
-def blend(a, b, mix):
-    """alpha*a + (1 - alpha)*b with alpha = sigmoid(mix). The UNet calls it with a = spatial, the VAE with a = temporal."""
-    return torch.lerp(b, a, mix.float().sigmoid().to(a.dtype))
+@dataclass
+class Slices:
+    """Applies functions slice by slice.
+
+    size: elements of the activation per slice, None: never cut. 16k tokens of 320 channels keep a GPU busy (below 8k,
+    launching kernels dominates) and make what is alive inside a slice small. checkpointed: with gradients, keep a slice's
+    inputs only and compute it again on the way back; without it gradients mean no slicing, which would save nothing.
+    """
+    size: int | None = 16384 * 320
+    checkpointed: bool = False
+
+    def count(self, *xs):
+        if self.size is None or (torch.is_grad_enabled() and not self.checkpointed):
+            return 1
+        return max(1, -(-max(x.numel() for x in xs) // self.size))
+
+    def length(self, dim, *xs):
+        """Of a slice along a dimension: as even as can be."""
+        n = xs[0].shape[dim]
+        return -(-n // min(n, self.count(*xs)))
+
+    def __call__(self, f, *xs, dim=0, out=None):
+        """f(*xs), where f treats the entries of one dimension independently. out: may be overwritten where autograd is off."""
+        length = self.length(dim, *xs)
+        if length == xs[0].shape[dim]:
+            return f(*xs)
+        return self.join(f, zip(*(x.split(length, dim) for x in xs)), xs[0].shape[dim], dim, out)
+
+    def join(self, f, slices, n, dim, out=None):
+        """f of every tuple in slices, concatenated to length n along dim."""
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(f, *x, use_reentrant=False) for x in slices], dim)
+        begin = 0
+        for x in slices:
+            y = f(*x)
+            out = y.new_empty([*y.shape[:dim], n, *y.shape[dim + 1:]]) if out is None else out
+            out.narrow(dim, begin, y.shape[dim]).copy_(y)
+            begin += y.shape[dim]
+            del y  # or it would live through the next slice
+        return out
 
 
 class ResBlock(nn.Module):
@@ -171,19 +217,22 @@ class ResBlock(nn.Module):
         super().__init__()
         Conv = partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0)) if temporal else \
             partial(nn.Conv2d, kernel_size=3, padding=1)
-        # The temporal norm's statistics span all frames: cutting a clip in time changes the result (see VAE.decode).
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=eps), Conv(c_in, c_out)
         self.emb = nn.Linear(emb_dim, c_out) if emb_dim else None
         self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=eps), Conv(c_out, c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, emb=None):
-        """x (b, c_in, ...), emb (B, emb_dim) with b a multiple of B -> (b, c_out, ...)"""
-        h = self.conv1(F.silu(self.norm1(x)))
-        if self.emb is not None:
-            e = self.emb(F.silu(emb)).repeat_interleave(len(x) // len(emb), 0)  # (b, c_out): one noise level per video
-            h = h + e.reshape(e.shape + (1,) * (h.ndim - 2))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, e=None):
+        """x (b, c_in, ...), e (b, c_out, 1, ...), what embed() gives -> (b, c_out, ...)"""
+        h = self.conv1(silu(self.norm1(x)))
+        h = silu(self.norm2(h if e is None else h + e))  # on lines of their own, so that what is consumed is free
+        h = self.conv2(h)
+        return self.skip(x) + h
+
+    def embed(self, emb, n, ndim):
+        """The noise embedding (B, emb_dim) for n entries of ndim dimensions, one noise level per video: (n, c_out, 1, ...)."""
+        e = self.emb(F.silu(emb)).repeat_interleave(n // len(emb), 0)
+        return e.reshape(e.shape + (1,) * (ndim - 2))
 
 
 class SpatioTemporalRes(nn.Module):
@@ -195,16 +244,67 @@ class SpatioTemporalRes(nn.Module):
         self.temporal = ResBlock(c_out, c_out, emb_dim, temporal=True, groups=groups, eps=eps_temporal)
         self.mix = nn.Parameter(torch.tensor([0.5 if emb_dim else 0.0]))
 
-    def forward(self, x, B, emb=None):
-        spatial = self.spatial(x, emb)                                  # (B*T, C, H, W)
-        x = rearrange(spatial, "(b t) c h w -> b c t h w", b=B)
-        x = rearrange(self.temporal(x, emb), "b c t h w -> (b t) c h w")
-        # Trap: alpha weights the spatial branch in the UNet, but the temporal branch in the VAE decoder.
-        return blend(spatial, x, self.mix) if emb is not None else blend(x, spatial, self.mix)
+    def forward(self, inputs, B, emb=None, before=None, each=Slices()):
+        """inputs: [x] or [x, skip], each (B*T, c, H, W), to be concatenated; the list is emptied, so that they can be freed
+        early. before: applied to x first, a slice at a time (the upsampling that ends the previous level)."""
+        n = len(inputs[0])
+        e = () if emb is None else (self.spatial.embed(emb, n, 4),)
+
+        def per_frame(x, *rest):
+            x = x if before is None else before(x)
+            x = x if len(rest) == len(e) else torch.cat([x, rest[0]], dim=1)
+            return self.spatial(x, *rest[len(rest) - len(e):])
+
+        x = each(per_frame, *inputs, *e)                                                  # (B*T, C, H, W)
+        inputs.clear()
+        # The temporal block adds to its input, so blending means weighting what it adds. Trap: alpha weights the spatial
+        # branch in the UNet, but the temporal branch in the VAE decoder.
+        alpha = self.mix.float().sigmoid().to(x.dtype)
+        return self.over_frames(x, B, emb, alpha if emb is None else 1 - alpha, each)
+
+    def over_frames(self, x, B, emb, weight, each):
+        """x + weight * (what the temporal block adds to x)"""
+        block = self.temporal
+        e = 0 if emb is None else block.embed(emb, B, 5)
+        split, join = partial(rearrange, pattern="(b t) c h w -> b c t h w", b=B), partial(rearrange, pattern="b c t h w -> (b t) c h w")
+        if each.count(x) == 1:
+            h = block.conv1(silu(block.norm1(split(x)))) + e
+            return torch.addcmul(x, join(block.conv2(silu(block.norm2(h)))), weight)
+
+        def first(x, scale, shift):
+            return join(block.conv1(silu(split(x) * scale + shift)) + e)
+
+        def second(x, h, scale, shift):
+            return torch.addcmul(x, join(block.conv2(silu(split(h) * scale + shift))), weight)
+
+        # The norms see all frames and all pixels (cutting a clip in time changes the result, see VAE.decode), the
+        # convolutions all frames of a pixel: statistics over slices of frames, the rest over slices of rows.
+        norm = norm_over_frames(block.norm1, x, B, each)
+        h = each(partial(first, **norm), x, dim=2)
+        norm = norm_over_frames(block.norm2, h, B, each)
+        return each(partial(second, **norm), x, h, dim=2, out=x)
+
+
+def norm_over_frames(norm, x, B, each):
+    """GroupNorm with statistics over whole videos, of x (B*T, C, H, W), as factors: {"scale", "shift"}, (B, C, 1, 1, 1)."""
+
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def moments(x):
+        var, mean = torch.var_mean(x.to(wide).unflatten(1, (norm.num_groups, -1)).flatten(2), dim=2, correction=0)
+        return torch.stack([mean, var], dim=1)                                            # (frames, 2, groups)
+
+    means, variances = each(moments, x).unflatten(0, (B, -1)).unbind(2)                   # (B, T, groups)
+    mean = means.mean(1, keepdim=True)
+    var = (variances + (means - mean) ** 2).mean(1)
+    per_channel = lambda v: v.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)     # (B, groups) -> (B, C)
+    scale = per_channel((var + norm.eps).rsqrt()) * norm.weight.to(wide)
+    shift = norm.bias.to(wide) - per_channel(mean[:, 0]) * scale
+    return {k: v.to(x.dtype)[..., None, None, None] for k, v in (("scale", scale), ("shift", shift))}
 
 
 class SpatialBlock(nn.Module):
-    """Transformer block over the pixels of each frame: (B*T, N, C) -> (B*T, N, C)."""
+    """Transformer block over the pixels of each frame: (b, N, C) -> (b, N, C)."""
 
     def __init__(self, C, heads, context_dim):
         super().__init__()
@@ -212,14 +312,14 @@ class SpatialBlock(nn.Module):
         self.norm2, self.attn2 = LayerNorm(C), ContextAttention(C, context_dim)
         self.norm3, self.ff = LayerNorm(C), FeedForward(C)
 
-    def forward(self, x, ctx):
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(ctx).repeat_interleave(len(x) // len(ctx), 0)  # (B*T, 1, C), the same at every pixel
+    def forward(self, x, c):
+        """c (b, 1, C): what attn2 makes of the context, the same at every pixel."""
+        x = x + self.attn1(self.norm1(x)) + c
         return x + self.ff(self.norm3(x))
 
 
 class TemporalBlock(nn.Module):
-    """Transformer block over the frames at each pixel: (B*T, N, C) -> (B*T, N, C). What ExVideo extends and trains."""
+    """Transformer block over the frames at each pixel. What ExVideo extends and trains."""
 
     def __init__(self, C, heads, context_dim):
         super().__init__()
@@ -231,27 +331,23 @@ class TemporalBlock(nn.Module):
         self.norm2, self.attn2 = LayerNorm(C), ContextAttention(C, context_dim)
         self.norm3, self.ff = LayerNorm(C), FeedForward(C)
 
-    def forward(self, x, ctx, H):
-        B, T = len(ctx), len(x) // len(ctx)
-        x = rearrange(x, "(b t) n c -> b t n c", b=B) + self.frame_positions(T, x)[:, None]
-        if self.frame_conv is not None:
-            x = self.frame_conv(rearrange(x, "b t (h w) c -> b c t h w", h=H))
-            # Contiguous, like x without the convolution: kernels choose by layout, and round differently.
-            x = rearrange(x, "b c t h w -> b t (h w) c").contiguous()
-        x = rearrange(x, "b t n c -> (b n) t c")
+    def forward(self, x, c):
+        """x (B, T, n, C) with its frame positions, n any number of pixels; c (B, 1, C): the context -> (B, T, n, C)"""
+        B = len(x)
+        x = rearrange(x, "b t n c -> (b n) t c").contiguous()
         x = x + self.ff_in(self.norm_in(x))
         x = x + self.attn1(self.norm1(x))
-        x = rearrange(x, "(b n) t c -> b n t c", b=B) + self.attn2(ctx)[:, None]  # the video's context, whatever pixel
+        x = (x.unflatten(0, (B, -1)) + c[:, None]).flatten(0, 1)  # the video's context, whatever pixel
         x = x + self.ff(self.norm3(x))
-        return rearrange(x, "b n t c -> (b t) n c")
+        return rearrange(x, "(b n) t c -> b t n c", b=B)
 
     def frame_positions(self, T, like):
-        """Embedding of the frame indices 0..T-1: (T, C)."""
+        """Embedding of the frame indices 0..T-1: (T, 1, C)."""
         if self.frame_table is None:
             table = sinusoid(torch.arange(T, device=like.device), like.shape[-1]).to(like.dtype)
         else:
             table = self.frame_table[:T]
-        return self.frame_embed(table)
+        return self.frame_embed(table)[:, None]
 
 
 class SpatioTemporalTransformer(nn.Module):
@@ -266,12 +362,27 @@ class SpatioTemporalTransformer(nn.Module):
         self.mix = nn.Parameter(torch.tensor([0.5]))
         self.proj_out = nn.Linear(C, C)
 
-    def forward(self, x, ctx):
-        H = x.shape[2]
-        h = self.proj_in(rearrange(self.norm(x), "bt c h w -> bt (h w) c"))
-        h = self.spatial(h, ctx)                              # (B*T, N, C), without frame positions
-        h = blend(h, self.temporal(h, ctx, H), self.mix)      # alpha weights the spatial branch
-        return x + rearrange(self.proj_out(h), "bt (h w) c -> bt c h w", h=H)
+    def forward(self, x, ctx, each=Slices()):
+        B, H, temporal = len(ctx), x.shape[2], self.temporal
+        alpha = self.mix.float().sigmoid().to(x.dtype)
+
+        def per_frame(x, c):
+            return self.spatial(self.proj_in(rearrange(self.norm(x), "bt c h w -> bt (h w) c")), c)
+
+        def per_pixel(h, y=None):
+            y = h + positions if y is None else y
+            y = torch.lerp(temporal(y, context), h, alpha)    # alpha weights the spatial branch, which has no frame positions
+            return self.proj_out(y)
+
+        context = self.spatial.attn2(ctx).repeat_interleave(len(x) // B, 0)               # (B*T, 1, C)
+        h = each(per_frame, x, context).unflatten(0, (B, -1))                             # (B, T, N, C)
+        context = temporal.attn2(ctx)                                                     # (B, 1, C)
+        positions = temporal.frame_positions(h.shape[1], h)
+        if temporal.frame_conv is None:
+            h = each(per_pixel, h, dim=2, out=h)
+        else:
+            h = each(per_pixel, h, temporal.frame_conv(h, positions, H, each), dim=2, out=h)
+        return x + rearrange(h, "b t (h w) c -> (b t) c h w", h=H)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,9 +398,11 @@ def fold_positions(native, num_frames):
     Up through all native positions, then swings of 4/5 of them: for native = 25 it is 0 1 ... 24 23 ... 4 5 ... 24 23 ...
     (the 25 and 20 of the released model; the paper gives no formula, and the fraction is how we carry it to other lengths).
     """
-    swing = native * 4 // 5
-    back = ((t - native + 1) % (2 * swing) if swing and t >= native else 0 for t in range(num_frames))
-    return [min(t, native - 1) - min(b, 2 * swing - b) for t, b in enumerate(back)]
+    swing, positions = native * 4 // 5, []
+    for t in range(num_frames):
+        back = (t - native + 1) % (2 * swing) if t >= native and swing else 0  # steps since position native - 1 was passed
+        positions.append(min(t, native - 1) - min(back, 2 * swing - back))
+    return positions
 
 
 class FrameConv(nn.Conv3d):
@@ -301,14 +414,35 @@ class FrameConv(nn.Conv3d):
 
     def __init__(self, C, device=None, dtype=None):
         super().__init__(C, C, 3, device=device, dtype=dtype)
-        with torch.no_grad():
-            self.bias.zero_()
-            self.weight.zero_()[:, :, 1, 1, 1] = torch.eye(C, device=device, dtype=dtype)
 
-    def forward(self, x):
-        T, H, W = (3 if n == 1 else n for n in x.shape[2:])
-        pad = [p for n in reversed(x.shape[2:]) for p in ((0, 0) if n == 1 else (1, 1))]
-        return super().forward(F.pad(x.expand(-1, -1, T, H, W), pad, mode="reflect"))
+    @torch.no_grad()
+    def reset_parameters(self):
+        self.bias.zero_()
+        self.weight.zero_()[:, :, 1, 1, 1] = torch.eye(len(self.bias), device=self.bias.device, dtype=self.bias.dtype)
+
+    def forward(self, x, positions, H, each=Slices()):
+        """Tokens (B, T, H*W, C) plus their frame positions (T, 1, C), convolved: (B, T, H*W, C). In slabs of frames, which
+        take along the frame before and the frame after."""
+        T, length = x.shape[1], each.length(1, x)
+        parts = x.split(length, 1)
+        frame = lambda t: parts[t // length][:, t % length:t % length + 1]  # not x[:, t]: its gradient would be all of x
+
+        def slab(before, inside, after, positions):
+            x = torch.cat([before, inside, after], dim=1) + positions
+            x = rearrange(x, "b t (h w) c -> b c t h w", h=H)
+            for axis in (3, 4):  # cat, since padding with reflection has no deterministic gradient on CUDA
+                n = x.shape[axis]
+                x = torch.cat([x.narrow(axis, min(1, n - 1), 1), x, x.narrow(axis, max(n - 2, 0), 1)], axis)
+            x = super(FrameConv, self).forward(x)
+            return rearrange(x, "b c t h w -> b t (h w) c").contiguous()  # as it is without: kernels choose by layout
+
+        slabs = []
+        for i, part in enumerate(parts):
+            begin, end = i * length, i * length + part.shape[1]
+            before, after = begin - 1 if begin else min(1, T - 1), end if end < T else max(T - 2, 0)
+            rows = torch.cat([positions[before:before + 1], positions[begin:end], positions[after:after + 1]])
+            slabs.append((frame(before), part, frame(after), rows))
+        return slab(*slabs[0]) if len(slabs) == 1 else each.join(slab, slabs, T, 1)
 
 
 @torch.no_grad()
@@ -316,7 +450,8 @@ def extend(unet, num_frames=128):
     """Extend a UNet to num_frames frames, in place (ExVideo section 3.2); returns it.
 
     Works from a sinusoidal base (native length: unet.config.native_frames) and from a learned table, that of a model
-    which was extended before (native length: its rows). On up to the native length the output stays bit for bit the same.
+    which was extended before (native length: its rows). On up to the native length the output stays bit for bit the same
+    (on CUDA in fp32 only with TF32 switched off, which would round what the identity convolution passes on).
     """
     if num_frames < 1:
         raise ValueError(f"extend() to {num_frames} frames: it takes at least one")
@@ -352,25 +487,26 @@ class Block(nn.Module):
         super().__init__()
         self.res, self.attn, self.conv = res, attn, conv
 
-    def forward(self, h, emb, ctx):
-        if self.res is not None:
-            h = self.res(h, len(ctx), emb)
-        if self.attn is not None:
-            h = self.attn(h, ctx)
-        return h if self.conv is None else self.conv(h)
+    def forward(self, inputs, emb, ctx, before=None, each=Slices()):
+        """res and attn; conv is left to UNet.forward. inputs and before: see SpatioTemporalRes."""
+        h = inputs[0] if self.res is None else self.res(inputs, len(ctx), emb, before, each)
+        return h if self.attn is None else self.attn(h, ctx, each)
 
 
 class UNet(nn.Module):
     """SVD's spatio-temporal UNet (SVD-XT: 1,524,623,082 parameters).
 
-    In training mode activations are checkpointed per block, residual and transformer parts alike; set
-    `unet.checkpointing = False` to trade memory for time.
+    Long videos are worked on in slices; `unet.slice = None` switches that off (see Slices). In training mode activations
+    are checkpointed, in residual and transformer blocks alike: per slice, and per block around that. `unet.checkpointing`
+    is "memory" (default: every block that has a transformer), "speed" (blocks of the finest level only: a sixth less work,
+    twice the memory) or None (keep everything).
     """
 
     def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
-        self.checkpointing = True
+        self.checkpointing = "memory"
+        self.slice = Slices.size
         C, emb_dim = config.channels, 4 * config.channels[0]
         res = partial(SpatioTemporalRes, emb_dim=emb_dim, groups=config.groups)
         attn = partial(SpatioTemporalTransformer, context_dim=config.context_dim, groups=config.groups)
@@ -430,19 +566,27 @@ class UNet(nn.Module):
         emb = self.time_embed(sinusoid(c_noise, self.config.channels[0]).to(dtype))      # (B, emb_dim)
         emb = emb + self.cond_embed(sinusoid(ids, ID_DIM).flatten(1).to(dtype))
 
-        run = lambda block, *args: block(*args)
-        if self.training and self.checkpointing:
-            run = partial(checkpoint, use_reentrant=False)
+        each = Slices(self.slice, checkpointed=self.training and bool(self.checkpointing) and torch.is_grad_enabled())
 
-        h, skips = x.to(dtype).flatten(0, 1), []                                          # (B*T, 8, H, W)
-        for block in self.down:
-            h = run(block, h, emb, ctx)
-            skips.append(h)
+        def run(block, inputs, before=None):
+            finest = block.res.spatial.conv2.out_channels == self.config.channels[0]
+            if not each.checkpointed or block.attn is None or (self.checkpointing == "speed" and not finest):
+                return block(inputs, emb, ctx, before, each)
+            return checkpoint(lambda *inputs: block(list(inputs), emb, ctx, before, each), *inputs, use_reentrant=False)
+
+        stack = [self.down[0].conv(x.to(dtype).flatten(0, 1))]                            # (B*T, C, H, W), of all blocks so far
+        for block in self.down[1:]:
+            stack.append(run(block, [stack[-1]]) if block.conv is None else block.conv(stack[-1]))
+        h = stack[-1]
         for block in self.mid:
-            h = run(block, h, emb, ctx)
+            h = run(block, [h])
+        before = None
+        stack.append(h)
+        del h
         for block in self.up:
-            h = run(block, torch.cat([h, skips.pop()], dim=1), emb, ctx)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+            stack.append(run(block, [stack.pop(), stack.pop()], before))
+            before = block.conv  # upsampling waits for the next block, which does it slice by slice
+        h = each(lambda h: self.conv_out(silu(self.norm_out(h))), stack.pop())
         return h.unflatten(0, (B, T)).to(x.dtype)                                         # (B, T, 4, H, W)
 
 
@@ -461,7 +605,7 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b (h w) c") for f in (self.q, self.k, self.v))
+        q, k, v = (rearrange(f(h), "b c h w -> b (h w) c").contiguous() for f in (self.q, self.k, self.v))  # else no fused kernel
         h = rearrange(attention(q, k, v, heads=1), "b (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
 
@@ -532,15 +676,15 @@ class Decoder(nn.Module):
         self.time_conv_out = nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 0, 0))  # over the frames of the finished RGB video
 
     def forward(self, z):
-        B = len(z)
-        h = self.conv_in(z.flatten(0, 1))                                                 # (B*T, C, h, w)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, B)), B)
+        B, each, before = len(z), Slices(), None
+        h = self.mid.block_1([self.conv_in(z.flatten(0, 1))], B, each=each)               # (B*T, C, h, w)
+        h = [self.mid.block_2([each(self.mid.attn_1, h)], B, each=each)]
         for level in reversed(self.up):
             for block in level.block:
-                h = block(h, B)
-            if level.upsample is not None:
-                h = level.upsample(h)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+                h = [block(h, B, before=before, each=each)]
+                before = None
+            before = level.upsample
+        h = each(lambda h: self.conv_out(silu(self.norm_out(h))), h.pop())
         h = self.time_conv_out(rearrange(h, "(b t) c h w -> b c t h w", b=B))
         return rearrange(h, "b c t h w -> b t c h w")
 
@@ -970,7 +1114,7 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
         plans["unet"] |= find(networks["unet"], overlay)
     for name in parts:
         network = networks[name].eval()
-        keep = {n: p for n, p in plans[name].items() if dtype == torch.float16 and re.match("encoder|quant_conv", n)}
+        keep = {n: p for n, p in plans[name].items() if name == "vae" and dtype == torch.float16 and not n.startswith("decoder")}
         fill(network, keep, torch.float32, device)
         fill(network, {n: p for n, p in plans[name].items() if n not in keep}, dtype, device)
     return SVD(*(networks[name] if name in parts else None for name in networks), files["unet"].meta, overlay and overlay.meta)
@@ -982,6 +1126,7 @@ def save(path, tensors, meta):
     try:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial_path,
                   metadata={"exsvd": json.dumps(meta)})  # one key: their order is random, and the bytes with it
+        os.chmod(partial_path, 0o644)  # safetensors makes files that only their owner can read
         os.replace(partial_path, path)
     finally:
         if os.path.exists(partial_path):

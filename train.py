@@ -57,9 +57,10 @@ def parse(argv=None):
     g.add_argument("--size", help=f"WIDTHxHEIGHT, multiples of 64 [{shown('size')}]")
     g.add_argument("--stride", type=int, default=1, help="take every k-th frame of a video [1]")
     g.add_argument("--fps", type=float, help="take frames at this rate instead of a stride")
-    g.add_argument("--motion", choices=("exvideo",), default="exvideo", help="measure behind the motion bucket: ExVideo's, 0..127, which its release was "
-                   "tuned with. SVD's own scale runs to 255, and how it was measured was not published")
-    g.add_argument("--skip-static", type=float, default=0.0, metavar="SCORE", help="leave out videos whose motion score is lower [0: keep all]")
+    g.add_argument("--motion", default="exvideo", help="exvideo: motion buckets 0..127 by the measure ExVideo's release was tuned with; or a number, the "
+                   "bucket of every clip. SVD's own scale runs to 255, and how it was measured was not published [exvideo]")
+    g.add_argument("--skip-static", type=float, default=0.0, metavar="CHANGE", help="leave out shots whose neighbouring frames differ by less, 0 to 1; 0.002 is "
+                   "about a still picture [0: keep all]")
     g = p.add_argument_group("how")
     g.add_argument("--steps", type=int, help=f"optimiser steps in all [{shown('steps')}]")
     g.add_argument("--batch", type=int, default=1, help="videos per GPU and pass [1, the paper's]")
@@ -76,6 +77,8 @@ def parse(argv=None):
     g.add_argument("--fp16", action="store_true", help="fp16 with loss scaling instead of bf16")
     g.add_argument("--offload", action="store_true", help="masters, moments and EMA in CPU memory, optimiser on the CPU")
     g.add_argument("--deepspeed_config", metavar="FILE", help="JSON, merged over the settings in this file")
+    g.add_argument("--checkpoint", choices=("memory", "speed", "none"), default="memory", help="what is kept for the way back: least memory, a sixth less work "
+                   "at twice the memory, or everything [memory]")
     g.add_argument("--workers", type=int, default=2, help="processes per rank that read clips [2]")
     g.add_argument("--deterministic", action="store_true", help="bit-for-bit repeatable on CUDA too, slower")
     g.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
@@ -100,6 +103,11 @@ def parse(argv=None):
             p.error(f"--{key.replace('_', '-')} {getattr(a, key)}: must be at least 1")
     if not 0 <= a.drop <= 1 or not 0 <= a.ema < 1 or not 0 < a.lr < 1:
         p.error("--drop must lie in 0..1, --ema in 0..1 (1 excluded), --lr between 0 and 1")
+    if a.motion != "exvideo":
+        try:
+            a.motion = float(a.motion)
+        except ValueError:
+            p.error(f"--motion {a.motion}: give exvideo or a number")
     try:
         a.width, a.height = (int(n) for n in a.size.lower().split("x"))
         assert a.width > 0 and a.height > 0 and a.width % 64 == a.height % 64 == 0
@@ -269,7 +277,8 @@ def save_state(engine, ema, a, step, videos):
     dist.barrier()
     engine.save_checkpoint(part, tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
     save_file({str(i): s for i, s in enumerate(ema.shards)}, os.path.join(part, f"ema-rank{ema.rank}.safetensors"))
-    for folder, _, files in os.walk(part):
+    dist.barrier()
+    for folder, _, files in os.walk(part):  # every rank, since each node must flush what it wrote
         for name in files:
             sync(os.path.join(folder, name))
     dist.barrier()
@@ -418,6 +427,10 @@ def main(argv=None):
     svd = exsvd.load(a.model, a.extension, parts=parts)
     if a.frames > (svd.unet.max_frames or svd.unet.config.native_frames):
         exsvd.extend(svd.unet, a.frames)
+    if not dataset.pixels and (trains_clip or dataset.settings["ctx"] != svd.unet.config.context_dim):
+        sys.exit(f"train.py: {a.data} holds CLIP embeddings of {dataset.settings['ctx']} numbers, " +
+                 ("but to train CLIP needs the videos themselves" if trains_clip else f"this model takes {svd.unet.config.context_dim}: encode again with --model {a.model}"))
+    svd.unet.checkpointing = None if a.checkpoint == "none" else a.checkpoint
     module = Loss(svd.unet, svd.clip if trains_clip else None, a.loss)
     if a.train == "temporal":
         exsvd.freeze(svd.unet)

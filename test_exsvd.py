@@ -1,0 +1,2180 @@
+"""Tests of everything, on the CPU, without weights or network:
+
+    pip install -r requirements.txt pytest diffusers transformers
+    python -m pytest -q test_exsvd.py
+
+Networks are small and their weights random, since nothing here depends on what was learned; diffusers and transformers,
+holding the same weights, are the reference. What needs a GPU skips and says so. Runtime: see README.md.
+
+    1. exsvd.py    parity, extension, checkpoints, memory
+    2. data.py     pixels in and out, synthetic scenes
+    3. data.py     videos to clips and latents
+    4. sample.py   samplers, chunked decoding, the command
+    5. train.py    runs with DeepSpeed, one and two ranks, killed and resumed
+"""
+
+import base64
+import csv
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import data
+import exsvd
+import sample
+import train
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+torch.set_num_threads(1)  # networks this small don't gain from more, and lose much on a busy machine
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Small networks with random weights: four levels and all blocks of the real ones, only narrower.
+
+UNET = exsvd.UNetConfig(channels=(32, 64, 96, 96), heads=(1, 2, 3, 2), context_dim=40)
+VAE = exsvd.VAEConfig(channels=(32, 64, 96, 96))
+CLIP = exsvd.CLIPConfig(width=64, layers=3, heads=4, out_dim=40, image=56)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@torch.no_grad()
+def randomize(module, seed=0):
+    """Trained-like weights: nothing is left at 0 or 1 (norms, biases and mix factors included), activations stay near 1."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        r = torch.randn(p.shape, generator=g)
+        if p.ndim > 1 and not name.endswith("frame_table"):
+            r = r / math.sqrt(p[0].numel())
+        elif re.search(r"(norm\w*|ln\w*|norm\d)\.weight$", name):
+            r = 1 + 0.2 * r
+        elif name.endswith("bias"):
+            r = 0.2 * r
+        p.copy_(r)
+    return module.eval()
+
+
+def make_unet(num_frames=None, seed=0, **kw):
+    unet = exsvd.UNet(exsvd.UNetConfig(**vars(UNET) | kw))
+    return randomize(unet if num_frames is None else exsvd.extend(unet, num_frames), seed)
+
+
+def unet_inputs(T, size=8, B=2, seed=1):
+    """x, c_noise, ctx, ids of a batch whose videos differ in everything."""
+    g = torch.Generator().manual_seed(seed)
+    c_noise = torch.linspace(-1.5, 1.6, B)                                        # sigma from 0.0025 to 600
+    ids = torch.tensor([[6.0, 127.0, 0.02], [29.0, 20.0, 0.3]]).repeat(B, 1)[:B]  # fps - 1, motion bucket, augmentation
+    return (torch.randn(B, T, 8, *np.broadcast_to(size, 2), generator=g), c_noise,
+            torch.randn(B, 1, UNET.context_dim, generator=g), ids)
+
+
+def rel(a, b):
+    """|a-b|/|b|, in float64."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def close(a, b, bound, what):
+    print(f"{what}: |a-b|/|b| = {rel(a, b):.2e}, largest difference {float((a - b).abs().max()):.2e}")  # pytest -s shows it
+    assert rel(a, b) <= bound, f"{what}: |a-b|/|b| = {rel(a, b):.2e}, not within {bound}"
+
+
+def named(module, layout):
+    """The module's tensors under the names, and in the shapes, that a published layout has for them."""
+    out, state = {}, module.state_dict()
+    for ours, names in exsvd.file_names(module, layout).items():
+        t = state[ours]
+        t = t.T if names == ["visual_projection.weight"] else t
+        if layout == "diffusers" and re.search(r"decoder.*attn_1.*weight|encoder.*attn_1.*weight", ours) and t.ndim == 4:
+            t = t[:, :, 0, 0]  # diffusers has Linear layers there
+        out |= {n: part.clone() for n, part in zip(names, t.chunk(len(names)))}
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parity with the public implementations: the same random weights, the same epsilons, fp32, |a-b|/|b| <= 1e-5.
+
+PARITY = 1e-5
+
+
+def diffusers_unet(unet):
+    models = pytest.importorskip("diffusers.models", reason="the reference implementation of the UNet")
+    c = unet.config
+    with torch.device("meta"):
+        ref = models.UNetSpatioTemporalConditionModel(block_out_channels=c.channels, num_attention_heads=c.heads,
+                                                      cross_attention_dim=c.context_dim)
+    ref.load_state_dict({n: t for n, t in named(unet, "diffusers").items() if "positional_" not in n}, assign=True)
+    for name, m in ref.named_modules():  # the only ones that differ: diffusers has 1e-6 in most residual blocks
+        if isinstance(m, torch.nn.GroupNorm) and "resnets" in name:
+            m.eps = exsvd.EPS_UNET_RES
+    same_epsilons(unet, ref)
+    return ref.eval()
+
+
+def same_epsilons(module, ref):
+    """Parity can't see an epsilon far below the variances, so they are compared as numbers, norm by norm."""
+    eps = {n: m.eps for n, m in ref.named_modules() if hasattr(m, "eps") and hasattr(m, "weight")}
+    names = exsvd.file_names(module, "diffusers")
+    ours = {names[f"{n}.weight"][0].removesuffix(".weight"): m.eps for n, m in module.named_modules() if hasattr(m, "eps")}
+    assert ours == eps and len(ours) > 5
+
+
+@pytest.mark.parametrize("size", [8, (16, 24)])
+@torch.no_grad()
+def test_unet_parity(size):
+    unet = make_unet()
+    x, c_noise, ctx, ids = unet_inputs(T=5, size=size)
+    close(unet(x, c_noise, ctx, ids), diffusers_unet(unet)(x, c_noise, ctx, ids).sample, PARITY, f"UNet at {size}")
+
+
+def extended_diffusers_unet(unet):
+    """The reference with ExVideo's two additions, built from stock parts: a table in place of the frame sinusoid (it still
+    goes through time_pos_embed), and a Conv3d with reflected borders before the temporal block's norm_in."""
+    ref = diffusers_unet(unet)
+    extra = {n: t for n, t in named(unet, "diffusers").items() if "positional_" in n}
+    blocks = [(n, m) for n, m in ref.named_modules() if type(m).__name__ == "TransformerSpatioTemporalModel"]
+    assert len(blocks) == 16 and len(extra) == 3 * 16
+    for name, m in blocks:
+        table, weight, bias = (extra[f"{name}.temporal_transformer_blocks.0.positional_{n}"]
+                               for n in ("embedding.embeddings", "conv.weight", "conv.bias"))
+        conv = torch.nn.Conv3d(len(bias), len(bias), 3, padding=1, padding_mode="reflect")
+        conv.load_state_dict({"weight": weight, "bias": bias})
+        m.time_proj = torch.nn.Embedding.from_pretrained(table)
+        size = {}
+        m.register_forward_pre_hook(lambda m, args, size=size: size.update(hw=args[0].shape[2:]))
+
+        def convolve(m, args, kwargs, conv=conv, size=size):
+            x, T = args[0], kwargs["num_frames"]
+            video = x.reshape(-1, T, *size["hw"], x.shape[-1]).permute(0, 4, 1, 2, 3)
+            return (conv(video).permute(0, 2, 3, 4, 1).reshape(x.shape),), kwargs
+
+        m.temporal_transformer_blocks[0].register_forward_pre_hook(convolve, with_kwargs=True)
+    return ref
+
+
+@pytest.mark.parametrize("T, size", [(2, 16), (11, (16, 24))])  # the reference can't reflect an axis of length 1 (size 8)
+@torch.no_grad()
+def test_extended_unet_parity(T, size):
+    unet = make_unet(num_frames=12, native_frames=5)  # table and convolution random, as if trained
+    x, c_noise, ctx, ids = unet_inputs(T, size)
+    ref = extended_diffusers_unet(unet)
+    close(unet(x, c_noise, ctx, ids), ref(x, c_noise, ctx, ids).sample, PARITY, f"extended UNet, {T} frames at {size}")
+
+
+@torch.no_grad()
+def test_vae_parity():
+    models = pytest.importorskip("diffusers.models", reason="the reference implementation of the VAE")
+    vae = randomize(exsvd.VAE(VAE))
+    ref = models.AutoencoderKLTemporalDecoder(block_out_channels=VAE.channels, layers_per_block=2,
+                                              down_block_types=("DownEncoderBlock2D",) * 4).eval()
+    ref.load_state_dict(named(vae, "diffusers"))
+    same_epsilons(vae, ref)  # diffusers has Stability's here
+    img, z = torch.rand(3, 3, 40, 64) * 2 - 1, torch.randn(2, 5, 4, 6, 8)
+    close(vae.encode(img), ref.encode(img).latent_dist.mean, PARITY, "VAE encode")
+    close(vae.decode(z), ref.decode(z.flatten(0, 1), num_frames=5).sample.unflatten(0, (2, 5)), PARITY, "VAE decode")
+
+
+@torch.no_grad()
+def test_clip_parity():
+    transformers = pytest.importorskip("transformers", reason="the reference implementation of CLIP")
+    clip = randomize(exsvd.ImageEncoder(CLIP))
+    ref = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
+        hidden_size=CLIP.width, intermediate_size=4 * CLIP.width, num_hidden_layers=CLIP.layers, num_attention_heads=CLIP.heads,
+        image_size=CLIP.image, patch_size=CLIP.patch, projection_dim=CLIP.out_dim, hidden_act="gelu", attn_implementation="eager"))
+    ref.load_state_dict(named(clip, "diffusers"))
+    same_epsilons(clip, ref)
+    img = torch.randn(3, 3, CLIP.image, CLIP.image)
+    close(clip(img), ref.eval()(img).image_embeds, PARITY, "CLIP")
+
+
+@pytest.mark.parametrize("size", [(576, 1024), (1024, 576), (1500, 100), (64, 64), (224, 224), (230, 2000), (301, 225)])
+def test_clip_preprocessing_parity(size):
+    pipeline = pytest.importorskip("diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion",
+                                   reason="the reference implementation of CLIP's preprocessing")
+    img = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ref = (pipeline._resize_with_antialiasing(img, (224, 224)) + 1) / 2
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    close(exsvd.preprocess_clip(img), (ref - mean.view(3, 1, 1)) / std.view(3, 1, 1), PARITY, f"preprocessing of {size}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ExVideo: a freshly extended model is the base model; the fold; the borders.
+
+
+@pytest.mark.parametrize("native, size", [(25, 8), (14, 16)])  # SVD-XT's and SVD's native lengths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_freshly_extended_equals_base(native, size, dtype):
+    base = make_unet(native_frames=native).to(dtype)
+    fresh = make_unet(native_frames=native).to(dtype)
+    assert exsvd.extend(fresh, 40) is fresh and fresh.max_frames == 40 and base.max_frames is None
+    for T in range(1, native + 1):
+        inputs = unet_inputs(T, size, seed=T)
+        want = base(*inputs)
+        assert want.isfinite().all() and torch.equal(fresh(*inputs), want), f"{T} frames"
+        if T in (1, 2, native // 2, native):  # one video: other memory layouts on the way, which once made other roundings
+            alone = [i[:1] for i in inputs]
+            assert torch.equal(fresh(*alone), base(*alone)), f"{T} frames, one video"
+    x, *rest = unet_inputs(native + 1, size)
+    assert not torch.equal(fresh(x, *rest), base(x, *rest))  # beyond it the positions are other ones
+
+
+@torch.no_grad()
+def test_extending_an_extended_model():
+    short, longer = (make_unet(num_frames=12, native_frames=5) for _ in range(2))  # learned table and convolution
+    exsvd.extend(longer, 30)
+    assert longer.max_frames == 30
+    for a, b in zip(short.temporal_blocks(), longer.temporal_blocks()):
+        assert torch.equal(b.frame_table, a.frame_table[exsvd.fold_positions(12, 30)])
+    for T in (1, 7, 12):
+        inputs = unet_inputs(T)
+        assert torch.equal(longer(*inputs), short(*inputs))
+    longer(*unet_inputs(30))
+    with pytest.raises(ValueError, match="12"):
+        short(*unet_inputs(13))
+
+
+@pytest.mark.parametrize("native", [1, 2, 3, 4, 5, 6, 8, 14, 16, 25, 26, 128])
+def test_fold_positions(native):
+    for n in (1, 2, native, native + 1, 2 * native, 3 * native + 1, 512):
+        p = exsvd.fold_positions(native, n)
+        assert len(p) == n and p[:native] == list(range(min(native, n))) and set(p) <= set(range(native))
+        steps = {abs(b - a) for a, b in zip(p, p[1:])}
+        assert steps <= ({1} if native > 1 else {0}), "neighbouring frames have neighbouring positions"
+        assert p == exsvd.fold_positions(native, 600)[:n], "a longer fold continues a shorter one"
+
+
+def test_fold_of_the_release():
+    up, down = [*range(4, 25)], [*range(23, 4, -1)]  # 0 to 24, then to and fro between 24 and 4
+    assert exsvd.fold_positions(25, 128) == ([0, 1, 2, 3] + up + (down + up) * 3)[:128]
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 6), (2, 2, 2), (1, 4, 4), (3, 1, 1), (4, 1, 3), (1, 1, 1)])
+@torch.no_grad()
+def test_borders_of_the_frame_convolution(shape):
+    conv, x = randomize(exsvd.FrameConv(6)), torch.randn(2, 6, *shape)
+    padded = x.numpy()
+    for axis, n in enumerate(shape, start=2):
+        padded = np.pad(padded, [(1, 1) if a == axis else (0, 0) for a in range(5)], mode="reflect" if n > 1 else "edge")
+    expected = F.conv3d(torch.from_numpy(padded), conv.weight, conv.bias).permute(0, 2, 3, 4, 1).flatten(2, 3)
+    tokens, nothing = x.permute(0, 2, 3, 4, 1).flatten(2, 3), torch.zeros(shape[0], 1, 6)
+    for size in (None, 1, x.numel() // 2):  # whole, frame by frame, in two slabs
+        close(conv(tokens, nothing, shape[1], exsvd.Slices(size)), expected, 1e-6, f"convolution of {shape}")
+    assert torch.equal(exsvd.FrameConv(6)(tokens, nothing, shape[1]), tokens)
+
+
+@pytest.mark.parametrize("T, size", [(1, 8), (1, 16), (12, 8)])  # one frame; 64-pixel images, which are 1x1 on the coarsest level
+def test_smallest_inputs(T, size):
+    unet = make_unet(num_frames=12).train()
+    out = unet(*unet_inputs(T, size))
+    assert out.shape == (2, T, 4, size, size) and out.isfinite().all()
+    out.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in unet.parameters() if p.grad is not None)
+    assert all(b.frame_conv.weight.grad.abs().sum() > 0 for b in unet.temporal_blocks())
+
+
+@pytest.mark.parametrize("size", [(8, 12), (20, 16), 4])
+def test_sizes_that_do_not_fit(size):
+    with pytest.raises(ValueError, match="multiples of 8"):
+        make_unet()(*unet_inputs(2, size))
+
+
+def test_extending_to_nothing():
+    with pytest.raises(ValueError, match="at least one"):
+        exsvd.extend(exsvd.UNet(UNET), 0)
+
+
+def test_context_shape():
+    x, c_noise, ctx, ids = unet_inputs(2)
+    for bad in (ctx[:1], ctx.repeat(1, 2, 1), ctx[:, 0]):
+        with pytest.raises(ValueError, match="ctx"):
+            make_unet()(x, c_noise, bad, ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def plain_attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, spelled out, in flash-attn's layout: (B, N, H, D), (B, M, H, D) -> (B, N, H, D)."""
+    scores = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float()) / math.sqrt(q.shape[-1])
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.float()).to(q.dtype)
+
+
+@torch.no_grad()
+def test_layout_handed_to_flash_attn(monkeypatch):
+    calls = []
+    nets = make_unet(num_frames=12), randomize(exsvd.ImageEncoder(CLIP)), randomize(exsvd.VAE(VAE))
+    args = unet_inputs(5), (torch.randn(2, 3, 56, 56),), (torch.randn(2, 3, 3, 32, 32),)
+    run = lambda: [nets[0](*args[0]), nets[1](*args[1]), nets[2].encode(args[2][0].flatten(0, 1))]
+    q, k = torch.randn(2, 7, 12), torch.randn(2, 5, 12)
+    want, want_qk = run(), exsvd.attention(q, k, k, heads=3)
+    monkeypatch.setattr(exsvd, "flash_fits", lambda q: True)
+    monkeypatch.setattr(exsvd, "flash_attn_func", lambda q, k, v, **kw: calls.append(q.shape) or plain_attention(q, k, v))
+    for a, b, what in zip([*run(), exsvd.attention(q, k, k, heads=3)], [*want, want_qk], ["UNet", "CLIP", "VAE", "q, k"]):
+        close(a, b, 1e-5, f"{what} through flash-attn's layout")
+    assert len(calls) == 2 * 16 + 3 + 1 + 1
+    assert calls[0] == (10, 64, 1, 32) and calls[1] == (128, 5, 1, 32) and calls[-1] == (2, 7, 3, 4)  # (B, N, H, D)
+
+
+def test_what_flash_attn_takes(monkeypatch):
+    q = lambda dim, dtype=torch.bfloat16, cuda=True: type("q", (), {"shape": (1, 2, 1, dim), "dtype": dtype, "is_cuda": cuda})
+    assert not exsvd.flash_fits(torch.randn(1, 2, 1, 64))
+    monkeypatch.setattr(exsvd, "flash_attn_func", plain_attention)
+    assert all(exsvd.flash_fits(q(*a)) for a in [(64,), (80,), (256, torch.float16)])
+    assert not any(exsvd.flash_fits(q(*a)) for a in [(512,), (36,), (64, torch.float32), (64, torch.float16, False)])
+    monkeypatch.setattr(exsvd, "flash_attn_func", None)
+    assert not exsvd.flash_fits(q(64))
+
+
+@pytest.mark.skipif(exsvd.flash_attn_func is None or not torch.cuda.is_available(), reason="needs flash-attn and a GPU")
+@pytest.mark.parametrize("n, m, heads, dim", [(4096, 4096, 5, 64), (128, 128, 20, 64), (257, 257, 16, 80), (7, 5, 3, 32)])
+def test_flash_attn_itself(n, m, heads, dim):
+    q, k, v = (torch.randn(2, length, heads * dim, device="cuda", dtype=torch.bfloat16) for length in (n, m, m))
+    assert exsvd.flash_fits(q.unflatten(2, (heads, dim)))
+    want = plain_attention(*(x.float().unflatten(2, (heads, dim)) for x in (q, k, v))).flatten(2)
+    close(exsvd.attention(q, k, v, heads).float(), want, 1e-2, "flash-attn in bf16")
+
+
+@torch.no_grad()
+def test_context_attention_is_cross_attention():
+    attn = randomize(exsvd.ContextAttention(64, 40))
+    x, ctx = torch.randn(2, 9, 64), torch.randn(2, 1, 40)
+    q, k, v = (y.unflatten(2, (4, 16)) for y in (attn.to_q(x), attn.to_k(ctx), attn.to_v(ctx)))
+    close(attn(ctx).expand(-1, 9, -1), attn.to_out(plain_attention(q, k, v).flatten(2)), 1e-6, "cross-attention")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EDM: the networks here are functions whose right answer is known.
+
+SIGMAS = torch.tensor([0.002, 0.05, 1.0, 20.0, 700.0])
+
+
+def edm_batch(seed=0):
+    """x, noise, image_latents, ctx, ids for a video at each of SIGMAS."""
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *shape: torch.randn(len(SIGMAS), *shape, generator=g)
+    return r(3, 4, 8, 8), r(3, 4, 8, 8), r(1, 4, 8, 8), r(1, UNET.context_dim), r(3).abs()
+
+
+def test_denoise_inputs_and_ideal_network():
+    x, noise, image, ctx, ids = edm_batch()
+    s = SIGMAS.view(-1, 1, 1, 1, 1)
+    noisy = x + s * noise
+
+    def ideal(inputs, c_noise, ctx_in, ids_in):
+        assert torch.equal(inputs[:, :, 4:], image.expand(-1, 3, -1, -1, -1))  # unscaled, repeated for every frame
+        assert ctx_in is ctx and ids_in is ids
+        close(c_noise, SIGMAS.log() / 4, 1e-6, "c_noise")
+        close(inputs[:, :, :4], noisy / (s**2 + 1).sqrt(), 1e-6, "scaled noisy latents")
+        return (noise - s * x) / (s**2 + 1).sqrt()  # v, of unit variance
+
+    close(exsvd.denoise(ideal, noisy, SIGMAS, image, ctx, ids), x, 1e-4, "D of the ideal F")
+    per_frame = image.expand(-1, 3, -1, -1, -1)
+    close(exsvd.denoise(ideal, noisy, SIGMAS, per_frame, ctx, ids), x, 1e-4, "image latents per frame")
+
+
+def test_preconditioning_identities():
+    coefficient = lambda x, out: exsvd.denoise(lambda *a: torch.full((5, 1, 4, 8, 8), out), torch.full((5, 1, 4, 8, 8), x), SIGMAS,
+                                               torch.zeros(5, 1, 4, 8, 8), None, None)[:, 0, 0, 0, 0].double()
+    c_skip, c_out, s = coefficient(1.0, 0.0), coefficient(0.0, 1.0), SIGMAS.double()
+    close((1 - c_skip) ** 2 + (c_skip * s) ** 2, c_out**2, 1e-5, "EDM, appendix B.6: F's target has unit variance")
+    assert abs(c_skip[0] - 1) < 1e-5 and abs(c_out[0]) < 2.1e-3, "D(x) -> x as sigma -> 0"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 25, 50])
+def test_karras_sigmas(steps):
+    sigmas = exsvd.karras_sigmas(steps)
+    assert sigmas.shape == (steps + 1,) and sigmas.dtype == torch.float32 and sigmas[-1] == 0
+    assert sigmas[0] == torch.tensor(700.0) and (steps == 1 or sigmas[-2] == torch.tensor(0.002))
+    formula = [(700 ** (1 / 7) + i / max(steps - 1, 1) * (0.002 ** (1 / 7) - 700 ** (1 / 7))) ** 7 for i in range(steps)]
+    close(sigmas[:-1], torch.tensor(formula), 1e-6, "EDM eq. 5")
+
+
+def test_karras_sigmas_are_those_of_the_published_scheduler():
+    diffusers = pytest.importorskip("diffusers", reason="the reference implementation of the schedule")
+    scheduler = diffusers.EulerDiscreteScheduler(sigma_min=0.002, sigma_max=700.0, use_karras_sigmas=True, beta_start=0.00085,
+                                                 beta_end=0.012, beta_schedule="scaled_linear", timestep_type="continuous",
+                                                 prediction_type="v_prediction", timestep_spacing="leading", steps_offset=1)
+    scheduler.set_timesteps(25)
+    close(exsvd.karras_sigmas(25), scheduler.sigmas, 1e-6, "sigmas")
+    close(exsvd.karras_sigmas(25)[:-1].log() / 4, scheduler.timesteps, 1e-6, "c_noise")
+
+
+def test_edm_loss_closed_form():
+    x, noise, *cond = edm_batch()
+    s = SIGMAS.view(-1, 1, 1, 1, 1)
+    guess = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    want = (guess - (noise - s * x) / (s**2 + 1).sqrt()).square().mean(dim=(1, 2, 3, 4))  # the weight is 1 / c_out^2
+    loss = exsvd.edm_loss(lambda *a: guess, x, SIGMAS, noise, *cond)
+    assert loss.shape == (5,)
+    close(loss, want, 1e-4, "loss against |F - v|^2")
+
+
+def test_edm_loss_of_a_network():
+    x, noise, *cond = edm_batch()
+    unet = make_unet(num_frames=12)
+    loss = exsvd.edm_loss(unet, x, SIGMAS, noise, *cond)
+    loss.sum().backward()
+    assert loss.isfinite().all() and loss.min() > 0.1 and loss.max() < 30, "of the same order at every noise level"
+    assert all(p.grad.isfinite().all() for p in unet.parameters() if p.grad is not None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training: checkpointing, freezing; no code that reads values; low precision.
+
+# A softmax over the one context token is 1 whatever the query, so these receive no gradient. They are loaded and saved.
+IDLE = re.compile(r"\.(attn2\.to_q|attn2\.to_k|norm2)\.")
+
+
+def gradients(unet):
+    unet.zero_grad()
+    unet(*unet_inputs(3)).square().mean().backward()
+    return {n: p.grad for n, p in unet.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_checkpointing_changes_no_gradient(frozen):
+    unet = make_unet(num_frames=12).train()
+    if frozen:  # then most blocks have nothing to train, and the first ones no input that requires a gradient
+        exsvd.freeze(unet)
+    with_checkpoints = gradients(unet)
+    unet.checkpointing = False
+    without = gradients(unet)
+    unet.checkpointing = True
+    evaluated = gradients(unet.eval())  # checkpoints are for .train() only
+    assert with_checkpoints.keys() == without.keys() == evaluated.keys() and len(without) > 300
+    for name, g in without.items():
+        assert torch.equal(with_checkpoints[name], g) and torch.equal(evaluated[name], g), name
+
+
+@pytest.mark.parametrize("switch, slice, blocks", [("memory", None, 16), (True, None, 16), ("speed", None, 5), (None, None, 0), (False, 1000, 0)])
+def test_checkpointing_is_one_switch(switch, slice, blocks, monkeypatch):
+    """Around every block with a transformer, or around the five of the finest level; inside, around every slice."""
+    unet, calls = make_unet(), []
+
+    def spy(function, *args, use_reentrant):
+        calls.append(use_reentrant)
+        return function(*args)
+
+    monkeypatch.setattr(exsvd, "checkpoint", spy)
+    unet.checkpointing, unet.slice = switch, slice
+    unet.train()(*unet_inputs(2))
+    assert calls == [False] * blocks
+    unet.slice = 1000
+    unet(*unet_inputs(2))
+    assert (len(calls) > 3 * blocks and not any(calls)) if switch else not calls
+    del calls[:]
+    unet.eval()(*unet_inputs(2))
+    assert not calls
+
+
+@pytest.mark.parametrize("frames", [None, 12])
+@pytest.mark.parametrize("size", [1, 3000, 20000])
+def test_slices_change_no_output(frames, size):
+    unet, inputs = make_unet(num_frames=frames), unet_inputs(5, (8, 16))
+    before = [x.clone() for x in inputs]
+    with torch.no_grad():
+        sliced = setattr(unet, "slice", size) or unet(*inputs)
+        assert all(map(torch.equal, inputs, before)), "slicing changed its inputs"
+        close(sliced, setattr(unet, "slice", None) or unet(*inputs), 1e-5, f"slices of {size}")
+
+
+@pytest.mark.parametrize("switch", ["memory", "speed"])
+def test_slices_change_no_gradient(switch):
+    unet = make_unet(num_frames=12).double().train()  # where rounding can't hide or fake anything
+    unet.slice = None
+    whole = gradients(unet)
+    unet.slice, unet.checkpointing = 3000, switch
+    sliced = gradients(unet)
+    assert whole.keys() == sliced.keys()
+    total = torch.stack([g.norm() for g in whole.values()]).norm()
+    for name, g in whole.items():  # the second term: a bias in front of a norm of one channel has no gradient but rounding
+        assert (sliced[name] - g).norm() <= 1e-9 * g.norm() + 1e-13 * total, (name, rel(sliced[name], g))
+
+
+@torch.no_grad()
+def test_slices_change_no_pixel(monkeypatch):
+    vae, z = randomize(exsvd.VAE(VAE)), torch.randn(2, 3, 4, 4, 8)
+    whole = vae.decode(z)
+    monkeypatch.setattr(exsvd.Slices, "__init__", lambda self, size=2000, checkpointed=False: vars(self).update(size=size, checkpointed=checkpointed))
+    close(vae.decode(z), whole, 1e-5, "sliced decoding")
+
+
+def test_freeze():
+    unet = make_unet(num_frames=12).train()
+    names = exsvd.freeze(unet)
+    blocks = {id(p) for block in unet.temporal_blocks() for p in block.parameters()}
+    assert len(names) == 33 * 16 and set(names) == {n for n, p in unet.named_parameters() if id(p) in blocks}
+    assert set(names) == {n for n, p in unet.named_parameters() if p.requires_grad}
+    grads = gradients(unet)
+    idle = {n for n in names if n not in grads}
+    assert set(grads) <= set(names) and idle == {n for n in names if IDLE.search(n)} and len(idle) == 4 * 16
+    assert all(g.abs().max() > 0 for n, g in grads.items() if not n.endswith("frame_table"))
+    for n in names:
+        if n.endswith("frame_table"):  # the rows of the three frames there were
+            assert (grads[n].abs().amax(1) > 0).tolist() == [True] * 3 + [False] * 9
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_no_code_depends_on_values(train):
+    """All of it runs on tensors without contents, so nothing waits for the GPU or breaks a compiler's graph."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        unet, vae, clip = exsvd.extend(exsvd.UNet(UNET), 12).train(train), exsvd.VAE(VAE), exsvd.ImageEncoder(CLIP)
+        exsvd.freeze(unet)
+        loss = exsvd.edm_loss(unet, torch.randn(2, 9, 4, 8, 16), torch.ones(2), torch.randn(2, 9, 4, 8, 16),
+                              vae.encode(torch.randn(2, 3, 64, 128))[:, None],
+                              clip(exsvd.preprocess_clip(torch.randn(2, 3, 64, 128), CLIP.image))[:, None], torch.ones(2, 3))
+        loss.mean().backward()
+        assert loss.shape == (2,) and unet.temporal_blocks()[0].frame_table.grad.shape == (12, 32)
+        assert vae.decode(torch.randn(1, 2, 4, 8, 8)).shape == (1, 2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)], ids=str)
+@torch.no_grad()
+def test_half_precision(dtype, bound):
+    """bf16 keeps 8 bits of the mantissa, fp16 11; over the depth of a network a few times their rounding is lost."""
+    unet, vae, clip = make_unet(num_frames=12), randomize(exsvd.VAE(VAE)), randomize(exsvd.ImageEncoder(CLIP))
+    img, pixels, z = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 3, 56, 56), torch.randn(1, 3, 4, 8, 8)
+    inputs = unet_inputs(5)
+    run = {"UNet": (unet, lambda: unet(*inputs)), "VAE encode": (vae, lambda: vae.encode(img)),
+           "VAE decode": (vae, lambda: vae.decode(z)), "CLIP": (clip, lambda: clip(pixels))}
+    full = {what: f() for what, (_, f) in run.items()}
+    for what, (net, f) in run.items():
+        net.to(dtype)
+        assert f().dtype == torch.float32, "results come in the dtype of the inputs"
+        close(f(), full[what], bound, f"{what} in {dtype}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The published files, whose names and shapes are known by their hashes (the rule is that of DiffSynth-Studio's detector,
+# which publishes the first and the last; the others were proved by the byte sizes of the published files).
+
+PUBLISHED = {"svd_xt.safetensors": "2a07abce74b4bdc696b76254ab474da6",
+             "svd_xt_image_decoder.safetensors": "f3ea9aecbdbae0bfaa77f78f03319a5e",
+             "unet/diffusion_pytorch_model.safetensors": "7bd2a4d8f465070a00de811dcc1802e3",
+             "vae/diffusion_pytorch_model.safetensors": "680317af073df1be619812892f038346",
+             "image_encoder/model.safetensors": "8fb352186fcacd462dd817c19064d51e",
+             "ExVideo-SVD-128f-v1": "9a4ab6869ac9b7d6e31f9854e397c867"}
+
+
+def keys_md5(tensors):
+    lines = [line for n, t in tensors.items() for line in (n, f"{n}:{'_'.join(map(str, t.shape))}")]
+    return hashlib.md5(",".join(sorted(lines)).encode()).hexdigest()
+
+
+def sgm_leftovers(vae):
+    """The 252 tensors of the single file that no network of ours has: a second image encoder, a frame-wise decoder, the
+    text side of CLIP."""
+    text = "conditioner.embedders.0.open_clip.model."
+    conditioner, first = "conditioner.embedders.3.encoder.", "first_stage_model."
+    like = next(vae.parameters())
+    out = {text + n: like.new_empty(s) for n, s in {
+        "ln_final.weight": [1024], "ln_final.bias": [1024], "logit_scale": [], "positional_embedding": [77, 1024],
+        "text_projection": [1024, 1024], "token_embedding.weight": [49408, 1024]}.items()}
+    for n, t in named(vae, "sgm").items():
+        if n.startswith(conditioner + "encoder."):
+            out[first + n.removeprefix(conditioner)] = t
+        elif n.startswith(first) and not re.search("time_stack|mix_factor|time_mix_conv", n):
+            out[conditioner + n.removeprefix(first)] = t
+    return out | {conditioner + "post_quant_conv.weight": like.new_empty(4, 4, 1, 1),
+                  conditioner + "post_quant_conv.bias": like.new_empty(4)}
+
+
+@pytest.fixture(scope="module")
+def full():
+    """The full-size networks, without storage, and {published file: {name: tensor}} made from their names."""
+    with torch.device("meta"):
+        unet, vae, clip = exsvd.UNet(), exsvd.VAE(), exsvd.ImageEncoder()
+        assert sum(p.numel() for p in unet.parameters()) == 1_524_623_082
+        single = named(unet, "sgm") | named(vae, "sgm") | named(clip, "sgm") | sgm_leftovers(vae)
+        image_decoder = {n: t for n, t in single.items() if not re.match("first_stage.*(time_stack|mix_factor|time_mix_conv)", n)}
+        image_decoder |= {n.replace("conditioner.embedders.3.encoder.", "first_stage_model."): t for n, t in single.items()
+                          if re.search(r"embedders\.3\.encoder\.(post_)?quant_conv", n)}
+        tensors = [single, image_decoder, *(named(net, "diffusers") for net in (unet, vae, clip))]
+        files = dict(zip(PUBLISHED, [*tensors, named(exsvd.extend(unet), "exvideo")]))
+    return unet, vae, clip, files
+
+
+def test_full_size_counts(full):
+    unet, vae, clip, files = full
+    names = exsvd.freeze(unet)
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    assert len(names) == 528 and trained == 832_956_800
+    assert sum(p.numel() for n, p in unet.named_parameters() if n in names and IDLE.search(n)) == 25_194_880
+    assert sum(p.numel() for p in unet.parameters()) == 1_860_773_802
+    assert sum(p.numel() for p in vae.parameters()) == 97_742_847 and sum(p.numel() for p in clip.parameters()) == 632_076_800
+
+
+@pytest.mark.parametrize("file", PUBLISHED)
+def test_names_and_shapes_of_published_file(full, file):
+    assert keys_md5(full[-1][file]) == PUBLISHED[file]
+
+
+def test_pairs_of_names(full):
+    """The hashes above don't see two names of one shape exchanged. Parity does for diffusers' names; the others are tied to
+    those by the hash of "their name, diffusers' names" lines of a table that was checked module by module."""
+    unet, vae, clip, _ = full
+    md5 = lambda lines: hashlib.md5("\n".join(sorted(lines)).encode()).hexdigest()
+    names = [[exsvd.file_names(net, layout) for layout in ("sgm", "diffusers")] for net in (unet, vae, clip)]
+    in_base = lambda n: "frame_conv" not in n and "frame_table" not in n
+    pairs = [" ".join(sgm[n] + diffusers[n]) for sgm, diffusers in names for n in sgm if in_base(n)]
+    assert len(pairs) == 2446 - 252 and md5(pairs) == "884bc4b193a0dd4e6eba198b9a218ef1"
+    exvideo = exsvd.file_names(unet, "exvideo")
+    pairs = [" ".join(exvideo[n] + names[0][0][n]) for n in exvideo if in_base(n)]
+    assert len(pairs) == 30 * 16 and md5(pairs) == "304f7f6f4ecb3815e45a114e32b53c23"
+
+
+def test_published_files_fill_the_networks(full):
+    unet, vae, clip, files = full
+    temporal = set(exsvd.freeze(unet))
+    parts = {"svd_xt.safetensors": (unet, vae, clip), "unet/diffusion_pytorch_model.safetensors": (unet,),
+             "vae/diffusion_pytorch_model.safetensors": (vae,), "image_encoder/model.safetensors": (clip,),
+             "ExVideo-SVD-128f-v1": (unet,)}
+    for file, networks in parts.items():
+        used, filled = set(), {}
+        for net in networks:
+            plan = exsvd.find(net, exsvd.Tensors(files[file]))
+            filled |= {(net, n): names for n, (_, names) in plan.items()}
+            used |= {n for _, names in plan.values() for n in names}
+        missing = {n for net in networks for n in net.state_dict()} - {n for _, n in filled}
+        left = set(files[file]) - used
+        if file.startswith("ExVideo"):
+            assert not left and missing == set(unet.state_dict()) - temporal
+        else:
+            assert all("frame_conv" in n or "frame_table" in n for n in missing), "what extend() added"
+            assert len(left) == (252 if file == "svd_xt.safetensors" else 0) and all(exsvd.SGM_IGNORED.match(n) for n in left)
+
+
+def test_image_decoder_variant_is_refused(full):
+    unet, vae, _, files = full
+    with pytest.raises(exsvd.WeightsError, match=r"image-decoder variant.*use svd_xt.safetensors"):
+        exsvd.find(vae, exsvd.Tensors(files["svd_xt_image_decoder.safetensors"]))
+
+
+def test_one_tensor_more_or_less(full):
+    unet, vae, clip, files = full
+    for net, file in [(unet, "svd_xt.safetensors"), (vae, "svd_xt.safetensors"), (clip, "svd_xt.safetensors"),
+                      (unet, "unet/diffusion_pytorch_model.safetensors"), (unet, "ExVideo-SVD-128f-v1")]:
+        names = list(exsvd.find(net, exsvd.Tensors(files[file])).values())
+        for _, group in (names[0], names[len(names) // 2], names[-1]):
+            without = {n: t for n, t in files[file].items() if n != group[0]}
+            with pytest.raises(exsvd.WeightsError, match=rf"1 missing, such as {re.escape(group[0])}$"):
+                exsvd.find(net, exsvd.Tensors(without))
+            with pytest.raises(exsvd.WeightsError, match=rf"1 unexpected, such as {re.escape(group[0])}2$"):
+                exsvd.find(net, exsvd.Tensors(files[file] | {group[0] + "2": torch.empty(1, device="meta")}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+CONFIG = {"exsvd": json.dumps({"config": {"unet": vars(UNET), "vae": vars(VAE), "clip": vars(CLIP)}})}
+
+
+def networks(num_frames=None, seed=0):
+    return make_unet(num_frames, seed), randomize(exsvd.VAE(VAE), seed), randomize(exsvd.ImageEncoder(CLIP), seed)
+
+
+def write_model(path, layout, nets, dtype=torch.float32):
+    """nets at path, as somebody else would have written them."""
+    names = "sgm" if layout == "single" else "diffusers"
+    tensors = [{n: t.to(dtype).contiguous() for n, t in named(net, names).items()} for net in nets]
+    if layout == "single":
+        save_file(tensors[0] | tensors[1] | tensors[2] | sgm_leftovers(nets[1]), path := path / "svd.safetensors", metadata=CONFIG)
+        return path
+    fp16 = ".fp16" if dtype == torch.float16 else ""
+    configs = [{"block_out_channels": UNET.channels, "num_attention_heads": UNET.heads, "cross_attention_dim": 40, "num_frames": 14},
+               {"block_out_channels": VAE.channels, "force_upcast": True},
+               {"hidden_size": CLIP.width, "num_hidden_layers": CLIP.layers, "num_attention_heads": CLIP.heads,
+                "patch_size": CLIP.patch, "projection_dim": CLIP.out_dim, "image_size": CLIP.image}]
+    for stem, t, config in zip(exsvd.FOLDER.values(), tensors, configs):
+        folder = path / os.path.dirname(stem)
+        folder.mkdir(exist_ok=True)
+        save_file(t, f"{path / stem}{fp16}.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def same(net, state, dtype=torch.float32):
+    """The net holds exactly this state in this dtype, and is finished: real, in eval mode, without buffers to forget."""
+    got = net.state_dict()
+    assert got.keys() == state.keys() and not net.training and not list(net.buffers())
+    for n, t in got.items():
+        assert t.device.type == "cpu" and t.dtype == dtype and torch.equal(t, state[n].to(dtype)), n
+
+
+@pytest.mark.parametrize("layout, dtype", [("single", torch.float32), ("folder", torch.float32), ("folder", torch.float16)], ids=str)
+@pytest.mark.parametrize("extension", [None, "release", "own"])
+@torch.no_grad()
+def test_load_published_layouts(tmp_path, layout, dtype, extension):
+    nets, longer = networks(), make_unet(num_frames=12, seed=5)
+    path = write_model(tmp_path, layout, nets, dtype)
+    state = {n: t.to(dtype).float() for n, t in nets[0].state_dict().items()}
+    overlay = None
+    if extension:
+        overlay, temporal = tmp_path / "extension.safetensors", exsvd.file_names(longer, "exvideo")
+        if extension == "release":
+            save_file({n: t.half() for n, t in named(longer, "exvideo").items()}, overlay)
+        else:
+            exsvd.save_extension(overlay, longer, step=7)
+        state |= {n: t.half().float() if extension == "release" else t for n, t in longer.state_dict().items() if n in temporal}
+    svd = exsvd.load(path, extension=overlay)
+    same(svd.unet, state)
+    for net, mine in zip((svd.vae, svd.clip), nets[1:]):
+        same(net, {n: t.to(dtype).float() for n, t in mine.state_dict().items()})
+    assert svd.unet.config.native_frames == (25 if layout == "single" else 14)
+    assert svd.extension == {None: None, "release": {}, "own": {"native_frames": 25, "step": 7}}[extension]
+    assert svd.unet.max_frames == (12 if extension else None)
+    whole = (longer if extension else nets[0])
+    whole.load_state_dict(state)
+    assert torch.equal(svd.unet(*unet_inputs(6)), whole(*unet_inputs(6)))
+
+
+@pytest.mark.parametrize("num_frames", [None, 12])
+def test_own_single_file(tmp_path, num_frames):
+    nets = networks(num_frames)
+    exsvd.save_model(tmp_path / "toy.safetensors", *nets, note="hello")
+    svd = exsvd.load(tmp_path / "toy.safetensors")
+    for net, mine in zip((svd.unet, svd.vae, svd.clip), nets):
+        same(net, mine.state_dict())
+        assert net.config == mine.config
+    alone = exsvd.load(tmp_path / "toy.safetensors", parts=("vae",))
+    same(alone.vae, nets[1].state_dict())
+    assert alone.unet is None and alone.clip is None and alone.meta == svd.meta
+    assert svd.meta["note"] == "hello" and svd.extension is None and svd.unet.max_frames == num_frames
+    exsvd.save_model(tmp_path / "half.safetensors", *nets, dtype=torch.float16)
+    same(exsvd.load(tmp_path / "half.safetensors").unet, {n: t.half().float() for n, t in nets[0].state_dict().items()})
+
+
+def test_an_extension_is_what_the_release_is(tmp_path, full):
+    unet = make_unet(num_frames=12)
+    name = exsvd.freeze(unet)[0]
+    exsvd.save_extension(tmp_path / "e.safetensors", unet, {name: torch.full_like(unet.get_parameter(name), 3.0)})  # from an EMA
+    saved, release = load_file(tmp_path / "e.safetensors"), full[-1]["ExVideo-SVD-128f-v1"]
+    assert saved.keys() == release.keys()  # the full-size names, whose hash is the published one
+    assert all(t.ndim == release[n].ndim for n, t in saved.items())
+    own = named(unet, "exvideo")
+    changed = [n for n in saved if not torch.equal(saved[n], own[n])]
+    assert changed == exsvd.file_names(unet, "exvideo")[name] and (saved[changed[0]] == 3).all()
+    with pytest.raises(ValueError, match="module.x is no parameter"):  # else an EMA under wrong names would silently be left out
+        exsvd.save_extension(tmp_path / "e.safetensors", unet, {"module.x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="not extended"):
+        exsvd.save_extension(tmp_path / "e.safetensors", make_unet())
+    saves = []
+    for _ in range(5):
+        exsvd.save_extension(tmp_path / "e.safetensors", unet, step=1, note="x")
+        saves.append((tmp_path / "e.safetensors").read_bytes())
+    assert len(set(saves)) == 1, "the same weights give the same bytes"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_load_in_other_dtypes(tmp_path, dtype):
+    nets = networks()
+    svd = exsvd.load(write_model(tmp_path, "single", nets), dtype=dtype)
+    same(svd.unet, nets[0].state_dict(), dtype)
+    same(svd.clip, nets[2].state_dict(), dtype)
+    encoder = torch.float32 if dtype == torch.float16 else dtype  # its activations exceed fp16's range
+    for n, t in svd.vae.state_dict().items():
+        assert t.dtype == (encoder if n.startswith(("encoder", "quant_conv")) else dtype), n
+    assert svd.vae.encode(torch.rand(1, 3, 64, 64)).isfinite().all() and svd.vae.decode(torch.randn(1, 2, 4, 8, 8)).isfinite().all()
+
+
+def test_folder_prefers_full_precision(tmp_path):
+    nets, others = networks(seed=1), networks(seed=2)
+    write_model(tmp_path, "folder", others, torch.float16)
+    same(exsvd.load(tmp_path).unet, {n: t.half().float() for n, t in others[0].state_dict().items()})
+    write_model(tmp_path, "folder", nets)
+    same(exsvd.load(tmp_path).unet, nets[0].state_dict())
+
+
+@pytest.mark.parametrize("layout", ["ours", "sgm", "diffusers"])
+@pytest.mark.parametrize("meta", [False, True])
+def test_load_weights(tmp_path, layout, meta):
+    for net in networks():
+        tensors = named(net, layout)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "one.safetensors")
+        for source in (tensors, tmp_path / "one.safetensors", str(tmp_path / "one.safetensors")):
+            with torch.device("meta" if meta else "cpu"):
+                other = type(net)(net.config).eval()
+            assert exsvd.load_weights(other, source) is other
+            same(other, net.state_dict())
+            if isinstance(source, dict):  # copied, so neither can change the other
+                next(iter(tensors.values())).add_(1)
+                same(other, net.state_dict())
+                tensors = named(net, layout)
+
+
+def test_load_weights_converts_to_the_module(tmp_path):
+    net = networks()[0]
+    half = exsvd.load_weights(exsvd.UNet(UNET).bfloat16().eval(), {n: t.half() for n, t in named(net, "diffusers").items()})
+    same(half, {n: t.half() for n, t in net.state_dict().items()}, torch.bfloat16)
+
+
+def test_base_and_extension_into_an_extended_unet():
+    trained, base = make_unet(num_frames=12, seed=3), make_unet(seed=4)
+    temporal = set(exsvd.freeze(trained))
+    unet = exsvd.extend(exsvd.UNet(UNET), 12).eval()
+    fresh = {n: t.clone() for n, t in unet.state_dict().items() if re.search("frame_(table|conv)", n)}
+    exsvd.load_weights(unet, named(base, "sgm"))
+    same(unet, base.state_dict() | fresh)
+    exsvd.load_weights(unet, named(trained, "exvideo"))
+    same(unet, base.state_dict() | {n: t for n, t in trained.state_dict().items() if n in temporal})
+
+
+BROKEN = {  # what is done to the bytes of a good file -> what the message says
+    "empty": (lambda b: b"", "not a complete safetensors file"),
+    "truncated": (lambda b: b[:-1000], "not a complete safetensors file"),
+    "cut in the header": (lambda b: b[:1000], "not a complete safetensors file"),
+    "too long": (lambda b: b + b"0000", "not a complete safetensors file"),
+    "a web page": (lambda b: b"<!DOCTYPE html><html>Not found</html>", "not a complete safetensors file"),
+    "a Git LFS pointer": (lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+                          "not a complete safetensors file"),
+    "a pickle": (lambda b: b"\x80\x02}q\x00.", "pickled checkpoint, which is never opened"),
+    "a zip": (lambda b: b"PK\x03\x04" + b, "pickled checkpoint, which is never opened"),
+}
+
+
+def refused(unet, source, *says):
+    """load_weights raises one line that says all this, and changes nothing."""
+    before = {n: t.clone() for n, t in unet.state_dict().items()}
+    with pytest.raises(exsvd.WeightsError) as e:
+        exsvd.load_weights(unet, source)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 1200, str(e.value)
+    for text in says:
+        assert text in str(e.value), str(e.value)
+    assert all(torch.equal(t, before[n]) for n, t in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_file(tmp_path, how):
+    damage, says = BROKEN[how]
+    path = tmp_path / "x.safetensors"
+    save_file(named(make_unet(), "diffusers"), path)
+    path.write_bytes(damage(path.read_bytes()))
+    refused(make_unet(), path, "x.safetensors", says)
+
+
+def test_pickled_checkpoint_runs_no_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+    for zipped in (True, False):
+        torch.save({"x": Bomb()}, tmp_path / "svd.pt", _use_new_zipfile_serialization=zipped)
+        refused(make_unet(), tmp_path / "svd.pt", "svd.pt is a pickled checkpoint")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_header_with_flipped_bits(tmp_path):
+    vae, path = exsvd.VAE(VAE), tmp_path / "x.safetensors"
+    save_file({n: t.contiguous() for n, t in named(vae, "diffusers").items()}, path)
+    good = path.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    for at in [0, 1, 3, 7, 8, *range(9, header - 8, header // 50)]:
+        for bit in (0x01, 0x80):
+            path.write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1:])
+            with pytest.raises(exsvd.WeightsError):
+                exsvd.load_weights(vae, path)
+
+
+def test_broken_configuration(tmp_path):
+    """Our own files describe their networks; what no network can have is refused, not run into."""
+    for config in ([], 3, None, {"unet": 3}, {"unet": {"channels": "a"}}, {"unet": {"channels": [30, 60, 90, 90]}},
+                   {"unet": {"groups": 0}}, {"unet": {"chan": 1}}, {"vae": {"channels": [32]}}, {"clip": {"layers": -1}}):
+        save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"exsvd": json.dumps({"config": config})})
+        with pytest.raises(exsvd.WeightsError, match="x.safetensors"):
+            exsvd.load(tmp_path / "x.safetensors")
+    for text in ("{", "3", "null", "[1]"):
+        save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"exsvd": text})
+        with pytest.raises(exsvd.WeightsError, match="x.safetensors"):
+            exsvd.load(tmp_path / "x.safetensors")
+
+
+def test_tensors_that_do_not_fit():
+    unet, vae, clip = networks()
+    good, first = named(unet, "diffusers"), "conv_in.weight"
+    half = dict(list(good.items())[::2])
+    refused(unet, half, "714 missing, such as", "(1428 tensors)")
+    refused(unet, good | {"extra.weight": torch.zeros(1)}, "1 unexpected, such as extra.weight")
+    refused(unet, good | {first: good[first][:, :4]}, "1 mis-shaped, such as conv_in.weight (32, 4, 3, 3) instead of (32, 8, 3, 3)")
+    refused(unet, {n.replace(first, "conv_inn.weight"): t for n, t in good.items()}, "1 missing, such as conv_in.weight",
+            "1 unexpected, such as conv_inn.weight")
+    a, b = "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"
+    refused(unet, good | {a: good[b], b: good[a]}, "2 mis-shaped", f"{a} (128, 768) instead of (128, 32)")
+    refused(unet, good | {first: good[first].flatten()}, "mis-shaped")
+    refused(unet, {}, "1428 missing")
+    refused(unet, named(vae, "diffusers"), "missing", "unexpected")
+    refused(clip, named(unet, "sgm"), "missing")
+    refused(make_unet(channels=(32, 32, 64, 64), heads=(1, 1, 2, 2)), good, "mis-shaped")
+    joined = named(clip, "diffusers")
+    q = next(n for n in joined if n.endswith("q_proj.weight"))
+    refused(clip, joined | {q: joined[q][:, :3]}, "q_proj.weight", "(64, 3)", "(192, 64)")
+    for network, part in (unet, "UNet"), (vae, "VAE"), (clip, "ImageEncoder"):
+        both = named(network, "sgm") | named(network, "diffusers")  # two layouts in one file
+        refused(network, both, part, "unexpected")
+
+
+def test_extensions_that_do_not_fit(tmp_path):
+    longer = make_unet(num_frames=12)
+    release = named(longer, "exvideo")
+    refused(make_unet(), release, "extended to 12 frames", "extend(unet, 12)")
+    refused(make_unet(num_frames=30), release, "extended to 12 frames", "extend(unet, 12)")
+    refused(longer, {n: t for n, t in release.items() if "positional_conv" not in n}, "32 missing")
+    refused(longer, {n: t for n, t in release.items() if "positional_embedding.emb" not in n}, "16 missing")
+    refused(longer, release | {"blocks.8.norm_in.weight": torch.zeros(32)}, "1 unexpected, such as blocks.8.norm_in.weight")
+    model = write_model(tmp_path, "single", networks())
+    with pytest.raises(exsvd.WeightsError, match="is not an extension"):
+        exsvd.load(model, extension=model)
+
+
+def test_missing_files(tmp_path):
+    refused(make_unet(), tmp_path / "none.safetensors", "none.safetensors: no such weight file")
+    with pytest.raises(exsvd.WeightsError, match="no such weight file"):
+        exsvd.load(tmp_path / "none.safetensors")
+    with pytest.raises(exsvd.WeightsError, match=r"no unet/diffusion_pytorch_model.safetensors"):
+        exsvd.load(tmp_path)
+    write_model(tmp_path, "folder", networks())
+    with pytest.raises(exsvd.WeightsError, match="no such weight file"):
+        exsvd.load(tmp_path, extension=tmp_path / "none.safetensors")
+    (tmp_path / "vae/config.json").write_text("{")
+    with pytest.raises(exsvd.WeightsError, match=r"vae/config.json: not readable as JSON"):
+        exsvd.load(tmp_path)
+    os.remove(tmp_path / "image_encoder/model.safetensors")
+    (tmp_path / "image_encoder/pytorch_model.bin").write_bytes(b"PK")
+    (tmp_path / "vae/config.json").write_text("{}")
+    with pytest.raises(exsvd.WeightsError, match=r"no image_encoder/model.safetensors"):
+        exsvd.load(tmp_path)
+
+
+@pytest.mark.parametrize("fails", ["save_file", "os.replace"])
+def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
+    nets = networks()
+    for name, save in {"m.safetensors": lambda p: exsvd.save_model(p, *nets),
+                       "e.safetensors": lambda p: exsvd.save_extension(p, exsvd.extend(nets[0], 12))}.items():
+        (tmp_path / name).write_bytes(b"old")
+
+        def disk_full(first, second, metadata=None):  # save_file(tensors, temporary) or os.replace(temporary, target)
+            temporary = second if fails == "save_file" else first
+            assert os.path.dirname(temporary) == str(tmp_path)  # beside the target, so that the renaming is atomic
+            with open(temporary, "wb") as f:
+                f.write(b"half")
+            raise OSError("No space left on device")
+
+        with monkeypatch.context() as m:
+            where = (exsvd, "save_file") if fails == "save_file" else (os, "replace")
+            m.setattr(*where, disk_full)
+            with pytest.raises(OSError, match="No space left"):
+                save(str(tmp_path / name))
+        assert (tmp_path / name).read_bytes() == b"old" and name in os.listdir(tmp_path)
+        assert not [f for f in os.listdir(tmp_path) if not f.endswith(".safetensors")], "no temporary file is left"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+# 16x8 pixels, left half (220, 40, 30), right half (20, 60, 200), made once with an image library that we do not depend on
+CMYK_JPEG = (
+    "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwADAgIDAgIDAwMDBAMDBAUIBQUEBAUKBwcGCAwKDAwLCgsLDQ4SEA0OEQ4LCxAWEBETFBUVFQwPFxgWFBgSFBUU"
+    "/8AAFAgACAAQBEMRAE0RAFkRAEsRAP/EAB8AAAEFAQEBAQEBAAAAAAAAAAABAgMEBQYHCAkKC//EALUQAAIBAwMCBAMFBQQEAAABfQECAwAEEQUSITFB"
+    "BhNRYQcicRQygZGhCCNCscEVUtHwJDNicoIJChYXGBkaJSYnKCkqNDU2Nzg5OkNERUZHSElKU1RVVldYWVpjZGVmZ2hpanN0dXZ3eHl6g4SFhoeIiYqS"
+    "k5SVlpeYmZqio6Slpqeoqaqys7S1tre4ubrCw8TFxsfIycrS09TV1tfY2drh4uPk5ebn6Onq8fLz9PX29/j5+v/aAA4EQwBNAFkASwAAPwD71r4Ur8+q"
+    "/VOv56q7av3For//2Q==")
+ANIMATED_WEBP = (
+    "UklGRqAAAABXRUJQVlA4WAoAAAACAAAADwAABwAAQU5JTQYAAAAAAAAAAABBTk1GNgAAAAAAAAAAAA8AAAcAAGQAAAJWUDhMHQAAAC8PwAEAD3Ae9lMg"
+    "3wp5/oMHYsFk/tKdKUT0PzIAAEFOTUY2AAAAAAAAAAAADwAABwAAZAAAAFZQOEwdAAAALw/AAQAPcB72UyDfCnn+gwdiwSR/6Z0pRPQ/MgAA")
+ALPHA_WEBP = "UklGRiYAAABXRUJQVlA4TBoAAAAvD8ABEA8wPEMxyPMf8BALJvOX7kwhov+hAw=="                    # its left half is transparent
+
+
+def encode(codec, pixels, fmt):
+    """One image file, made with PyAV."""
+    c = av.CodecContext.create(codec, "w")
+    c.height, c.width, c.pix_fmt, c.time_base = *pixels.shape[:2], fmt if codec == "png" else "yuvj444p", 1
+    frame = av.VideoFrame.from_ndarray(pixels, fmt)
+    if codec != "png":
+        c.qmin = c.qmax = 2
+        frame = frame.reformat(format="yuvj444p", dst_color_range=2)
+    return b"".join(bytes(p) for p in [*c.encode(frame), *c.encode(None)])
+
+
+def corners(H=48, W=80):
+    """An image whose four quarters differ: uint8 (H, W, 3)."""
+    x = np.zeros((H, W, 3), np.uint8)
+    x[:H // 2, :W // 2], x[:H // 2, W // 2:] = [200, 40, 40], [40, 180, 60]
+    x[H // 2:, :W // 2], x[H // 2:, W // 2:] = [50, 60, 210], [230, 230, 230]
+    return x
+
+
+def exif(o, order):
+    """A TIFF header whose first directory holds a make and an orientation."""
+    return (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(
+        order + "IH HHI4s HHIHH I", 8, 2, 0x010F, 2, 4, b"abc\0", 0x0112, 3, 1, o, 0, 0)
+
+
+def png_chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png_file(width, colour, row, **chunks):
+    """A PNG of one row, 8 bits, of any colour type."""
+    body = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, 8, colour, 0, 0, 0))
+    body += b"".join(png_chunk(k.encode(), v) for k, v in chunks.items())
+    return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IDAT", zlib.compress(b"\0" + row)) + png_chunk(b"IEND", b"")
+
+
+def psnr(a, b):
+    return float(10 * torch.log10(255 ** 2 / (a.double() - b.double()).square().mean()))
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_exif_orientations_come_out_upright(tmp_path, kind, order):
+    # how a camera that means `up` stores it, for each value of the tag: EXIF 2.3, figure of tag 0x0112
+    stored = {1: lambda u: u, 2: np.fliplr, 3: lambda u: np.rot90(u, 2), 4: np.flipud, 5: lambda u: u.swapaxes(0, 1),
+              6: lambda u: np.rot90(u, 1), 7: lambda u: np.rot90(u, 2).swapaxes(0, 1), 8: lambda u: np.rot90(u, -1)}
+    up = corners()
+    for o in range(1, 9):
+        x, tag = np.ascontiguousarray(stored[o](up)), exif(o, order)
+        if kind == "jpeg":
+            file = encode("mjpeg", x, "rgb24")
+            xmp = b"\xff\xe1\0\x0ahttp://x"                                         # another APP1 before it must not confuse
+            file = file[:2] + xmp + b"\xff\xe1" + struct.pack(">H", len(tag) + 8) + b"Exif\0\0" + tag + file[2:]
+        elif kind == "png":
+            file = encode("png", x, "rgb24")
+            file = file[:33] + png_chunk(b"eXIf", tag) + file[33:]
+        else:                                                                       # a fixed picture, turned by the tag
+            still = base64.b64decode(ALPHA_WEBP)
+            flags = struct.pack("<4sI4s6s", b"VP8X", 10, bytes([0x18, 0, 0, 0]), bytes([15, 0, 0, 7, 0, 0]))
+            body = b"WEBP" + flags + still[12:] + b"EXIF" + struct.pack("<I", len(tag)) + tag
+            file = b"RIFF" + struct.pack("<I", len(body)) + body
+        (tmp_path / "x").write_bytes(file)
+        img = data.read_image(tmp_path / "x")
+        if kind == "webp":                                                          # white on the left, blue on the right
+            x, back = np.full((8, 16, 3), 255), {6: 8, 8: 6}.get(o, o)
+            x[:, 8:] = [20, 60, 200]
+            expected = np.rot90(x, -1) if o == 6 else np.rot90(x, 1) if o == 8 else stored[back](x)
+        else:
+            expected = up
+        assert img.shape == expected.shape, o
+        error = (img.float() - torch.from_numpy(expected.copy()).float()).abs()
+        assert error.max() <= (8 if kind == "jpeg" else 0), (o, error.max())
+
+
+def test_damaged_exif_leaves_the_pixels_as_they_are(tmp_path):
+    x = encode("png", corners(), "rgb24")
+    for tag in (b"", b"II", b"MM\0*\xff\xff\xff\xff", exif(9, "<"), exif(6, "<")[:20]):
+        (tmp_path / "x.png").write_bytes(x[:33] + png_chunk(b"eXIf", tag) + x[33:])
+        assert torch.equal(data.read_image(tmp_path / "x.png"), torch.from_numpy(corners()))
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (9, 13, 4), np.uint8)                                  # RGBA
+    a = x[..., 3:] / 255
+    (tmp_path / "x").write_bytes(encode("png", x, "rgba"))
+    want = np.rint(x[..., :3] * a + 255 * (1 - a))
+    assert np.abs(data.read_image(tmp_path / "x").numpy() - want).max() <= 1
+
+    # a palette of red, green, blue: opaque, half transparent, transparent
+    colours = {"PLTE": bytes([255, 0, 0, 0, 255, 0, 0, 0, 255]), "tRNS": bytes([255, 128, 0])}
+    (tmp_path / "x").write_bytes(png_file(3, 3, b"\0\1\2", **colours))
+    assert data.read_image(tmp_path / "x").tolist() == [[[255, 0, 0], [127, 255, 127], [255, 255, 255]]]
+
+    (tmp_path / "x").write_bytes(png_file(3, 4, bytes([0, 0, 0, 255, 100, 128])))   # grey with alpha
+    assert data.read_image(tmp_path / "x")[0, :, 0].tolist() == [255, 0, 177]
+
+    (tmp_path / "x").write_bytes(base64.b64decode(ALPHA_WEBP))
+    img = data.read_image(tmp_path / "x")
+    assert (img[:, :8] == 255).all() and (img[:, 8:] == torch.tensor([20, 60, 200])).all()
+
+
+def test_sixteen_bits_grey_and_cmyk(tmp_path):
+    x = np.random.default_rng(0).integers(0, 65536, (7, 11, 3), np.uint16)
+    (tmp_path / "x").write_bytes(encode("png", x, "rgb48be"))
+    assert (data.read_image(tmp_path / "x").numpy() == np.rint(x / 257)).all()
+    (tmp_path / "x").write_bytes(encode("png", x[..., 0].copy(), "gray16be"))
+    assert (data.read_image(tmp_path / "x").numpy() == np.rint(x[..., :1] / 257)).all()
+    (tmp_path / "x").write_bytes(encode("png", corners()[..., 0].copy(), "gray"))
+    assert (data.read_image(tmp_path / "x").numpy() == corners()[..., :1]).all()
+    (tmp_path / "x").write_bytes(base64.b64decode(CMYK_JPEG))
+    img = data.read_image(tmp_path / "x")
+    assert torch.allclose(img[4, [2, 13]].float(), torch.tensor([[220.0, 40, 30], [20, 60, 200]]), atol=4)
+
+
+@pytest.mark.parametrize("H, W", [(48, 80), (47, 79), (3, 5), (16, 4), (7, 1), (1, 1)])
+def test_jpeg_colours_are_exact_at_any_size(tmp_path, H, W):
+    # full range, half-size chroma: against the samples interpolated linearly and ITU-T T.871, as JPEG libraries do it
+    rng = np.random.default_rng(0)
+    planes = [rng.integers(90, 170, ((H + k) // (1 + k), (W + k) // (1 + k))).astype(np.uint8) for k in (0, 1, 1)]
+    frame = av.VideoFrame(W, H, "yuvj420p")
+    for plane, v in zip(frame.planes, planes):
+        plane.update(np.pad(v, ((0, 0), (0, plane.line_size - v.shape[1]))).tobytes())
+    c = av.CodecContext.create("mjpeg", "w")
+    c.height, c.width, c.pix_fmt, c.time_base, c.qmin, c.qmax = H, W, "yuvj420p", 1, 1, 1
+    (tmp_path / "x").write_bytes(b"".join(bytes(p) for p in [*c.encode(frame), *c.encode(None)]))
+    with av.open(str(tmp_path / "x")) as c:
+        frame = next(c.decode(video=0))
+    y, cb, cr = (torch.from_numpy(np.frombuffer(p, np.uint8).reshape(-1, p.line_size)[:p.height, :p.width].astype(np.float32))
+                 for p in frame.planes)
+    double = lambda v: torch.nn.functional.interpolate(v[None, None], scale_factor=2, mode="bilinear")[0, 0, :H, :W]
+    cb, cr = double(cb) - 128, double(cr) - 128
+    want = torch.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], -1).clamp(0, 255)
+    error = (data.read_image(tmp_path / "x") - want).abs()
+    assert error.mean() < 0.7 and error.max() <= 3, (error.mean(), error.max())
+
+
+def test_animated_files_give_their_first_frame(tmp_path):
+    x = torch.from_numpy(corners(64, 64))
+    frames = torch.stack([x, x.flip(0), x.flip(1)])
+    for name in ("x.gif", "x.mp4", "x.webm"):
+        with data.VideoWriter(tmp_path / name, fps=5) as v:
+            v.write(frames)
+        assert psnr(data.read_image(tmp_path / name), x) > 28, name
+    (tmp_path / "x.webp").write_bytes(base64.b64decode(ANIMATED_WEBP))
+    img = data.read_image(tmp_path / "x.webp")
+    assert (img[:, :8] == torch.tensor([220, 40, 30])).all() and (img[:, 8:] == torch.tensor([20, 60, 200])).all()
+
+
+def test_files_are_recognised_by_content_not_by_name(tmp_path, monkeypatch):
+    x = torch.from_numpy(corners())
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.jpg", "x.mp4", "a%03d.png", "no extension", "concat:x", "-", "x.txt", "pipe:0"):
+        data.write_png(name, x)
+        assert torch.equal(data.read_image(name), x), name
+    (tmp_path / "playlist.png").write_text("ffconcat version 1.0\nfile x.jpg\n")   # must not open the file it names
+    with pytest.raises(data.MediaError):
+        data.read_image("playlist.png")
+
+
+def test_unreadable_files_raise_one_line(tmp_path):
+    jpeg, png = encode("mjpeg", corners(), "rgb24"), encode("png", corners(), "rgb24")
+    with data.VideoWriter(tmp_path / "x.gif", 5) as v:
+        v.write(torch.from_numpy(corners())[None])
+    gif, webp = (tmp_path / "x.gif").read_bytes(), base64.b64decode(ALPHA_WEBP)
+    bad = {"empty.jpg": b"", "text.png": b"not an image\n" * 50, "noise": np.random.default_rng(0).bytes(5000),
+           "bomb.png": png[:16] + struct.pack(">II", 60000, 60000) + png[24:]}
+    for name, whole in {"jpeg": jpeg, "png": png, "gif": gif, "webp": webp}.items():
+        bad |= {f"{name}{part}": whole[:int(len(whole) * part)] for part in (0.05, 0.3, 0.6, 0.9, 0.98)}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    for name in [*bad, "missing.png", "."]:
+        with pytest.raises(data.MediaError) as e:
+            data.read_image(tmp_path / name)
+        assert "\n" not in str(e.value) and str(tmp_path / name) in str(e.value), name
+
+
+def test_fit_image_covers_crops_and_does_not_distort():
+    for H, W, width, height in [(300, 500, 64, 64), (500, 300, 128, 64), (80, 48, 192, 64), (97, 131, 64, 192), (60, 60, 64, 64)]:
+        y, x = np.mgrid[0:H, 0:W] + 0.5
+        r = 0.3 * min(H, W / 2 if width > height else W, H / 2 if height > width else H)
+        disc = 255 * np.clip(r + 0.5 - np.hypot(y - H / 2, x - W / 2), 0, 1)[..., None].repeat(3, -1)
+        out = data.fit_image(torch.from_numpy(disc.astype(np.uint8)), width, height)
+        assert out.shape == (3, height, width) and out.dtype == torch.float32 and -1 <= out.min() and out.max() <= 1
+        mass = (out[0] + 1) / 2
+        rows, cols = mass.sum(1), mass.sum(0)
+        spread = [float((w * (torch.arange(len(w)) - (w * torch.arange(len(w))).sum() / w.sum()) ** 2).sum() / w.sum()) ** 0.5
+                  for w in (rows, cols)]
+        radius = r * max(width / W, height / H)
+        assert abs(spread[0] / spread[1] - 1) < 0.02, (H, W, width, height, spread)
+        assert abs(spread[0] * 2 / radius - 1) < 0.05                               # half its radius, for a disc
+        centre = [float((w * (torch.arange(len(w)) + 0.5)).sum() / w.sum()) for w in (rows, cols)]
+        assert abs(centre[0] - height / 2) <= 1 and abs(centre[1] - width / 2) <= 1
+    for H, W in [(1, 1), (1, 4000), (4000, 1), (10, 10000), (10000, 10), (2, 3)]:
+        out = data.fit_image(torch.full((H, W, 3), 200, dtype=torch.uint8), 128, 64)
+        assert out.shape == (3, 64, 128) and torch.allclose(out, torch.tensor(200 / 127.5 - 1), atol=1e-5)
+    x = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(data.fit_image(x, 64, 64), x.permute(2, 0, 1) / 127.5 - 1, atol=1e-4)     # nothing to do
+
+
+def test_default_size_keeps_the_aspect_ratio_and_bounds_the_area():
+    assert data.default_size(1920, 1080, 1024 * 576) == (1024, 576)
+    assert data.default_size(1080, 1920, 1024 * 576) == (576, 1024)
+    assert data.default_size(500, 500, 64 * 64) == (64, 64)
+    for area in (64 * 64, 128 * 128, 512 * 512, 1024 * 576):
+        for w, h in [(1, 1), (3, 2), (4, 3), (9, 16), (10000, 10), (1, 5000), (7, 1)]:
+            W, H = data.default_size(w, h, area)
+            assert W % 64 == H % 64 == 0 and min(W, H) >= 64 and area / 2 <= W * H <= 2 * area, (w, h, area, W, H)
+            if area >= 512 * 512 and max(w / h, h / w) <= 2:
+                assert 0.85 < W / H * h / w < 1.18, (w, h, W, H)
+
+
+@pytest.mark.parametrize("name, least", [("x.mp4", 38), ("x.webm", 36), ("x.gif", 32), ("x", 300), ("run1.5/", 300)])
+def test_videos_survive_a_round_trip(tmp_path, name, least):
+    y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
+    frames = torch.stack([torch.stack([3 * x + 4 * t, 5 * y, 255 - 2 * x - 2 * y + 3 * t], -1) for t in range(12)])
+    frames = frames.clamp(0, 255).to(torch.uint8)
+    settings = {"seed": 3, "prompt": "ü \"quoted\"", "cfg": [1.0, 3.0]}
+    path = str(tmp_path) + "/" + name
+    digests = []
+    for splits in ([5, 7], [12], [1] * 12):                                         # how it is handed over changes nothing
+        with data.VideoWriter(path, fps=7.5, settings=settings) as v:
+            for part in frames.split(splits):
+                v.write(part)
+        files = sorted((tmp_path / name).iterdir()) if (tmp_path / name).is_dir() else [tmp_path / name]
+        digests.append(hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest())
+    assert len(set(digests)) == 1
+    video, fps = data.read_video(path)
+    assert video.shape == frames.shape and abs(fps - 7.5) < (0.2 if name == "x.gif" else 1e-6)
+    assert torch.equal(video, frames) if least == 300 else psnr(video, frames) > least, psnr(video, frames)
+    stored = data.read_settings(path)
+    assert {k: stored[k] for k in settings} == settings
+    assert not [f for f in tmp_path.iterdir() if ".part" in f.name]
+
+
+def test_mp4_is_what_browsers_play(tmp_path):
+    frames = torch.full((3, 63, 65, 3), 90, dtype=torch.uint8)                      # odd: padded to even
+    frames[..., 0] = 250
+    with data.VideoWriter(tmp_path / "x.mp4", fps=24000 / 1001) as v:
+        v.write(frames)
+    raw = (tmp_path / "x.mp4").read_bytes()
+    assert raw.index(b"moov") < raw.index(b"mdat") and b"Lavf" not in raw and b"x264" not in raw
+    with av.open(str(tmp_path / "x.mp4")) as c:
+        s = c.streams.video[0].codec_context
+        assert (s.name, s.pix_fmt, s.width, s.height) == ("h264", "yuv420p", 66, 64)
+        assert s.colorspace == s.color_primaries == s.color_trc == s.color_range == 1          # bt709, limited range
+        assert abs(c.streams.video[0].average_rate - 24000 / 1001) < 1e-4
+    video, _ = data.read_video(tmp_path / "x.mp4")
+    assert (video.int() - torch.tensor([250, 90, 90])).abs().max() <= 3
+    assert data.read_settings(tmp_path / "x.mp4") is None
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif", "x"])
+def test_an_exception_leaves_the_older_video_and_no_rubbish(tmp_path, name):
+    frames = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
+    with data.VideoWriter(tmp_path / name, 5, {"run": 1}) as v:
+        v.write(frames)
+    def state():
+        return {str(f.relative_to(tmp_path)): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    before = state()
+    with pytest.raises(KeyboardInterrupt):
+        with data.VideoWriter(tmp_path / name, 5, {"run": 2}) as v:
+            v.write(frames + 200)
+            raise KeyboardInterrupt
+    with pytest.raises(ValueError):
+        with data.VideoWriter(tmp_path / name, 5) as v:
+            v.write(frames + 200)
+            v.write(frames[:, :16])
+    with pytest.raises(data.MediaError):
+        with data.VideoWriter(tmp_path / name, 5) as v:
+            pass                                                                    # no frame at all
+    assert state() == before
+    with data.VideoWriter(tmp_path / name, 5) as v:                                 # settings of the older video do not stay
+        v.write(frames)
+    assert (data.read_settings(tmp_path / name) or {}).get("run") is None
+
+
+def test_bad_targets_are_refused_before_any_work(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.png").write_bytes(b"x")
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "folder.mp4").mkdir()
+    for name, fps in [("x.avi", 5), ("x.png", 5), ("photos", 5), ("file", 5), ("folder.mp4", 5), ("x.mp4", 0),
+                      ("x.mp4", float("nan")), ("x.gif", 60)]:
+        with pytest.raises(data.MediaError) as e:
+            data.VideoWriter(tmp_path / name, fps)
+        assert "\n" not in str(e.value)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder.mp4", "photos"]
+    with pytest.raises(data.MediaError):                                            # a file where a folder is needed
+        data.VideoWriter(tmp_path / "file" / "x.mp4", 5).__enter__()
+
+
+def test_video_rotation_is_applied(tmp_path):
+    x = torch.from_numpy(corners(48, 64))
+    with data.VideoWriter(tmp_path / "x.mp4", 5) as v:
+        v.write(torch.stack([x, x]))
+    raw = bytearray((tmp_path / "x.mp4").read_bytes())
+    i = raw.index(b"tkhd") + 44                                                     # the display matrix, 16.16 fixed point
+    raw[i:i + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)    # a quarter turn clockwise
+    (tmp_path / "x.mp4").write_bytes(raw)
+    want = torch.rot90(x, -1, (0, 1))
+    assert psnr(data.read_video(tmp_path / "x.mp4")[0][0], want) > 25 and psnr(data.read_image(tmp_path / "x.mp4"), want) > 25
+
+
+def test_synthetic_scenes_depend_on_seed_and_index_only():
+    a, ta = data.synthetic_scene(7, 5, frames=8)
+    torch.manual_seed(1), np.random.seed(1)
+    data.synthetic_scene(7, 4)
+    b, tb = data.synthetic_scene(7, 5, frames=40)
+    assert a.shape == (8, 64, 64, 3) and a.dtype == torch.uint8 and b.shape[0] == 40
+    assert torch.equal(a, b[:8]) and all(torch.equal(ta[k], tb[k][:8]) for k in ta)
+    code = "import data, hashlib; print(hashlib.sha256(data.synthetic_scene(7, 5)[0].numpy().tobytes()).hexdigest())"
+    here = data.Path(data.__file__).parent
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
+    assert other.stdout.strip() == hashlib.sha256(a.numpy().tobytes()).hexdigest()
+    for seed, index in [(7, 6), (8, 5), (5, 7)]:
+        assert not torch.equal(a, data.synthetic_scene(seed, index)[0])
+    assert data.synthetic_scene(0, 0, 3, size=128)[0].shape == (3, 128, 128, 3)
+
+
+def test_synthetic_truth_and_the_reserved_hue():
+    moved, found, total = 0, 0, 0
+    for index in range(60):
+        video, truth = data.synthetic_scene(1, index, frames=6)
+        hue = data.magenta(video / 255)                                             # (T, H, W)
+        T, K = truth["present"].shape
+        assert truth["camera"].shape == (T, 4) and truth["centres"].shape == (T, K, 2) and truth["radii"].shape == (T, K)
+        y, x = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+        far = torch.ones(T, 64, 64, dtype=torch.bool)
+        for k in range(K):
+            cx, cy = truth["centres"][:, k].unbind(-1)
+            r = truth["radii"][:, k, None, None]
+            far &= torch.hypot(x - cx[:, None, None], y - cy[:, None, None]) > 1.3 * r + 2
+            for t in range(T):
+                if truth["present"][t, k]:
+                    total += 1
+                    found += hue[t, int(cy[t]), int(cx[t])].item() > data.HUE_OBJECT
+        assert hue[far].max() <= data.HUE_BACK + 0.01, index                        # 0.01: rounding to 8 bits
+        moved += (video[0].int() - video[-1].int()).abs().float().mean().item() > 0.5
+    assert found == total > 100 and moved > 45, (found, total, moved)
+
+
+def test_synthetic_camera_truth_describes_the_pixels():
+    # scenes without objects: the last frame, predicted from the first by the true camera, is right where it was in view
+    errors, changes = [], []
+    y, x = torch.meshgrid(torch.arange(64) + 0.5 - 32, torch.arange(64) + 0.5 - 32, indexing="ij")
+    p = torch.stack([x, y], -1)                                                     # (H, W, 2), from the centre
+
+    def rotate(p, a):
+        return torch.stack([p[..., 0] * a.cos() - p[..., 1] * a.sin(), p[..., 0] * a.sin() + p[..., 1] * a.cos()], -1)
+
+    for index in range(60):
+        video, truth = data.synthetic_scene(2, index, frames=12)
+        if truth["centres"].shape[1]:
+            continue
+        (d0, z0, a0), (d1, z1, a1) = ((c[:2], c[2], c[3]) for c in truth["camera"][[0, -1]])
+        world = rotate(p, a1) / z1 + d1
+        q = rotate(world - d0, -a0) * z0                                            # where the first frame shows the same point
+        a, b = (video[[0, -1]].permute(0, 3, 1, 2).float()).split(1)
+        guess = torch.nn.functional.grid_sample(a, q[None] / 32, align_corners=False)
+        seen = (q.abs() < 31).all(-1).float()
+        errors.append(float(((guess - b).abs().mean(1) * seen).mean()))
+        changes.append(float(((a - b).abs().mean(1) * seen).mean()))
+    assert len(errors) >= 5 and sum(errors) < 0.35 * sum(changes), (sum(errors), sum(changes))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: videos to clips
+# ----------------------------------------------------------------------------------------------------------------------
+
+def scene(n, frames=48, size=64):
+    return data.synthetic_scene(5, n, frames, size)[0].numpy()
+
+
+def grey(levels, size=64):
+    """Frames of one grey each, so that a decoded frame says which one it was."""
+    return np.broadcast_to(np.asarray(levels, np.uint8)[:, None, None, None], (len(levels), size, size, 3))
+
+
+def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, aspect=None, interlaced=False, sound=None, gop=12, **options):
+    """frames uint8 (T, H, W, 3); times in ms; sound: "first" puts an audio stream before the video."""
+    pix = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "gif": "rgb8", "ffv1": "yuv444p"}.get(codec, "yuv420p")
+    quiet = {"libx265": {"x265-params": "log-level=none"}, "libvpx-vp9": {"cpu-used": "8", "crf": "10", "b": "0"}, "libx264": {"crf": "12"}}.get(codec, {})
+    with av.open(str(path), "w") as c:
+        audio = c.add_stream("aac", rate=44100, layout="mono") if sound else None
+        s = c.add_stream(codec, rate=rate, options=quiet | options)
+        s.width, s.height, s.pix_fmt, s.codec_context.gop_size = frames.shape[2], frames.shape[1], pix, gop
+        if codec.startswith(("mpeg", "mjpeg")):
+            s.codec_context.qmin = s.codec_context.qmax = 2
+        if times is not None:
+            s.codec_context.time_base = Fraction(1, 1000)
+        if rotation:
+            s.set_display_rotation(rotation) if isinstance(rotation, int) else s.set_display_rotation(rotation[0], **{rotation[1]: True})
+        if aspect:
+            s.codec_context.sample_aspect_ratio = aspect
+        if interlaced:
+            s.codec_context.flags |= av.codec.context.Flags.interlaced_dct | av.codec.context.Flags.interlaced_me
+        for i, x in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(x), "rgb24").reformat(format=pix)
+            frame.pts, frame.time_base = (i, Fraction(1, rate)) if times is None else (times[i], Fraction(1, 1000))
+            c.mux(s.encode(frame))
+        c.mux(s.encode(None))
+        if audio:
+            beep = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            beep.sample_rate, beep.pts = 44100, 0
+            c.mux(audio.encode(beep))
+            c.mux(audio.encode(None))
+    return path
+
+
+def damage(path, number, keep=0):
+    """Overwrites the body of one video packet, as a bad disk or a lossy link would."""
+    with av.open(str(path)) as c:
+        p = [(p.pos, p.size) for p in c.demux(c.streams.video[0]) if p.size][number]
+    raw = bytearray(path.read_bytes())
+    raw[p[0] + keep:p[0] + p[1]] = bytes(p[1] - keep)
+    path.write_bytes(raw)
+
+
+def open_quietly(source, frames=8, size=(64, 64), **kw):
+    return data.open_dataset(source, frames=frames, size=size, **kw)
+
+
+CODECS = [("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("c.avi", "mpeg4", {"bf": "2"}), ("d.avi", "mjpeg", {}),
+          ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}), ("g.ts", "mpeg2video", {"bf": "2"}), ("h.mkv", "ffv1", {}),
+          ("i.mkv", "libx265", {}), ("j.avi", "libx264", {"bf": "3"}), ("k.h264", "libx264", {}), ("l.gif", "gif", {})]
+
+
+@pytest.mark.parametrize("name, codec, options", CODECS)
+def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name, codec, options):
+    if codec not in av.codecs_available:
+        pytest.skip(f"PyAV has no {codec} here")
+    x = scene(3)
+    path = write_video(tmp_path / name, x, codec, **options)
+    entry = data.scan(path)
+    assert entry["frames"] == 48 and entry["bad"] == 0 and entry["cuts"] == []
+    if name != "k.h264":                                                            # elementary streams carry no time
+        assert data._rate(data._times(entry)) == pytest.approx(30, rel=0.002 if name != "l.gif" else 0.02)
+    whole = dict(data._numbered(path, entry, (64, 64)))
+    assert list(whole) == list(range(48))
+    original = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1                  # frames in the order they were written
+    assert (torch.stack(list(whole.values())) - original).square().mean() < (0.01 if name != "l.gif" else 0.1)
+    for first in (0, 5, 11, 12, 13, 30, 40):
+        clip = data.read_clip(path, entry, np.arange(first, first + 8), (64, 64))
+        assert torch.equal(clip, torch.stack([whole[i] for i in range(first, first + 8)]))
+
+
+def test_stride_rate_and_variable_frame_rate_go_by_presentation_time(tmp_path):
+    times = np.cumsum([0] + [20, 25, 75] * 20).tolist()                             # 61 frames, 25 per second on average
+    write_video(tmp_path / "v.mkv", grey(np.arange(61) * 4), times=times)
+    every = open_quietly(tmp_path, frames=6, stride=3)[0]
+    start = int(every["name"].split("@")[1])
+    level = lambda item: (item["video"].mean((1, 2, 3)) + 1) * 127.5 / 4            # (T,), the number of each frame
+    assert torch.equal(level(every).round().long(), torch.arange(start, start + 16, 3))
+    assert every["fps"].item() == pytest.approx(25 / 3, rel=1e-4)
+
+    timed = open_quietly(tmp_path, frames=6, fps=12.5)
+    assert sum(n for _, n in timed.usable["v.mkv"]) == sum(t + 400 <= times[-1] + 37.5 for t in times)
+    for n in range(5):
+        item = timed[n]
+        start = int(item["name"].split("@")[1])
+        wanted = [int(np.argmin([abs(t - times[start] - 80 * k) for t in times])) for k in range(6)]
+        assert level(item).round().long().tolist() == wanted
+        assert item["fps"].item() == pytest.approx(5000 / (times[wanted[-1]] - times[wanted[0]]), rel=1e-4)
+    assert open_quietly(tmp_path, frames=20, fps=50)[0]["fps"].item() == pytest.approx(50, rel=0.1)       # by repeating some
+
+
+def test_the_picture_comes_out_upright_square_and_from_the_right_stream(tmp_path):
+    x = np.zeros((10, 64, 64, 3), np.uint8)
+    x[:, :32, :32], x[:, :32, 32:], x[:, 32:, :32], x[:, 32:, 32:] = [200, 40, 40], [40, 180, 60], [50, 60, 210], 230
+    read = lambda path: data.read_clip(path, data.scan(path), [3], (64, 64))[0]
+    upright = read(write_video(tmp_path / "0.mp4", x))
+    for degrees in (90, 180, 270):                                                  # to the left, as shown
+        turned = read(write_video(tmp_path / f"{degrees}.mp4", x, rotation=degrees))
+        assert torch.allclose(turned, upright.rot90(degrees // 90, (1, 2)), atol=0.15)
+    for degrees, mirror in ((0, "hflip"), (0, "vflip"), (90, "hflip"), (270, "vflip")):
+        path, axis = write_video(tmp_path / f"{degrees}{mirror}.mp4", x, rotation=(degrees, mirror)), 2 if mirror == "hflip" else 1
+        assert torch.allclose(read(path), upright.rot90(degrees // 90, (1, 2)).flip(axis), atol=0.15)
+    stream = read(write_video(tmp_path / "sound.mp4", x, sound="first"))
+    with av.open(str(tmp_path / "sound.mp4")) as c:
+        assert c.streams[0].type == "audio"
+    assert torch.equal(stream, upright)
+
+    bar = np.full((10, 64, 64, 3), 230, np.uint8)
+    bar[:, :, 20:24] = 0                                                            # shown 128 wide; 32 are cropped on each side
+    wide = write_video(tmp_path / "wide.mp4", bar, aspect=Fraction(2))
+    assert data.scan(wide)["size"] == [128, 64]
+    assert (read(wide).mean((0, 1)) < 0).nonzero().flatten().tolist() == list(range(8, 16))
+    assert data.scan(write_video(tmp_path / "tall.mp4", x, aspect=Fraction(2), rotation=90))["size"] == [64, 128]
+
+    with av.open(str(tmp_path / "cover.mp4"), "w") as c, av.open(str(tmp_path / "0.mp4")) as film:
+        cover = c.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 256, 256, "yuvj420p", av.stream.Disposition.attached_pic
+        video = c.add_stream_from_template(film.streams.video[0])
+        c.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((256, 256, 3), np.uint8), "rgb24").reformat(format="yuvj420p")))
+        for packet in film.demux(film.streams.video[0]):
+            if packet.size:
+                packet.stream = video
+                c.mux(packet)
+    assert torch.equal(read(tmp_path / "cover.mp4"), upright)
+    laced = data.scan(write_video(tmp_path / "laced.mpg", x, "mpeg2video", interlaced=True))
+    assert laced["interlaced"] and not data.scan(tmp_path / "0.mp4")["interlaced"]
+
+
+def test_clips_lie_between_hard_cuts_and_fast_motion_is_no_cut(tmp_path):
+    a, b = scene(0, 30), scene(1, 26)
+    write_video(tmp_path / "cut.mp4", np.concatenate([a, b]))
+    flash = a.copy()
+    flash[15] = 255
+    write_video(tmp_path / "flash.mp4", flash)
+    write_video(tmp_path / "fast.mp4", np.concatenate([np.roll(a[:1], 9 * k, 2) for k in range(30)]))      # a seventh per frame
+    write_video(tmp_path / "threes.mp4", np.concatenate([np.roll(a[:1], 5 * (k // 3), 2) for k in range(30)]))      # as if drawn
+    dataset = open_quietly(tmp_path, frames=10)
+    assert {name: entry["cuts"] for name, entry in dataset.index.items()} == {"cut.mp4": [30], "fast.mp4": [], "flash.mp4": [], "threes.mp4": []}
+    assert dataset.usable["cut.mp4"] == [(0, 21), (30, 17)]
+    starts = {start for name, start in map(dataset._where, range(3000)) if name == "cut.mp4"}
+    assert starts == {*range(21), *range(30, 47)}                              # every start, none across the cut
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder as people have them; 24 frames in one piece are asked of it."""
+    folder = tmp_path / "videos"
+    (folder / "deep").mkdir(parents=True)
+    write_video(folder / "good.mp4", scene(0))
+    write_video(folder / "deep" / "vp9.webm", scene(1, 30), "libvpx-vp9")
+    damage(write_video(folder / "broken.mp4", scene(2)), 24, keep=20)
+    damage(write_video(folder / "broken.avi", scene(2), "mjpeg"), 24)
+    write_video(folder / "short.mp4", scene(3, 12))
+    write_video(folder / "still.mp4", np.repeat(scene(4, 1), 30, 0))
+    (folder / "junk.mp4").write_bytes(b"no video at all" * 99)
+    (folder / "empty.mov").write_bytes(b"")
+    (folder / "notes.doc").write_text("not looked at")
+    whole = write_video(tmp_path / "whole.ts", scene(5), "mpeg2video").read_bytes()
+    (folder / "cut off.ts").write_bytes(whole[:len(whole) * 2 // 3])
+    return folder
+
+
+def test_what_cannot_be_used_is_left_out_counted_and_named(mixed, tmp_path, capsys):
+    log = tmp_path / "data.log"
+    dataset = open_quietly(mixed, frames=24, skip_static=0.002, log=log)
+    assert dataset.names == ["broken.avi", "broken.mp4", "cut off.ts", "deep/vp9.webm", "good.mp4"] and dataset.clips == 5
+    assert dataset.index["broken.avi"]["frames"] == 47 and dataset.index["broken.avi"]["bad"] == 1
+    assert 46 <= dataset.index["broken.mp4"]["frames"] <= 47 and dataset.index["broken.mp4"]["bad"] >= 1  # a packet, not the file
+    assert 26 <= dataset.index["cut off.ts"]["frames"] < 40
+    assert dataset.reasons() == {"unreadable": 2, "too short": 1, "static": 1}
+    lines = dict(line.split("\t") for line in log.read_text().splitlines())
+    assert set(lines) == {"short.mp4", "still.mp4", "junk.mp4", "empty.mov"}
+    assert "12 frames found" in lines["short.mp4"] and "24 needed" in lines["short.mp4"]
+    for n in range(10):                                                             # all of them can really be read
+        assert dataset[n]["video"].shape == (24, 3, 64, 64)
+
+    sys.argv = ["data.py", "check", str(mixed), "--frames", "24", "--skip-static", "0.002", "--size", "96x64", "--fps", "30"]
+    assert data.main() == 0
+    out = capsys.readouterr().out
+    assert "5 of 9 files" in out and "2 unreadable" in out and "1 too short" in out and "1 static" in out and "short.mp4: too short" in out
+    assert "h264 (2)" in out and "vp9 (1)" in out and " with damaged packets" in out and "variable in 0 files" not in out and "5 smaller than 96x64: enlarged" in out, out
+    sys.argv = ["data.py", "check", str(mixed), "--frames", "500"]
+    assert data.main() == 1
+    with pytest.raises(data.MediaError, match="7 too short.*nothing is left"):
+        open_quietly(mixed, frames=500)
+
+
+def test_index_is_built_once_and_again_for_what_changed(mixed, tmp_path, monkeypatch):
+    seen, scan = [], data.scan
+    monkeypatch.setattr(data, "scan", lambda path: (seen.append(os.path.basename(path)), scan(path))[1])
+    first = open_quietly(mixed)
+    assert len(seen) == 9 and (mixed / ".exsvd-index.json").exists()
+    seen.clear()
+    again = open_quietly(mixed)
+    assert not seen and again.index == first.index and again[7]["name"] == first[7]["name"]
+    write_video(mixed / "short.mp4", scene(6, 9))
+    assert open_quietly(mixed).index["short.mp4"]["frames"] == 9 and seen == ["short.mp4"]
+    (mixed / ".exsvd-index.json").write_text('{"files": ')                          # damaged: built anew
+    seen.clear()
+    open_quietly(mixed)
+    assert len(seen) == 9
+    os.remove(mixed / ".exsvd-index.json")                                          # a folder that cannot be written
+    (mixed / ".exsvd-index.json").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for expected in (9, 0):
+        seen.clear()
+        open_quietly(mixed)
+        assert len(seen) == expected
+
+
+def test_lists_name_the_same_files_as_the_folder(mixed, monkeypatch):
+    monkeypatch.chdir(mixed.parent)
+    assert data.list_files("videos") == data.list_files(mixed)
+    names = ["good.mp4", "deep/vp9.webm", str(mixed / "broken.avi")]
+    lists = {"a.txt": "# three\n" + "\n".join(names) + "\n", "b.csv": "\n".join(["id,path", *(f"7,{n}" for n in names)]),
+             "c.csv": "\n".join(f"{n},a caption" for n in names), "d.json": json.dumps([{"path": n, "cap": ["x"]} for n in names])}
+    for name, text in lists.items():
+        (mixed / name).write_text(text)
+        dataset = open_quietly(mixed / name)
+        assert dataset.names == ["broken.avi", "deep/vp9.webm", "good.mp4"]
+    for name, text in {"e.json": '[{"cap": 1}]', "f.json": "[", "g.xyz": "", "h.txt": ""}.items():
+        (mixed / name).write_text(text)
+        with pytest.raises(data.MediaError):
+            open_quietly(mixed / name)
+    with pytest.raises(data.MediaError, match="nowhere"):
+        open_quietly(mixed / "nowhere")
+
+
+def same_item(a, b):
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) if k != "name" else a[k] == b[k] for k in a)
+
+
+def test_items_depend_on_seed_and_number_alone(mixed):
+    dataset = open_quietly(mixed, stride=2, size=(64, 48))
+    items = [dataset[n] for n in range(12)]
+    assert items[0]["video"].shape == (8, 3, 48, 64) and items[0]["aug_noise"].shape == (3, 48, 64)
+    assert all(v.dtype == torch.float32 for k, v in items[0].items() if k != "name")
+    order = [item["name"].split("@")[0] for item in items]
+    assert sorted(order[:6]) == sorted(order[6:]) == dataset.names and order[:6] != order[6:]
+    loader = torch.utils.data.DataLoader(dataset, sampler=[11, 3, 0, 7], batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert all(same_item(a, items[n]) for a, n in zip(loader, [11, 3, 0, 7]))
+    assert same_item(pickle.loads(pickle.dumps(dataset))[5], items[5])
+    assert [open_quietly(mixed, seed=1)[n]["name"] for n in range(6)] != [open_quietly(mixed)[n]["name"] for n in range(6)]
+    moved = mixed.rename(mixed.with_name("moved"))                                  # names, not places, say what is drawn
+    assert same_item(open_quietly(moved, stride=2, size=(64, 48))[4], items[4])
+
+    toy = open_quietly("synthetic", frames=5, size=(64, 48))
+    assert same_item(toy[3], pickle.loads(pickle.dumps(toy))[3]) and toy[3]["video"].shape == (5, 3, 48, 64) and toy[3]["fps"] == 8
+    assert not torch.equal(toy[3]["video"], toy[4]["video"])
+    assert open_quietly("synthetic", stride=2)[0]["fps"] == 4 and open_quietly("synthetic", fps=2)[0]["fps"] == 2
+
+
+def test_motion_and_its_buckets_are_exvideos():
+    x = torch.rand(9, 3, 16, 16) * 2 - 1
+    assert data.motion_score(x) == pytest.approx(x.std(0).mean().item(), rel=1e-5) and data.motion_score(x[:1]) == 0
+    published = [t / 1e9 for t in data.EXVIDEO_MOTION]                              # sha256 of the list as its JSON has it
+    assert len(published) == 128 and published == sorted(published) and published[1] == 0.012205946 and published[127] == 0.440871328
+    assert hashlib.sha256(",".join(f"{t:.9f}" for t in published).encode()).hexdigest() == "0c7f8167e1b0cfe690d5a8754a5ba08cc32ed36ba783d3217d7edb3ed144743d"
+    for i, t in enumerate(published):
+        assert data.motion_bucket(t) == i and data.motion_bucket(np.nextafter(t, -1)) == max(0, i - 1)
+    assert data.motion_bucket(9.0) == 127 and data.motion_bucket(0.2, "64") == 64
+    with pytest.raises(data.MediaError):
+        data.motion_bucket(0.2, "optical")
+    draws = torch.stack([data.draw_condition(0, "a.mp4", n, (8, 8))[0] for n in range(4000)]).log()
+    assert draws.mean().item() == pytest.approx(-3, abs=0.03) and draws.std().item() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.fixture(scope="module")
+def coder(tmp_path_factory):
+    """A model file so small that encoding a frame takes a millisecond."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    exsvd.save_model(str(path), exsvd.UNet(exsvd.UNetConfig((8, 8, 8, 8), (1, 1, 1, 1), 16, 4, 8)), exsvd.VAE(exsvd.VAEConfig((8, 8, 8, 8), 4)),
+                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 28, 16, 56)))
+    return path
+
+
+SETTINGS = {"frames": 6, "size": (64, 64), "stride": 2, "seed": 3}
+
+
+def test_training_from_disk_sees_what_training_on_the_fly_sees(mixed, tmp_path, coder):
+    svd = exsvd.load(str(coder), parts=("vae", "clip"))
+    for name in ("broken.mp4", "cut off.ts", "still.mp4", "broken.avi"):                                     # what damage looks like depends on the seek
+        os.remove(mixed / name)
+    video = data.open_dataset(mixed, **SETTINGS)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        out, worst = tmp_path / str(dtype), 0
+        data.encode(str(coder), mixed, out, dtype, **SETTINGS)
+        latent = data.open_dataset(out, **SETTINGS)
+        assert not latent.pixels and latent.names == video.names
+        for n in range(12):
+            a, b = video[n], latent[n]
+            cond, ctx = data.encode_condition(svd.vae, svd.clip, a["video"][0], a["aug"], a["aug_noise"])
+            wanted = {"latents": data.encode_frames(svd.vae, a["video"]), "cond": cond, "ctx": ctx} | {k: a[k] for k in ("fps", "motion", "aug", "name")}
+            if dtype == torch.float32:
+                assert same_item(b, wanted)                                              # bit for bit
+            assert all(torch.equal(b[k], wanted[k]) for k in ("fps", "motion", "aug"))
+            worst = max([worst] + [((b[k] - wanted[k]).norm() / wanted[k].norm()).item() for k in ("latents", "cond", "ctx")])
+        assert worst <= {torch.float32: 0, torch.float16: 3e-4, torch.bfloat16: 3e-3}[dtype]
+    for change in ({"size": (64, 72)}, {"frames": 5}, {"stride": 1}, {"fps": 5.0}):
+        with pytest.raises(data.MediaError, match="was encoded with"):
+            data.open_dataset(out, **SETTINGS | change)
+    assert data.open_dataset(out, **SETTINGS | {"frames": 4, "motion": "100"})[0]["motion"] == 100        # one bucket for all
+    with pytest.raises(data.MediaError, match="begun with"):
+        data.encode(str(coder), mixed, out, torch.bfloat16, **SETTINGS | {"seed": 4})
+    by_rate = SETTINGS | {"fps": 13.0}                                              # the same by time stamps
+    data.encode(str(coder), mixed, tmp_path / "rate", torch.float32, **by_rate)
+    for n in range(6):
+        a, b = data.open_dataset(mixed, **by_rate)[n], data.open_dataset(tmp_path / "rate", **by_rate)[n]
+        assert torch.equal(data.encode_frames(svd.vae, a["video"]), b["latents"]) and a["fps"] == b["fps"] and a["motion"] == b["motion"]
+
+
+def test_encoding_goes_on_after_a_kill(mixed, tmp_path, coder):
+    command = [sys.executable, data.__file__, "encode", "--model", str(coder), "--data", str(mixed), "--frames", "6", "--size", "64x64", "--dtype", "float32",
+               "--device", "cpu", "--out"]
+    out = tmp_path / "latents"
+    run = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(out.rglob("*.safetensors")) and run.poll() is None:
+        time.sleep(0.002)
+    run.kill()
+    run.wait()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    assert 1 <= len(before) < 7, f"the kill came too late or too early: {len(before)} of 7 shards"
+    done = subprocess.run([*command, str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())                # finished shards are left alone
+    subprocess.run([*command, str(tmp_path / "at once")], check=True, capture_output=True)
+    files = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert files(out) == files(tmp_path / "at once")                                # and nothing else is left behind
+    wrong = subprocess.run([*command, str(out), "--seed", "5"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.strip().splitlines()[-1].startswith(str(out)) and "begun with seed 0" in wrong.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py
+
+
+def gaussian_denoiser(mean, std):
+    """The ideal D(x; sigma) where the data are N(mean, std^2)."""
+    return lambda x, sigma: (std**2 * x + sigma**2 * mean) / (std**2 + sigma**2)
+
+
+SAMPLERS = {"euler": sample.euler, "heun": sample.heun, "ddim": sample.ddim,
+            "ddim eta 1": lambda d, x, s: sample.ddim(d, x, s, 1.0, torch.Generator().manual_seed(1))}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_hit_a_gaussian(name):
+    x = torch.randn(20000, generator=torch.Generator().manual_seed(0)).double()
+    sigmas = exsvd.karras_sigmas(400).double()
+    start = x * (sigmas[0] ** 2 + 0.5**2).sqrt() + 1.5
+    before = start.clone()
+    out = SAMPLERS[name](gaussian_denoiser(1.5, 0.5), start, sigmas)
+    assert torch.equal(start, before), "the sampler changed its input"
+    assert abs(out.mean() - 1.5) < 0.02 and abs(out.std() - 0.5) < 0.02, (out.mean(), out.std())
+
+
+def test_euler_is_of_first_and_heun_of_second_order():
+    x, error = torch.tensor([8.0]).double(), {}
+    for name in ("euler", "heun"):
+        for steps in (40, 80):
+            sigmas = torch.logspace(1, -1, steps + 1).double()
+            exact = 1.5 + (x - 1.5) * ((0.1**2 + 0.5**2) / (10**2 + 0.5**2)) ** 0.5  # the probability flow ODE, solved
+            error[name, steps] = (SAMPLERS[name](gaussian_denoiser(1.5, 0.5), x, sigmas) - exact).abs().item()
+    assert 1.8 < error["euler", 40] / error["euler", 80] < 2.2 and 3.5 < error["heun", 40] / error["heun", 80] < 4.5, error
+
+
+def test_ddim_without_eta_is_euler_and_eta_matters():
+    x, sigmas, D = torch.randn(3, 4), exsvd.karras_sigmas(10), gaussian_denoiser(0.3, 1.0)
+    assert torch.allclose(sample.ddim(D, x * 700, sigmas), sample.euler(D, x * 700, sigmas), rtol=1e-5, atol=1e-6)
+    noisy = [sample.ddim(D, x * 700, sigmas, eta, torch.Generator().manual_seed(5)) for eta in (0.5, 1.0, 1.0)]
+    assert torch.equal(noisy[1], noisy[2]) and not torch.allclose(noisy[0], noisy[1])
+
+
+def test_guidance_rises_over_the_frames(monkeypatch):
+    calls = []
+
+    def fake(unet, x, sigma, image_latents, ctx, ids):
+        calls.append((image_latents.abs().sum() > 0, ctx.abs().sum() > 0, ids))
+        return torch.full_like(x, 1.0 if ctx.abs().sum() > 0 else 0.5)
+
+    monkeypatch.setattr(exsvd, "denoise", fake)
+    image_latents, ctx, ids = torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 8), torch.tensor([[6.0, 127, 0.02]])
+    run = lambda cfg: sample.guided(None, image_latents, ctx, ids, cfg, 5)(torch.zeros(1, 5, 4, 2, 2), torch.tensor(1.0))[0, :, 0, 0, 0]
+    assert torch.allclose(run((1.0, 3.0)), 0.5 + 0.5 * torch.linspace(1, 3, 5))
+    # unconditional: both image inputs zero, the ids as they were
+    assert [tuple(map(bool, c[:2])) for c in calls] == [(True, True), (False, False)] and torch.equal(calls[1][2], ids)
+    calls.clear()
+    run((1.0, 1.0))
+    assert len(calls) == 1, "guidance of 1 must not cost a second pass"
+    calls.clear()
+    run((1.5, 1.0))
+    assert len(calls) == 2
+
+
+def test_adjust_matches_frames_and_raises_contrast():
+    z = torch.randn(1, 6, 4, 8, 8) * torch.linspace(0.5, 2, 6).view(1, -1, 1, 1, 1) + torch.linspace(-1, 1, 6).view(1, -1, 1, 1, 1)
+    out = sample.adjust(z, True, 1.2)
+    assert torch.allclose(out.mean((2, 3, 4)), z.mean().expand(1, 6) * 1.2, atol=1e-5)
+    assert torch.allclose(out.std((2, 3, 4)), z.std().expand(1, 6) * 1.2, rtol=1e-4)
+    assert torch.equal(sample.adjust(z, False, 1.0), z)
+
+
+class Frames:
+    """Stands in for the VAE where only the cutting matters: a frame's pixels are its latents, so any cutting gives the same."""
+
+    def __init__(self, fail_at=()):
+        self.calls, self.fail_at = [], list(fail_at)
+
+    def decode(self, z):
+        self.calls.append(z.shape[1])
+        if self.fail_at and len(self.calls) == self.fail_at[0]:
+            self.fail_at.pop(0)
+            raise torch.OutOfMemoryError("injected")
+        return z[:, :, :3]
+
+
+@pytest.mark.parametrize("T, chunk", [(1, 8), (7, 8), (8, 8), (9, 8), (40, 8), (41, 16), (25, 1), (25, 3), (128, 14)])
+def test_chunks_cover_every_frame_once_in_order(T, chunk):
+    z, vae = torch.arange(T).float().view(1, T, 1, 1, 1).expand(-1, -1, 4, 2, 2), Frames()
+    before = z.clone()
+    pieces = list(sample.decode(vae, z, chunk))
+    assert torch.allclose(torch.cat(pieces), z[0, :, :3], atol=1e-4) and torch.equal(z, before)
+    assert max(vae.calls) <= chunk and max(map(len, pieces)) <= chunk  # memory: no more frames at once, however long the video
+    assert T < chunk or set(vae.calls) == {chunk}  # never a short last chunk, whose norms would see fewer frames
+
+
+@pytest.mark.parametrize("fail_at", [(1,), (3,), (3, 4), (2, 3, 4), (3, 6)])
+def test_out_of_memory_halves_the_chunk_and_goes_on(fail_at, capsys):
+    z = torch.arange(60).float().view(1, 60, 1, 1, 1).expand(-1, -1, 4, 2, 2)
+    vae = Frames(fail_at)
+    frames = torch.cat(list(sample.decode(vae, z, 16)))
+    assert torch.allclose(frames, z[0, :, :3], atol=1e-4)
+    assert vae.calls[-1] == 16 // 2 ** len(fail_at) and capsys.readouterr().err.count("out of memory") == len(fail_at)
+
+
+def test_out_of_memory_at_one_frame_is_an_error():
+    with pytest.raises(torch.OutOfMemoryError):
+        list(sample.decode(Frames([1]), torch.zeros(1, 4, 4, 2, 2), 1))
+
+
+def test_one_chunk_equals_the_whole_decode(tiny_model):
+    vae = exsvd.load(tiny_model, parts=("vae",)).vae
+    z = torch.randn(1, 6, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(torch.cat(list(sample.decode(vae, z, 6))), vae.decode(z)[0])
+
+
+# --- the command, on a tiny model with random weights
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    exsvd.save_model(path, exsvd.UNet(exsvd.UNetConfig((32, 64, 64, 64), (1, 2, 2, 2), 32, 8, 8)), exsvd.VAE(exsvd.VAEConfig((8, 16, 16, 16), 8)),
+                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 32)), family="toy")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tiny_extension(tiny_model, tmp_path_factory):
+    """-> (our own extension to 20 frames, the same without metadata as the ExVideo release is)"""
+    folder = tmp_path_factory.mktemp("extension")
+    unet = exsvd.extend(exsvd.load(tiny_model, parts=("unet",)).unet, 20)
+    exsvd.save_extension(folder / "own.safetensors", unet)
+    safetensors.torch.save_file(safetensors.torch.load_file(folder / "own.safetensors"), folder / "release.safetensors")
+    return str(folder / "own.safetensors"), str(folder / "release.safetensors")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    data.write_png(tmp_path / "picture.png", data.synthetic_scene(0, 0, 1, 96)[0][0])
+    return str(tmp_path / "picture.png")
+
+
+def run(*args):
+    sample.main([str(a) for a in args])
+
+
+def test_video_from_an_image(tiny_model, picture, tmp_path, capsys):
+    out = tmp_path / "a.mp4"
+    run(picture, "--model", tiny_model, "--steps", 2, "--out", out)
+    video, fps = data.read_video(out)
+    assert video.shape == (8, 64, 64, 3) and fps == 8
+    settings = data.read_settings(out)
+    assert settings["frames"] == 8 and settings["steps"] == 2 and settings["seed"] == 0 and not any("/" in str(v) for v in settings.values())
+    assert "s per step" in (text := capsys.readouterr().out) and "at the peak" in text
+
+
+def test_same_seed_same_bytes_other_seed_other_video(tiny_model, picture, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(picture, "--model", tiny_model, "--steps", 1, "--seed", seed, "--out", tmp_path / f"{name}.mp4")
+    a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("sampler", [["euler"], ["heun"], ["ddim", "--eta", "1"]])
+def test_pipeline_reproduces_known_latents(tiny_model, tiny_extension, picture, tmp_path, monkeypatch, sampler):
+    z = torch.randn(1, 20, 4, 8, 8)
+    monkeypatch.setattr(sample, "guided", lambda *_: lambda x, sigma: z)  # an oracle
+    run(picture, "--model", tiny_model, "--extension", tiny_extension[0], "--steps", 3, "--sampler", *sampler, "--decode-chunk", 20, "--out", tmp_path / "frames")
+    video, _ = data.read_video(tmp_path / "frames")
+    vae = exsvd.load(tiny_model, parts=("vae",)).vae
+    with torch.no_grad():
+        expected = sample.to_pixels(vae.decode(z / exsvd.VAE_SCALE)[0])
+    assert (video.int() - expected.int()).abs().max() <= 1
+
+
+def test_only_the_published_extension_is_adjusted(tiny_model, tiny_extension, picture, tmp_path):
+    for path, match, contrast in ((None, False, 1.0), (tiny_extension[0], False, 1.0), (tiny_extension[1], True, 1.2)):
+        run(picture, "--model", tiny_model, *(["--extension", path] if path else []), "--frames", 4, "--steps", 1, "--out", tmp_path / "a.mp4")
+        settings = data.read_settings(tmp_path / "a.mp4")
+        assert (settings["match_stats"], settings["contrast"]) == (match, contrast)
+    run(picture, "--model", tiny_model, "--extension", tiny_extension[1], "--frames", 4, "--steps", 1, "--no-match-stats", "--contrast", 1.1, "--out", tmp_path / "a.mp4")
+    settings = data.read_settings(tmp_path / "a.mp4")
+    assert (settings["match_stats"], settings["contrast"]) == (False, 1.1)
+
+
+def test_latents_survive_a_failing_decoder(tiny_model, picture, tmp_path, monkeypatch):
+    whole = tmp_path / "whole.mp4"
+    run(picture, "--model", tiny_model, "--steps", 1, "--out", whole)
+
+    def fail(*_):
+        raise RuntimeError("decoder broke")
+
+    with monkeypatch.context() as m:
+        m.setattr(exsvd.VAE, "decode", fail)
+        with pytest.raises(RuntimeError):
+            run(picture, "--model", tiny_model, "--steps", 1, "--out", tmp_path / "lost.mp4")
+    assert not (tmp_path / "lost.mp4").exists()
+    run("--decode-only", tmp_path / "lost.latents.safetensors", "--model", tiny_model, "--out", tmp_path / "lost.mp4")
+    assert (tmp_path / "lost.mp4").read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("out", ["a.webm", "a.gif", "frames"])
+def test_other_containers(tiny_model, picture, tmp_path, out):
+    run(picture, "--model", tiny_model, "--frames", 3, "--steps", 1, "--out", tmp_path / out)
+    assert data.read_video(tmp_path / out)[0].shape == (3, 64, 64, 3) and data.read_settings(tmp_path / out)["frames"] == 3
+
+
+def test_several_images_and_sizes(tiny_model, picture, tmp_path):
+    data.write_png(tmp_path / "second.png", data.synthetic_scene(0, 1, 1, 64)[0][0])
+    run(picture, tmp_path / "second.png", "--model", tiny_model, "--frames", 2, "--steps", 1, "--size", "128x64", "--out", tmp_path / "{name}.mp4")
+    for name in ("picture", "second"):
+        assert data.read_video(tmp_path / f"{name}.mp4")[0].shape == (2, 64, 128, 3)
+
+
+def test_more_frames_than_the_model_knows(tiny_model, tiny_extension, picture, tmp_path, capsys):
+    run(picture, "--model", tiny_model, "--frames", 9, "--steps", 1, "--out", tmp_path / "a.mp4")
+    assert "warning: --frames 9" in capsys.readouterr().err
+    run(picture, "--model", tiny_model, "--frames", 9, "--steps", 1, "--native", 9, "--out", tmp_path / "a.mp4")
+    assert "warning" not in capsys.readouterr().err
+    with pytest.raises(exsvd.WeightsError, match="made for 20"):
+        run(picture, "--model", tiny_model, "--extension", tiny_extension[0], "--frames", 21, "--out", tmp_path / "b.mp4")
+
+
+@pytest.mark.parametrize("args, words", [
+    (["{picture}", "--size", "100x64"], "multiples of 64"), (["{picture}", "--size", "big"], "WIDTHxHEIGHT"), (["{picture}", "--eta", "0.5"], "--sampler ddim"),
+    (["{picture}", "--frames", "0"], "at least 1"), (["{picture}", "--device", "nonsense"], "--device nonsense"), ([], "at least one image"),
+    (["{picture}", "{picture}"], "same file"), (["{picture}", "--out", "a.xyz"], ".mp4"), (["missing.png"], "missing.png"),
+    (["{picture}", "--model", "missing.safetensors"], "no such weight file"), (["{picture}", "--model", "{picture}"], "not a complete safetensors file"),
+    (["{picture}", "--extension", "{model}"], "not an extension"), (["--decode-only", "{model}"], "no latents"), (["{picture}", "--fps", "nan"], "at least"),
+])
+def test_bad_input_is_one_line_and_a_failure(args, words, tiny_model, picture, tmp_path):
+    args = [a.format(picture=picture, model=tiny_model) for a in args]
+    if "--model" not in args:
+        args += ["--model", tiny_model]
+    p = subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), *args], cwd=tmp_path, capture_output=True, text=True)
+    last = p.stderr.strip().splitlines()[-1]
+    assert p.returncode not in (0, None) and words in last and "Traceback" not in p.stderr, p.stderr
+    assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("out/*"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py: real runs, in processes of their own, on a model small enough for a step to take a moment
+
+
+def launch(*args, ranks=1, wait=True, cwd=None):
+    """train.py as a user starts it. -> CompletedProcess, or Popen without wait"""
+    command = [sys.executable] if ranks == 1 else [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_accelerators", str(ranks),
+                                                   "--master_port", str(free_port())]
+    command += [os.path.join(HERE, "train.py"), *map(str, args)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    if not wait:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=cwd, start_new_session=True)
+    p = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
+    return p
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def kill_when(p, ready):
+    """SIGKILL to a run and all its ranks as soon as ready() is true."""
+    while not ready():
+        assert p.poll() is None, p.communicate()[0]
+        time.sleep(0.005)
+    os.killpg(p.pid, signal.SIGKILL)
+    p.communicate()
+
+
+def log_of(out):
+    with open(out / "log.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    exsvd.save_model(path, exsvd.UNet(exsvd.UNetConfig((16, 32, 32, 32), (1, 1, 1, 1), 16, 8, 8)), exsvd.VAE(exsvd.VAEConfig((8, 16, 16, 16), 8)),
+                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 16)), family="toy")
+    return path
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A folder as people have it: good files, and one of each kind that troubles a loader."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_video(folder / "good.mp4", scene(0))
+    write_video(folder / "broken.mp4", scene(1))
+    damage(folder / "broken.mp4", 20)
+    write_video(folder / "short.mp4", scene(2, 5))
+    write_video(folder / "variable.mp4", scene(3), times=np.cumsum([20 + 17 * (i % 3) for i in range(48)]).tolist())
+    write_video(folder / "cut.mp4", np.concatenate([scene(4, 24), scene(5, 24)]))
+    write_video(folder / "rotated.mp4", scene(6), rotation=90)
+    write_video(folder / "sound.mp4", scene(7), sound="first")
+    return folder
+
+
+OPTIONS = ("--frames", 10, "--size", "64x64", "--steps", 4, "--save-every", 1, "--keep", 9, "--log-every", 1, "--workers", 1, "--lr", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(small, videos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two_ranks")
+    p = launch("--model", small, "--data", videos, "--out", out, *OPTIONS, ranks=2)
+    assert p.returncode == 0, p.stdout + p.stderr
+    return out, p.stdout + p.stderr
+
+
+@pytest.fixture(scope="module")
+def one_rank(small, videos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one_rank")
+    p = launch("--model", small, "--data", videos, "--out", out, *OPTIONS)
+    assert p.returncode == 0, p.stdout + p.stderr
+    return out, p.stdout + p.stderr
+
+
+def test_two_ranks_train_on_real_videos(two_ranks):
+    out, text = two_ranks
+    rows = log_of(out)
+    assert [int(r["step"]) for r in rows] == [1, 2, 3, 4] and [int(r["videos"]) for r in rows] == [2, 4, 6, 8]
+    assert all(0 < float(r["loss"]) < 10 and float(r["grad_norm"]) > 0 for r in rows)
+    assert "1 too short" in text and "short.mp4" in (out / "data.log").read_text()
+    run = json.loads((out / "run.json").read_text())
+    assert run["deepspeed"]["zero_optimization"]["stage"] == 2 and (out / "source" / "exsvd.py").read_bytes() == open(exsvd.__file__, "rb").read()
+
+
+def whole(out, step, key, ranks):
+    """What the ranks hold of a flat fp32 tensor, joined: "masters" from DeepSpeed's state, "ema" from ours."""
+    state = out / f"state-{step:08d}"
+    if key == "ema":
+        return torch.cat([safetensors.torch.load_file(state / f"ema-rank{r}.safetensors")["0"] for r in range(ranks)])
+    parts = []
+    for r in range(ranks):
+        file = state / "deepspeed" / f"bf16_zero_pp_rank_{r}_mp_rank_00_optim_states.pt"
+        parts.append(torch.load(file, weights_only=False)["optimizer_state_dict"]["single_partition_of_fp32_groups"][0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ema_is_its_closed_form_and_sharding_changes_nothing(ranks, small, two_ranks, one_rank):
+    out = (one_rank if ranks == 1 else two_ranks)[0]
+    unet = exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 10)
+    exsvd.freeze(unet)
+    trained = [(n, p) for n, p in unet.named_parameters() if p.requires_grad and not exsvd.IDLE.search(n)]
+    n = sum(p.numel() for _, p in trained)
+    average = torch.cat([p.detach().flatten() for _, p in trained])       # unsharded, from the masters of every step
+    for step in range(1, 5):
+        decay = min(0.9999, (1 + step - 1) / (10 + step - 1))             # warm-up: the first step is number 0
+        masters = whole(out, step, "masters", ranks)[:n]
+        assert not torch.equal(masters, average)
+        average = decay * average + (1 - decay) * masters
+        assert torch.allclose(whole(out, step, "ema", ranks)[:n], average, rtol=1e-5, atol=1e-7)
+    # gathered: the file holds it, every tensor under its name
+    saved = exsvd.load(small, out / "exvideo-000004.safetensors", parts=("unet",)).unet.state_dict()
+    begin = 0
+    for name, p in trained:
+        assert torch.allclose(saved[name].flatten(), average[begin:begin + p.numel()], rtol=1e-5, atol=1e-7), name
+        begin += p.numel()
+
+
+def test_only_temporal_blocks_learn_and_all_of_them(small, one_rank):
+    out, text = one_rank
+    start = exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 10).state_dict()
+    svd = exsvd.load(small, out / "exvideo-000004.safetensors")
+    assert svd.unet.max_frames == 10 and svd.extension["step"] == 4 and svd.extension["native_frames"] == 8
+    for name, p in svd.unet.named_parameters():
+        learns = ".attn.temporal." in name and not name.endswith(("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias"))
+        assert torch.equal(p, start[name]) != learns, name
+    assert set(safetensors.torch.load_file(out / "exvideo-000004.safetensors")) == {f for names in exsvd.file_names(svd.unet, "exvideo").values() for f in names}
+    assert "trained: " in text and "in 528 tensors" in text
+
+
+def final(out, ranks):
+    return [out / "exvideo-000004.safetensors", *(out / "state-00000004" / f"ema-rank{r}.safetensors" for r in range(ranks))]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_while_saving_and_resumed_is_as_if_nothing_happened(ranks, small, videos, two_ranks, one_rank, tmp_path):
+    args = ("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS)
+    p = launch(*args, ranks=ranks, wait=False)
+    kill_when(p, lambda: (tmp_path / "state-00000002").exists() and list(tmp_path.glob("saving-*.tmp")))
+    assert not (tmp_path / "state-00000004").exists()
+    for half in tmp_path.glob("saving-*.tmp"):
+        assert not (half / "state.json").exists() or not (tmp_path / half.name.replace("saving", "state").removesuffix(".tmp")).exists()
+    p = launch(*args, ranks=ranks)
+    assert p.returncode == 0 and "resumed from" in p.stdout, p.stdout + p.stderr
+    assert not list(tmp_path.glob("*.tmp"))
+    straight = (one_rank if ranks == 1 else two_ranks)[0]
+    for a, b in zip(final(straight, ranks), final(tmp_path, ranks)):
+        a, b = safetensors.torch.load_file(a), safetensors.torch.load_file(b)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert torch.equal(whole(straight, 4, "masters", ranks), whole(tmp_path, 4, "masters", ranks))
+    timing = ("seconds_per_step", "frames_per_second", "peak_memory_GB")
+    assert [{k: v for k, v in row.items() if k not in timing} for row in log_of(straight)] == [{k: v for k, v in row.items() if k not in timing} for row in log_of(tmp_path)]
+
+
+def test_other_settings_or_ranks_are_refused(small, videos, one_rank):
+    args = ["--model", small, "--data", videos, "--out", one_rank[0], *OPTIONS]
+    for change, words in ((("--drop", 0.5), "drop 0.1 (now 0.5)"), (("--frames", 9), "frames 10 (now 9)")):
+        p = launch(*args, *change)
+        assert p.returncode == 1 and words in p.stderr.strip().splitlines()[-1]
+
+
+def test_sigterm_saves_and_leaves(small, tmp_path):
+    p = launch("--model", small, "--out", tmp_path, "--frames", 8, "--steps", 10000, "--save-every", 10000, "--log-every", 1, "--workers", 0, wait=False)
+    while not (tmp_path / "log.csv").exists() or len(log_of(tmp_path)) < 2:
+        assert p.poll() is None, p.communicate()[0]
+        time.sleep(0.05)
+    p.send_signal(signal.SIGTERM)
+    p.communicate(timeout=60)
+    assert p.returncode == 0
+    state, = tmp_path.glob("state-*")
+    assert json.loads((state / "state.json").read_text())["step"] == int(state.name[6:]) == int(log_of(tmp_path)[-1]["step"])
+
+
+def test_one_clip_is_overfitted_and_sample_video(small, tmp_path):
+    (tmp_path / "one").mkdir()
+    write_video(tmp_path / "one" / "clip.mp4", scene(3, 8))
+    p = launch("--model", small, "--data", tmp_path / "one", "--out", tmp_path / "run", "--frames", 8, "--size", "64x64", "--train", "all", "--steps", 120,
+               "--log-every", 30, "--save-every", 120, "--sample-every", 120, "--lr", 2e-3, "--drop", 0, "--workers", 1)
+    assert p.returncode == 0, p.stdout + p.stderr
+    rows = log_of(tmp_path / "run")
+    assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"]), rows
+    assert data.read_video(tmp_path / "run" / "sample-000120.mp4")[0].shape == (8, 64, 64, 3) and "motion score" in p.stdout
+    svd = exsvd.load(tmp_path / "run" / "model-000120.safetensors")  # more than the temporal blocks was trained: a whole model
+    assert svd.meta["family"] == "toy" and svd.unet.max_frames is None
+    start = exsvd.load(small)
+    assert not torch.equal(svd.clip.proj, start.clip.proj) and torch.equal(svd.vae.quant_conv.weight, start.vae.quant_conv.weight)
+
+
+def test_training_from_latents_is_training_from_videos(small, videos, one_rank, tmp_path):
+    latents = tmp_path / "latents"
+    subprocess.run([sys.executable, os.path.join(HERE, "data.py"), "encode", "--model", small, "--data", videos, "--out", latents, "--frames", "10",
+                    "--size", "64x64", "--dtype", "float32"], check=True, capture_output=True)
+    p = launch("--model", small, "--data", latents, "--out", tmp_path / "run", *OPTIONS)
+    assert p.returncode == 0, p.stdout + p.stderr
+    assert [row["loss"] for row in log_of(one_rank[0])] == [row["loss"] for row in log_of(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--nonsense"], "unrecognized"), (["--size", "100x100"], "multiples of 64"), (["--steps", "0"], "at least 1"), (["--model", "missing.safetensors"], "no such weight file"),
+    (["--data", "missing"], "missing"), (["--train", "nothing"], "names no parameter"), (["--deepspeed_config", "{config}", "--lr", "0.1"], "contradicts"),
+])
+def test_train_refuses_in_one_line(args, words, small, tmp_path):
+    (tmp_path / "config.json").write_text('{"optimizer": {"params": {"lr": 1e-4}}}')
+    args = [a.format(config=tmp_path / "config.json") for a in args]
+    p = launch(*([] if "--model" in args else ["--model", small]), *args, "--out", tmp_path / "run", cwd=tmp_path)
+    last = p.stderr.strip().splitlines()[-1]
+    assert p.returncode not in (0, None) and words in last and "Traceback" not in p.stderr, p.stderr
+
+
+def test_deepspeed_config_is_merged_over_ours(tmp_path):
+    (tmp_path / "config.json").write_text('{"optimizer": {"params": {"lr": 1e-4}}, "zero_optimization": {"reduce_bucket_size": 1000}, "gradient_accumulation_steps": 3}')
+    a = train.parse(["--deepspeed_config", str(tmp_path / "config.json")])
+    config = train.deepspeed_config(a)
+    assert config["optimizer"]["params"]["lr"] == a.lr == 1e-4 and a.accumulate == 3 and config["optimizer"]["type"] == "AdamW"
+    assert config["zero_optimization"] == {"stage": 2, "round_robin_gradients": False, "reduce_bucket_size": 1000}
