@@ -26,6 +26,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import sys
@@ -60,6 +61,7 @@ MAX_PIXELS = 200_000_000                    # of one frame; beyond it a small fi
 # without these flags swscale repeats chroma samples instead of interpolating them: coloured edges come out wrong
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 SAFE = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}               # a playlist must not open other files
+JPEG_MARKER = re.compile(rb"\xff+([^\0\xff\xd0-\xd7])")                        # but stuffed zeros and restarts
 HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
 
 
@@ -70,6 +72,8 @@ class _Unnamed:
 
 
 def _reason(error):
+    if isinstance(error, (IndexError, KeyError)):                                   # from our own parsing
+        return "it is damaged"
     return str(getattr(error, "strerror", None) or error or type(error).__name__).splitlines()[0].rstrip(". ")
 
 
@@ -136,9 +140,9 @@ def _turned(frame):
 
 def _best_stream(container):
     """The largest video stream that is not an attached picture (cover art), unless nothing else is there."""
-    streams = container.streams.video
+    streams = [s for s in container.streams.video if s.codec_context]               # none for SVG: no decoder
     if not streams:
-        raise ValueError("it holds no picture")
+        raise ValueError("it holds no picture that can be decoded")
     cover = lambda s: bool(s.disposition & av.stream.Disposition.attached_pic)
     return max(streams, key=lambda s: (not cover(s), s.width * s.height))
 
@@ -161,6 +165,18 @@ def _chunks(data):
         i += 8 + n + n % 2
 
 
+def _segments(data):
+    """The (marker, body, end) segments of the first image in a JPEG file, up to its end marker, 0xd9, if that is there."""
+    i = 2
+    while m := JPEG_MARKER.search(data, i):                                         # between segments: coded pixels
+        i, name = m.end(), m[1][0]
+        n = 0 if name == 0xd9 else int.from_bytes(data[i:i + 2], "big")
+        yield name, data[i + 2:i + n], i + n
+        if name == 0xd9:
+            return
+        i += n
+
+
 def orientation(data):
     """EXIF orientation, 1 to 8, of the bytes of a JPEG, PNG, WebP, TIFF, AVIF or HEIC file; 1 where there is none.
 
@@ -173,16 +189,7 @@ def orientation(data):
     if data[:4] in (b"II*\0", b"MM\0*"):
         tiff = data
     elif data[:2] == b"\xff\xd8":
-        i = 2
-        while i + 4 <= len(data) and data[i] == 0xff and data[i + 1] != 0xda:       # segments up to the start of scan
-            if data[i + 1] == 0xff:                                                 # fill byte
-                i += 1
-                continue
-            n = int.from_bytes(data[i + 2:i + 4], "big")
-            if data[i + 1] == 0xe1 and data[i + 4:i + 10] == b"Exif\0\0":
-                tiff = data[i + 10:i + 2 + n]
-                break
-            i += 2 + n
+        tiff = next((body[6:] for name, body, _ in _segments(data) if name == 0xe1 and body[:6] == b"Exif\0\0"), b"")
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
         i = 8
         while i + 8 <= len(data):
@@ -229,7 +236,9 @@ def _still(data, heif, webp):
     """The first image in the bytes of an image file, upright."""
     turn, box = orientation(data), None
     gif, jpeg = data[:4] == b"GIF8", data[:2] == b"\xff\xd8"
-    if gif and not data.rstrip(b"\0").endswith(b";") or jpeg and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+    if jpeg:                                                                        # phones append videos and more images
+        data = data[:next((end for name, _, end in _segments(data) if name == 0xd9), 0)]
+    if gif and not data.rstrip(b"\0").endswith(b";") or not data:
         raise ValueError("the file is truncated")                                   # ffmpeg would leave the rest empty
     if heif and b"grid" in data[:1 << 16]:
         raise ValueError("it is tiled; convert it to JPEG or PNG")                  # ffmpeg gives the tiles as videos
@@ -246,6 +255,8 @@ def _still(data, heif, webp):
     img = _rgb(frame, alpha)
     if box:
         W, H, x, y = box
+        if W * H > MAX_PIXELS or x + img.shape[1] > W or y + img.shape[0] > H:
+            raise ValueError("its first frame does not fit its canvas")
         page = torch.full((H, W, 3), 255, dtype=torch.uint8)
         page[y:y + img.shape[0], x:x + img.shape[1]] = img
         img = page

@@ -1007,7 +1007,7 @@ def find(module, tensors):
             except (RuntimeError, IndexError):  # q, k, v that can't be joined
                 ok = False
             if not ok:
-                misshaped.append(f"{', '.join(group)} {', '.join(map(str, shapes))} instead of {want} in all")
+                misshaped.append(f"{', '.join(group)} {', '.join(map(str, shapes))} instead of {want}{' in all' if len(group) > 1 else ''}")
     problems = [f"{len(found)} {what}, such as {'; '.join(found[:3])}" for what, found in
                 (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if found]
     if problems:
@@ -1098,6 +1098,8 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
     Raises WeightsError.
     """
     files, configs = open_model(path)
+    if any(n.startswith("blocks.") for n in files["unet"].names):
+        raise WeightsError(f"{path} is an extension, not a model: give SVD-XT's file as the model, and this one as the extension")
     overlay = None if extension is None else Tensors(extension)
     if overlay and not overlay.table_rows():
         raise WeightsError(f"{overlay.label} is not an extension: it has no positional_embedding.embeddings")
@@ -1128,6 +1130,8 @@ def save(path, tensors, meta):
                   metadata={"exsvd": json.dumps(meta)})  # one key: their order is random, and the bytes with it
         os.chmod(partial_path, 0o644)  # safetensors makes files that only their owner can read
         os.replace(partial_path, path)
+    except SafetensorError as e:
+        raise OSError(f"{path} cannot be written ({e}): is the disk full?") from None
     finally:
         if os.path.exists(partial_path):
             os.remove(partial_path)

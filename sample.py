@@ -11,6 +11,7 @@ latents are saved, decoded in overlapping chunks and streamed to a video file. A
 import argparse
 import os
 import sys
+import tempfile
 import time
 
 import torch
@@ -27,7 +28,7 @@ DEFAULTS = {
     "SVD": dict(area=1024 * 576, steps=25, cfg=(1.0, 3.0), fps=7, motion=127, aug=0.02, decode_chunk=14),
     # as the ExVideo authors run their release; frames: the rows of its table
     "ExVideo": dict(area=512 * 512, steps=50, cfg=(2.0, 2.0), fps=30, motion=127, aug=0.02, decode_chunk=16),
-    "toy": dict(area=64 * 64, steps=25, cfg=(1.0, 1.0), fps=8, motion=64, aug=0.02, decode_chunk=16),
+    "toy": dict(area=64 * 64, steps=25, cfg=(1.0, 2.0), fps=8, motion=30, aug=0.02, decode_chunk=16),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,13 +115,14 @@ def adjust(z, match, contrast):
 
 
 def is_out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # the CPU allocator has no type
+    """Of any device: only CUDA's own allocator has an exception type, neither the CPU's nor those of cuDNN and cuBLAS."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ("allocate memory", "ALLOC_FAILED"))
 
 
 def decode(vae, z, chunk):
     """Decode in time: unscaled latents (1,T,4,h,w) -> yields float32 (n,3,8h,8w) on the CPU, T frames in all.
 
-    Chunks of `chunk` frames overlap by a quarter and are blended by a linear ramp, so memory does not grow with T. It is
+    Chunks of `chunk` frames overlap by a quarter (at least 3) and are blended by a linear ramp, so memory does not grow with T. It is
     not the same as VAE.decode of everything, whose norms see all frames. Out of memory halves the chunk and goes on.
     """
     T, start, tail = z.shape[1], 0, None
@@ -146,7 +148,7 @@ def decode(vae, z, chunk):
             n = len(tail)
             ramp = torch.arange(1, n + 1).view(-1, 1, 1, 1) / (n + 1)
             frames = torch.cat([torch.lerp(tail, frames[:n], ramp), frames[n:]])
-        overlap = chunk // 4 if end < T else 0
+        overlap = max(chunk // 4, min(3, chunk // 2)) if end < T else 0  # below 3 frames the seams of small chunks show
         yield frames[:len(frames) - overlap]
         start, tail = end - overlap, frames[len(frames) - overlap:]
 
@@ -161,8 +163,8 @@ def to_pixels(frames):
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(description="Image to video with SVD and ExVideo. Defaults depend on the model: SVD / ExVideo / toy.",
-                                epilog="Real weights: see README.md, section Weights.")
+    p = argparse.ArgumentParser(usage="sample.py IMAGE... [options], --help lists them", epilog="Real weights: see README.md, section Weights.",
+                                description="Image to video with SVD and ExVideo. Defaults depend on the model: SVD / ExVideo / toy.")
     shown = lambda key: " / ".join(str(d[key]) for d in DEFAULTS.values())
     p.add_argument("images", nargs="*", metavar="IMAGE", help="pictures (PNG, JPEG, WebP, GIF, ...) or videos, whose first frame is used")
     p.add_argument("--model", help="single .safetensors file or diffusers folder [weights/svd_xt.safetensors if there, else the toy]")
@@ -183,7 +185,8 @@ def parse(argv):
     p.add_argument("--match-stats", action=argparse.BooleanOptionalAction, help="give every frame's latents the mean and deviation of "
                                                                                 "the video's [only with the published ExVideo weights]")
     p.add_argument("--contrast", type=float, help="factor on the latents [1.2 with the published ExVideo weights, else 1]")
-    p.add_argument("--decode-only", metavar="FILE", help="decode latents saved by an earlier run, instead of sampling")
+    p.add_argument("--decode-only", metavar="FILE", help="decode latents saved by an earlier run, instead of sampling. --fps, --decode-chunk, "
+                                                        "--match-stats, --contrast and --dtype may differ from that run's")
     p.add_argument("--out", help=".mp4, .webm, .gif or a folder of PNGs; {name} is the image's name [out/{name}.mp4]")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one, else cpu]")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the networks [bfloat16; the toy on the CPU: float32]")
@@ -191,28 +194,30 @@ def parse(argv):
 
     if bool(a.images) == bool(a.decode_only):
         p.error("give at least one image, such as assets/img.png, or --decode-only FILE, and not both")
-    for name, low in (("frames", 1), ("steps", 1), ("decode_chunk", 1), ("native", 1), ("fps", 1), ("motion", 0), ("aug", 0), ("eta", 0)):
+    for name, low in (("frames", 1), ("steps", 1), ("decode_chunk", 1), ("native", 1), ("fps", 1), ("motion", 0), ("aug", 0), ("eta", 0),
+                      ("cfg", 0), ("contrast", 0), ("seed", 0)):
         value = getattr(a, name)
-        if value is not None and not low <= value < float("inf"):
-            p.error(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+        for v in value if isinstance(value, list) else [] if value is None else [value]:
+            if not low <= v < 2**63:  # nan is neither
+                p.error(f"--{name.replace('_', '-')} {v}: must be at least {low}, and below 2^63")
     if a.eta > 1 or (a.eta and a.sampler != "ddim"):
         p.error(f"--eta {a.eta:g} needs --sampler ddim and a value of 0 to 1")
     if a.size:
         try:
-            a.size = tuple(int(n) for n in a.size.lower().split("x"))
-            W, H = a.size
+            W, H = (int(n) for n in a.size.lower().split("x"))
         except ValueError:
             p.error(f"--size {a.size}: write it as WIDTHxHEIGHT, for example 512x512")
         if W < 64 or H < 64 or W % 64 or H % 64:
             near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
             p.error(f"--size {W}x{H}: both must be multiples of 64; the nearest is {near}")
+        a.size = W, H
     try:
         torch.empty(0, device=a.device)
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
     a.out = a.out or "out/{name}.mp4"
     names = [os.path.splitext(os.path.basename(path))[0] for path in a.images] or \
-            [os.path.basename(a.decode_only).removesuffix(".latents.safetensors")]
+            [os.path.basename(a.decode_only).removesuffix(".safetensors").removesuffix(".latents")]
     a.outs = [a.out.replace("{name}", name) for name in names]
     if len(set(a.outs)) < len(a.outs):
         p.error("two images would be written to the same file: put {name} into --out, and give images of different names")
@@ -297,33 +302,45 @@ def settings_of(a, family, extension, config, max_frames, img):
 
 
 def latents_path(out):
-    return os.path.splitext(out.rstrip("/"))[0] + ".latents.safetensors"
+    return (out.rstrip("/") if out.endswith("/") else os.path.splitext(out)[0]) + ".latents.safetensors"
+
+
+def check_writable(out):
+    """Better to fail now than after an hour: tried out in the folder of an output, or where that is going to be made."""
+    folder = os.path.dirname(os.path.abspath(out))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise data.MediaError(f"{out}: {folder} cannot be written to ({e.strerror}); choose another --out") from None
 
 
 def main(argv=None):
     a = parse(argv)
     for out in a.outs:
-        data.VideoWriter(out, a.fps or 1)  # writes nothing yet; a bad --out should fail now, not after an hour
+        data.VideoWriter(out, a.fps or 1)  # writes nothing yet, but refuses names it can't write
+        check_writable(out)
     images = [data.read_image(path) for path in a.images]
     device = torch.device(a.device)
     model, extension = default_model(a)
     toy = exsvd.open_model(model)[0]["unet"].meta.get("family") == "toy"
-    a.dtype = a.dtype or ("float32" if toy and device.type == "cpu" else "bfloat16")
-    load = lambda **parts: exsvd.load(model, extension, getattr(torch, a.dtype), device, **parts)
 
     if a.decode_only:
         file = exsvd.Tensors(a.decode_only)
-        s = file.meta.get("settings")
-        if s is None or "latents" not in file.names:
+        s, shape = file.meta.get("settings"), "latents" in file.names and tuple(file.shape("latents"))
+        if not isinstance(s, dict) or shape != (1, s.get("frames"), 4, s.get("height", 0) // 8, s.get("width", 0) // 8):
             raise exsvd.WeightsError(f"{a.decode_only} holds no latents saved by sample.py (they are called *.latents.safetensors)")
         if toy != (s["family"] == "toy"):
             raise exsvd.WeightsError(f"{a.decode_only} was made by a model of the {s['family']} family: give the same --model")
-        s |= {key: getattr(a, key) for key in ("fps", "decode_chunk", "match_stats", "contrast") if getattr(a, key) is not None}
-        write_video(load(parts=("vae",)).vae, file.get("latents").to(device), s, a.outs[0])
+        s |= {key: getattr(a, key) for key in ("fps", "decode_chunk", "match_stats", "contrast", "dtype") if getattr(a, key) is not None}
+        vae = exsvd.load(model, None, getattr(torch, s["dtype"]), device, parts=("vae",)).vae
+        write_video(vae, file.get("latents").to(device), s, a.outs[0])
         print(f"{a.outs[0]}: {s['frames']} frames of {s['width']}x{s['height']} at {s['fps']:g} fps, {peak_memory(device)} at the peak")
         return
 
-    svd = load()
+    a.dtype = a.dtype or ("float32" if toy and device.type == "cpu" else "bfloat16")
+    svd = exsvd.load(model, extension, getattr(torch, a.dtype), device)
     family = "toy" if toy else "SVD" if svd.extension is None and not svd.unet.max_frames else "ExVideo"
     print(f"{family}: {sum(p.numel() for p in svd.unet.parameters()) / 1e6:.1f} M parameters in the UNet, {a.dtype} on {device}")
     for img, out in zip(images, a.outs):
@@ -333,9 +350,13 @@ def main(argv=None):
         sampled = time.perf_counter()
         if not latents.isfinite().all():
             raise exsvd.WeightsError(f"{out}: the latents are not finite; weights and --dtype {a.dtype} do not go together")
-        os.makedirs(os.path.dirname(out.rstrip("/")) or ".", exist_ok=True)
+        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
         exsvd.save(latents_path(out), {"latents": latents}, {"settings": s})  # an hour's work, should the decoder fail
-        write_video(svd.vae, latents, s, out)
+        try:
+            write_video(svd.vae, latents, s, out)
+        except BaseException:
+            print(f"the latents are safe: go on with --decode-only '{latents_path(out)}'", file=sys.stderr)
+            raise
         print(f"{out}: {s['frames']} frames of {s['width']}x{s['height']} at {s['fps']:g} fps, {(sampled - begin) / s['steps']:.2f} s "
               f"per step, {time.perf_counter() - sampled:.1f} s to decode, {peak_memory(device)} at the peak")
 
@@ -345,5 +366,7 @@ if __name__ == "__main__":
         main()
     except (exsvd.WeightsError, data.MediaError, OSError) as e:
         sys.exit(f"sample.py: {e}")
-    except torch.OutOfMemoryError:
-        sys.exit("sample.py: out of GPU memory; lower --frames or --size, or --decode-chunk if it was decoding (then see --decode-only)")
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        sys.exit("sample.py: out of memory; lower --frames or --size, or --decode-chunk if it was decoding (then see --decode-only)")

@@ -13,6 +13,7 @@ holding the same weights, are the reference. What needs a GPU skips and says so.
     5. train.py    runs with DeepSpeed, one and two ranks, killed and resumed
 """
 
+import argparse
 import base64
 import csv
 import hashlib
@@ -1174,7 +1175,9 @@ def test_unreadable_files_raise_one_line(tmp_path):
         v.write(torch.from_numpy(corners())[None])
     gif, webp = (tmp_path / "x.gif").read_bytes(), base64.b64decode(ALPHA_WEBP)
     bad = {"empty.jpg": b"", "text.png": b"not an image\n" * 50, "noise": np.random.default_rng(0).bytes(5000),
-           "bomb.png": png[:16] + struct.pack(">II", 60000, 60000) + png[24:]}
+           "bomb.png": png[:16] + struct.pack(">II", 60000, 60000) + png[24:], "none.webp": b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\x02" + bytes(9),
+           "small.webp": base64.b64decode(ANIMATED_WEBP)[:24] + bytes(6) + base64.b64decode(ANIMATED_WEBP)[30:],  # a canvas of 1x1
+           "x.svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="5" height="5"/>'}
     for name, whole in {"jpeg": jpeg, "png": png, "gif": gif, "webp": webp}.items():
         bad |= {f"{name}{part}": whole[:int(len(whole) * part)] for part in (0.05, 0.3, 0.6, 0.9, 0.98)}
     for name, content in bad.items():
@@ -1183,6 +1186,13 @@ def test_unreadable_files_raise_one_line(tmp_path):
         with pytest.raises(data.MediaError) as e:
             data.read_image(tmp_path / name)
         assert "\n" not in str(e.value) and str(tmp_path / name) in str(e.value), name
+
+
+def test_what_a_phone_appends_to_a_jpeg_is_passed_over(tmp_path):
+    x = encode("mjpeg", corners(), "rgb24")
+    for extra in (b"", b"\xff\xda" + bytes(99), b"\xff\xd8\xff\xe1\0\x22Exif\0\0" + exif(3, "<"), np.random.default_rng(0).bytes(10**6) + b"\xff\xda"):
+        (tmp_path / "x.jpg").write_bytes(x + extra)
+        assert (data.read_image(tmp_path / "x.jpg").int() - torch.from_numpy(corners()).int()).abs().max() <= 8
 
 
 def test_fit_image_covers_crops_and_does_not_distort():
@@ -1820,6 +1830,28 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(fail_at, capsys):
     assert vae.calls[-1] == 16 // 2 ** len(fail_at) and capsys.readouterr().err.count("out of memory") == len(fail_at)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [8, 16])
+def test_seams_do_not_show(chunk):
+    """d_t, the mean change from frame t to t+1, relative to that of the whole decode: at the seams as elsewhere."""
+    vae = exsvd.load(os.path.join(HERE, "assets", "toy.safetensors"), parts=("vae",)).vae
+    ratios = []
+    for scene_number in range(3):
+        video = data.synthetic_scene(9, scene_number, 48, 64)[0].permute(0, 3, 1, 2) / 127.5 - 1
+        z = vae.encode(video)[None]
+        whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, chunk))
+        d = lambda v: (v[1:] - v[:-1]).abs().mean((1, 2, 3))
+        ratio, seam = d(torch.cat(pieces)) / d(whole), torch.zeros(47, dtype=torch.bool)
+        overlap = max(chunk // 4, min(3, chunk // 2))
+        for begin in np.cumsum([len(p) for p in pieces])[:-1]:
+            seam[begin - 1:begin + overlap] = True  # every change that involves a blended frame
+        ratios.append(ratio[seam].mean() / ratio[~seam].mean())
+        psnr = 10 * torch.log10(4 / (torch.cat(pieces) - whole).square().mean())
+        print(f"chunk {chunk}: seams {ratios[-1]:.4f}, PSNR against the whole decode {psnr:.1f} dB")  # pytest -s shows it
+        assert psnr > 45
+    assert all(abs(r - 1) <= 0.05 for r in ratios), ratios
+
+
 def test_out_of_memory_at_one_frame_is_an_error():
     with pytest.raises(torch.OutOfMemoryError):
         list(sample.decode(Frames([1]), torch.zeros(1, 4, 4, 2, 2), 1))
@@ -1919,10 +1951,34 @@ def test_latents_survive_a_failing_decoder(tiny_model, picture, tmp_path, monkey
     assert (tmp_path / "lost.mp4").read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("latents, settings", [(torch.zeros(1, 2, 4, 8, 8), {}), (torch.zeros(1, 2, 4, 8, 8), [1]),
+                                               (torch.zeros(2, 4, 8, 8), {"frames": 2, "width": 64, "height": 64})])
+def test_latents_of_others_are_refused(tiny_model, tmp_path, latents, settings):
+    exsvd.save(tmp_path / "a.safetensors", {"latents": latents}, {"settings": settings})
+    with pytest.raises(exsvd.WeightsError, match="no latents saved by sample.py"):
+        run("--decode-only", tmp_path / "a.safetensors", "--model", tiny_model, "--out", tmp_path / "a.mp4")
+
+
+def test_every_output_has_latents_of_its_own():
+    outs = ["a/b.1.mp4", "a/b.2.mp4", "b.1/", "b.2/", "b"]
+    assert len({sample.latents_path(out) for out in outs}) == len(outs) and sample.latents_path("a/b.mp4") == "a/b.latents.safetensors"
+
+
 @pytest.mark.parametrize("out", ["a.webm", "a.gif", "frames"])
 def test_other_containers(tiny_model, picture, tmp_path, out):
     run(picture, "--model", tiny_model, "--frames", 3, "--steps", 1, "--out", tmp_path / out)
     assert data.read_video(tmp_path / out)[0].shape == (3, 64, 64, 3) and data.read_settings(tmp_path / out)["frames"] == 3
+
+
+def test_the_toy_that_ships(tmp_path):
+    toy, image = (os.path.join(HERE, "assets", name) for name in ("toy.safetensors", "img.png"))
+    assert os.path.getsize(toy) < 20e6
+    run(image, "--model", toy, "--out", tmp_path / "frames")
+    video = data.read_video(tmp_path / "frames")[0].permute(0, 3, 1, 2) / 127.5 - 1
+    low = lambda x: F.avg_pool2d(x, 4)
+    error = low(video[:1]) - low(data.fit_image(data.read_image(image), *video.shape[:1:-1])[None])
+    assert len(video) >= 8 and 10 * torch.log10(4 / error.square().mean()) >= 18
+    assert ((video[1:] - video[:-1]).abs().mean((1, 2, 3)) * 127.5 > 0.5).all(), "frames that do not differ"
 
 
 def test_several_images_and_sizes(tiny_model, picture, tmp_path):
@@ -1947,6 +2003,8 @@ def test_more_frames_than_the_model_knows(tiny_model, tiny_extension, picture, t
     (["{picture}", "{picture}"], "same file"), (["{picture}", "--out", "a.xyz"], ".mp4"), (["missing.png"], "missing.png"),
     (["{picture}", "--model", "missing.safetensors"], "no such weight file"), (["{picture}", "--model", "{picture}"], "not a complete safetensors file"),
     (["{picture}", "--extension", "{model}"], "not an extension"), (["--decode-only", "{model}"], "no latents"), (["{picture}", "--fps", "nan"], "at least"),
+    (["{picture}", "--cfg", "nan", "1"], "at least 0"), (["{picture}", "--seed", "9" * 30], "below"), (["{picture}", "--size", "64x64x64"], "WIDTHxHEIGHT"),
+    (["{picture}", "--out", "{picture}/a.mp4"], "cannot be written to"),
 ])
 def test_bad_input_is_one_line_and_a_failure(args, words, tiny_model, picture, tmp_path):
     args = [a.format(picture=picture, model=tiny_model) for a in args]
@@ -1980,12 +2038,12 @@ def free_port():
         return s.getsockname()[1]
 
 
-def kill_when(p, ready):
-    """SIGKILL to a run and all its ranks as soon as ready() is true."""
+def kill_when(p, ready, how=signal.SIGKILL):
+    """A signal to the launcher, all ranks and their readers as soon as ready() is true."""
     while not ready():
         assert p.poll() is None, p.communicate()[0]
         time.sleep(0.005)
-    os.killpg(p.pid, signal.SIGKILL)
+    os.killpg(p.pid, how)
     p.communicate()
 
 
@@ -2158,6 +2216,49 @@ def test_training_from_latents_is_training_from_videos(small, videos, one_rank, 
     p = launch("--model", small, "--data", latents, "--out", tmp_path / "run", *OPTIONS)
     assert p.returncode == 0, p.stdout + p.stderr
     assert [row["loss"] for row in log_of(one_rank[0])] == [row["loss"] for row in log_of(tmp_path / "run")]
+
+
+def test_draws_depend_on_seed_and_number():
+    draws = [train.draw(argparse.Namespace(seed=seed, loss="edm", drop=0.1), n, (2,))
+             for seed in (0, 1, 10**12) for n in (*range(4000), 2**32, 2**33)]
+    assert len({float(sigma) for sigma, _, _ in draws}) > 0.999 * len(draws)  # a few of so many 32-bit seeds may coincide
+    ln = torch.stack([sigma for sigma, _, _ in draws]).log()
+    assert abs(ln.mean() - 0.7) < 0.06 and abs(ln.std() - 1.6) < 0.05          # about four standard errors
+    assert abs(1 - torch.stack([keep for _, _, keep in draws]).mean() - 0.1) < 0.012
+
+
+def test_a_signal_to_every_process_saves_too(small, videos, tmp_path):
+    """As the launcher (launch.py), Slurm and a terminal send it: to the readers too, without which a rank could not end its step."""
+    p = launch("--model", small, "--data", videos, "--out", tmp_path, "--frames", 8, "--steps", 10000, "--save-every", 10000, "--log-every", 1,
+               "--workers", 1, ranks=2, wait=False)
+    kill_when(p, lambda: (tmp_path / "log.csv").exists() and len(log_of(tmp_path)) > 1, signal.SIGTERM)
+    state, = tmp_path.glob("state-*")
+    assert int(state.name[6:]) == int(log_of(tmp_path)[-1]["step"])
+
+
+@pytest.mark.parametrize("precision", [[], ["--fp16"]], ids=["bf16", "fp16"])
+def test_gradients_that_stay_bad_stop_the_run_and_name_the_clips(small, tmp_path, precision):
+    svd = exsvd.load(small)
+    svd.unet.conv_out.bias.data[0] = math.nan
+    exsvd.save_model(tmp_path / "bad.safetensors", svd.unet, svd.vae, svd.clip, family="toy")
+    (tmp_path / "config.json").write_text('{"fp16": {"initial_scale_power": 1}}')
+    p = launch("--model", tmp_path / "bad.safetensors", "--out", tmp_path / "run", "--frames", 2, "--workers", 0, "--steps", 99,
+               "--deepspeed_config", tmp_path / "config.json", *precision)
+    last = p.stderr.strip().splitlines()[-1]
+    assert p.returncode == 1 and "Traceback" not in p.stderr and re.search(r"5 steps in a row with non-finite gradients.*(scene \d+@0.*){5}", p.stderr), last
+
+
+def test_what_a_kill_leaves_behind_is_removed_and_lr_may_change(small, tmp_path):
+    args = ("--model", small, "--out", tmp_path, "--frames", 2, "--workers", 0, "--log-every", 1)
+    assert launch(*args, "--steps", 1).returncode == 0
+    (tmp_path / "model-000001.safetensors.1.tmp").write_bytes(b"half")
+    (tmp_path / "saving-00000002.tmp" / "deepspeed").mkdir(parents=True)
+    p = launch(*args, "--steps", 2, "--lr", 1e-5)
+    assert p.returncode == 0 and not list(tmp_path.glob("*.tmp")), p.stderr
+    assert [float(row["lr"]) for row in log_of(tmp_path)] == [3e-4, 1e-5]
+    (tmp_path / "state-00000002" / "state.json").write_text("{")
+    p = launch(*args, "--steps", 3)
+    assert p.returncode == 1 and "state-00000002 is damaged" in p.stderr and "Traceback" not in p.stderr
 
 
 @pytest.mark.parametrize("args, words", [

@@ -12,7 +12,9 @@ dropout) depends on --seed and the number of the video alone, so a resumed run c
 
 import argparse
 import csv
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,9 +23,12 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -64,7 +69,7 @@ def parse(argv=None):
     g = p.add_argument_group("how")
     g.add_argument("--steps", type=int, help=f"optimiser steps in all [{shown('steps')}]")
     g.add_argument("--batch", type=int, default=1, help="videos per GPU and pass [1, the paper's]")
-    g.add_argument("--accumulate", type=int, default=1, help="passes per step; gradients add up in fp32 [1]")
+    g.add_argument("--accumulate", type=int, default=1, help="passes per step; gradients add up in fp32, with --offload in 16 bits [1]")
     g.add_argument("--lr", type=float, help=f"AdamW [{shown('lr')}]")
     g.add_argument("--warmup", type=int, default=0, help="steps over which lr rises from 0 [0]")
     g.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's [0.01, PyTorch's default and ExVideo's script's]")
@@ -109,6 +114,10 @@ def parse(argv=None):
         except ValueError:
             p.error(f"--motion {a.motion}: give exvideo or a number")
     try:
+        re.compile(a.train)
+    except re.error as e:
+        p.error(f"--train {a.train}: neither temporal nor all nor a regular expression ({e})")
+    try:
         a.width, a.height = (int(n) for n in a.size.lower().split("x"))
         assert a.width > 0 and a.height > 0 and a.width % 64 == a.height % 64 == 0
     except (ValueError, AssertionError):
@@ -118,6 +127,37 @@ def parse(argv=None):
 
 def deepspeed_config(a):
     """DeepSpeed's settings: ours, then the user's file merged over them. A flag that contradicts the file is an error."""
+    user = {}
+    if a.deepspeed_config:
+        try:
+            with open(a.deepspeed_config) as f:
+                user = json.load(f)
+        except (OSError, ValueError) as e:
+            sys.exit(f"train.py: --deepspeed_config {a.deepspeed_config}: {e}")
+
+    def theirs(path):
+        tree = user
+        for key in path.split("."):
+            tree = tree.get(key) if isinstance(tree, dict) else None
+        return tree
+
+    flags = {"lr": "optimizer.params.lr", "weight_decay": "optimizer.params.weight_decay", "clip": "gradient_clipping", "fp16": "fp16.enabled",
+             "batch": "train_micro_batch_size_per_gpu", "accumulate": "gradient_accumulation_steps", "offload": "zero_optimization.offload_optimizer.device"}
+    for flag, path in flags.items():
+        value = theirs(path)
+        if value is None:
+            continue
+        value = value == "cpu" if flag == "offload" else value
+        if flag in a.given and value != getattr(a, flag):
+            sys.exit(f"train.py: --{flag.replace('_', '-')} {getattr(a, flag)} contradicts {path} = {theirs(path)} in {a.deepspeed_config}")
+        setattr(a, flag, value)  # main() reads these
+    for path, allowed, why in (("zero_optimization.stage", (2,), "the sharded EMA is written for stage 2"),
+                               ("zero_optimization.round_robin_gradients", (False,), "the sharded EMA does not follow it"),
+                               ("zero_optimization.offload_optimizer.device", ("cpu", "none"), "the sharded EMA needs the masters in memory"),
+                               ("bf16.enabled", (not a.fp16,), "weights are bf16, or with --fp16 fp16")):
+        if theirs(path) is not None and theirs(path) not in allowed:
+            sys.exit(f"train.py: {path} = {theirs(path)} in {a.deepspeed_config}: {why}")
+
     config = {
         "train_micro_batch_size_per_gpu": a.batch,
         "gradient_accumulation_steps": a.accumulate,
@@ -130,42 +170,12 @@ def deepspeed_config(a):
         "data_types": {"grad_accum_dtype": "fp32"},
         **({"fp16": {"enabled": True, "min_loss_scale": 1}} if a.fp16 else {"bf16": {"enabled": True}}),
     }
-    if not a.deepspeed_config:
-        return config
-    try:
-        with open(a.deepspeed_config) as f:
-            user = json.load(f)
-    except (OSError, ValueError) as e:
-        sys.exit(f"train.py: --deepspeed_config {a.deepspeed_config}: {e}")
-    flags = {"lr": ("optimizer", "params", "lr"), "weight_decay": ("optimizer", "params", "weight_decay"), "clip": ("gradient_clipping",),
-             "batch": ("train_micro_batch_size_per_gpu",), "accumulate": ("gradient_accumulation_steps",), "fp16": ("fp16", "enabled"),
-             "offload": ("zero_optimization", "offload_optimizer", "device")}
-
-    def look(tree, path):
-        for key in path:
-            tree = tree.get(key) if isinstance(tree, dict) else None
-        return tree
-
-    for flag, path in flags.items():
-        theirs = look(user, path)
-        theirs = theirs == "cpu" if flag == "offload" and theirs is not None else theirs
-        if theirs is not None and flag in a.given and theirs != getattr(a, flag):
-            sys.exit(f"train.py: --{flag.replace('_', '-')} {getattr(a, flag)} contradicts {'.'.join(path)} = {theirs} in {a.deepspeed_config}")
-        if theirs is not None:
-            setattr(a, flag, theirs)  # the loop below reads these
-    if look(user, ("zero_optimization", "stage")) not in (None, 2):
-        sys.exit(f"train.py: {a.deepspeed_config} asks for another ZeRO stage; the sharded EMA here is written for stage 2")
-    if look(user, ("zero_optimization", "round_robin_gradients")):
-        sys.exit(f"train.py: {a.deepspeed_config} asks for round_robin_gradients, which the sharded EMA here does not follow")
 
     def merge(ours, theirs):
         for key, value in theirs.items():
             ours[key] = merge(ours[key], value) if isinstance(value, dict) and isinstance(ours.get(key), dict) else value
         return ours
 
-    a.deepspeed_config = None  # consumed: DeepSpeed would otherwise read the file again
-    if look(user, ("fp16", "enabled")):
-        config.pop("bf16", None)
     return merge(config, user)
 
 
@@ -257,52 +267,61 @@ def sync(path):
     os.close(fd)
 
 
-def save_state(engine, ema, a, step, videos):
-    """Write --out/state-<step>: DeepSpeed's checkpoint without frozen parameters, each rank's part of the EMA, the position.
-
-    Killed in the middle it leaves a .tmp folder, which nothing reads and the next save removes. Returns whether it saved.
-    """
-    need = 18 * sum(s.numel() for s in ema.shards) * ema.world  # master, two moments, EMA: fp32; weights: 16 bits
-    room = torch.tensor(shutil.disk_usage(a.out).free > 1.05 * need + 2**20, device=ema.device, dtype=torch.int)
-    dist.broadcast(room, 0)
-    if not room:
-        if ema.rank == 0:
-            print(f"warning: no room for a state of {need / 1e9:.1f} GB in {a.out}; going on without, free some", file=sys.stderr)
-        return False
-    final, part = os.path.join(a.out, f"state-{step:08d}"), os.path.join(a.out, f"saving-{step:08d}.tmp")
+def room(a, ema):
+    """Whether a state and the weights fit on the disk: a full one must not end the run. Removes what killed saves left."""
     if ema.rank == 0:
         for name in os.listdir(a.out):
-            if name.endswith(".tmp"):  # of a save that was killed
-                shutil.rmtree(os.path.join(a.out, name))
-    dist.barrier()
+            path = os.path.join(a.out, name)
+            if name.endswith(".tmp"):
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    need = 22 * sum(s.numel() for s in ema.shards) * ema.world  # master, two moments, EMA twice: fp32; weights: 16 bits
+    enough = torch.tensor(shutil.disk_usage(a.out).free > 1.05 * need + 2**20, device=ema.device, dtype=torch.int)
+    dist.broadcast(enough, 0)
+    if not enough and ema.rank == 0:
+        print(f"warning: no room in {a.out} to save {need / 1e9:.1f} GB; nothing is saved until there is", file=sys.stderr)
+    return bool(enough)
+
+
+def save_state(engine, ema, a, step, videos, data_id):
+    """Write --out/state-<step>: DeepSpeed's checkpoint without frozen parameters, each rank's part of the EMA, the position.
+
+    Killed in the middle it leaves a .tmp folder, which nothing reads and the next save removes.
+    """
+    final, part = os.path.join(a.out, f"state-{step:08d}"), os.path.join(a.out, f"saving-{step:08d}.tmp")
     engine.save_checkpoint(part, tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
     save_file({str(i): s for i, s in enumerate(ema.shards)}, os.path.join(part, f"ema-rank{ema.rank}.safetensors"))
     dist.barrier()
     for folder, _, files in os.walk(part):  # every rank, since each node must flush what it wrote
-        for name in files:
+        for name in [*files, "."]:
             sync(os.path.join(folder, name))
     dist.barrier()
     if ema.rank == 0:
         with open(os.path.join(part, "state.json"), "w") as f:
-            json.dump(dict(step=step, videos=videos, ema_updates=ema.updates, ranks=ema.world, settings=settings(a)), f, indent=1)
+            json.dump(dict(step=step, videos=videos, ema_updates=ema.updates, ranks=ema.world, data=data_id, settings=settings(a)), f, indent=1)
         sync(f.name), sync(part)
-        if os.path.exists(final):  # the same step again, after a resume from an older state
-            shutil.rmtree(final)
         os.rename(part, final)
         sync(a.out)
         for name in sorted(n for n in os.listdir(a.out) if re.fullmatch(r"state-\d+", n))[:-a.keep]:
-            shutil.rmtree(os.path.join(a.out, name))
+            old = os.path.join(a.out, name)
+            os.rename(old, old + ".tmp")  # so that a state is never half there, not even while it goes
+            shutil.rmtree(old + ".tmp")
     dist.barrier()
-    return True
 
 
 def newest_state(a):
-    """(folder, its state.json) of the newest complete state, or (None, None)."""
-    for name in sorted(os.listdir(a.out), reverse=True):
-        if re.fullmatch(r"state-\d+", name):
-            with open(os.path.join(a.out, name, "state.json")) as f:
-                return os.path.join(a.out, name), json.load(f)
-    return None, None
+    """(folder, its state.json) of the newest complete state, or (None, None); rank 0 looks, all get the same."""
+    found = [(None, None)]
+    if dist.get_rank() == 0:
+        names = sorted(name for name in os.listdir(a.out) if re.fullmatch(r"state-\d+", name))
+        if names:
+            folder = os.path.join(a.out, names[-1])
+            try:
+                with open(os.path.join(folder, "state.json")) as f:
+                    found = [(folder, json.load(f))]
+            except (OSError, ValueError) as e:
+                sys.exit(f"train.py: {folder} is damaged ({e}): remove it, and the same command resumes from the state before")
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def load_state(engine, ema, folder, info, a):
@@ -314,6 +333,8 @@ def load_state(engine, ema, folder, info, a):
     if wrong:
         sys.exit(f"train.py: {folder} was made with {', '.join(wrong)}: use the same settings, or another --out with --extension to start from its weights")
     engine.load_checkpoint(folder, tag="deepspeed", load_module_strict=False)  # its frozen parameters come from --model
+    for group in engine.optimizer.param_groups:  # may change within a run
+        group.update(lr=a.lr, weight_decay=a.weight_decay)
     shards = load_file(os.path.join(folder, f"ema-rank{ema.rank}.safetensors"))
     for i, s in enumerate(ema.shards):
         s.copy_(shards[str(i)])
@@ -323,7 +344,7 @@ def load_state(engine, ema, folder, info, a):
 
 def settings(a):
     """What must not change within a run."""
-    return {k: getattr(a, k) for k in ("frames", "size", "stride", "fps", "train", "batch", "loss", "drop", "motion", "seed", "fp16", "ema")}
+    return {k: getattr(a, k) for k in ("frames", "size", "stride", "fps", "train", "batch", "loss", "drop", "motion", "seed", "fp16", "ema", "model_id")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -382,8 +403,8 @@ def videos_of(rank, world, a, videos):
         videos += world * a.batch
 
 
-def default_signals(_):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # in the readers: they have nothing to save
+def ignore_sigterm(_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in the readers: the launcher signals them too, and their rank still needs them
 
 
 def main(argv=None):
@@ -400,8 +421,11 @@ def main(argv=None):
         torch.use_deterministic_algorithms(True)
     import deepspeed  # here, so that --help and wrong arguments answer at once
     deepspeed.utils.logger.setLevel("WARNING")
+    # An optional op for sums between CPU ranks, compiled at start under a lock file: a run killed there would leave the lock
+    # behind, and every later one would wait for it without end. gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = deepspeed_config(a)
-    deepspeed.init_distributed()
+    deepspeed.init_distributed(timeout=timedelta(hours=12))  # not its 10 minutes: rank 0 may index many videos, or sample a long one
     rank, world = dist.get_rank(), dist.get_world_size()
     master = rank == 0
     say = print if master else lambda *_, **__: None
@@ -421,10 +445,13 @@ def main(argv=None):
         dataset = data.open_dataset(a.data, **options)
     say(dataset.describe())
 
+    data_id = fingerprint(repr(dataset.usable).encode())
+
     # Model, and what of it trains
-    trains_clip = a.train == "all" or (a.train != "temporal" and re.search(a.train, "clip."))
     parts = ("unet",) + (("vae", "clip") if dataset.pixels else ())
     svd = exsvd.load(a.model, a.extension, parts=parts)
+    a.model_id = fingerprint(svd.unet.conv_out.weight.detach().numpy().tobytes())
+    trains_clip = a.train == "all" or any(re.search(a.train, f"clip.{name}") for name in (svd.clip.state_dict() if svd.clip else ()))
     if a.frames > (svd.unet.max_frames or svd.unet.config.native_frames):
         exsvd.extend(svd.unet, a.frames)
     if not dataset.pixels and (trains_clip or dataset.settings["ctx"] != svd.unet.config.context_dim):
@@ -446,7 +473,7 @@ def main(argv=None):
     trained = [name for name, p in chosen.items() if p.requires_grad]
     million = lambda names: f"{sum(chosen[n].numel() for n in names) / 1e6:,.1f} M"
     say(f"UNet of {sum(p.numel() for p in svd.unet.parameters()) / 1e6:,.1f} M parameters; trained: {million(chosen)} in {len(chosen)} tensors, "
-        f"{million(set(chosen) - set(trained))} of them idle while the context is one token")
+        f"{million(set(chosen) - set(trained))} of them idle while the context is one token" + (", CLIP among them" if trains_clip else ""))
     # the fp32 values of what trains (for the masters) and of what is saved with it; then half precision for all
     start = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     kept = {name: p.detach().clone() for name, p in module.named_parameters() if ".attn.temporal." in name and not p.requires_grad}
@@ -457,6 +484,8 @@ def main(argv=None):
     del svd
 
     engine, *_ = deepspeed.initialize(model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=config)
+    if a.fp16:  # its own exception at the smallest scale would name no clips
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     ema = ShardedEMA(engine, trained, a.ema)
     ema.start_from(start)
     del start
@@ -465,17 +494,22 @@ def main(argv=None):
     if folder:
         step, videos = load_state(engine, ema, folder, info, a)
         say(f"resumed from {folder}: step {step}, {videos} videos seen")
+        if info["data"] != data_id:
+            say(f"warning: {a.data} holds other clips than when that was saved; from here on they come in another order", file=sys.stderr)
     elif master:
         keep_sources(a, config)
+    dist.barrier()
+    if not os.path.exists(os.path.join(a.out, "run.json")):
+        sys.exit(f"train.py: rank {rank} does not see what rank 0 wrote to {a.out}: put --out on a file system that all nodes share")
 
     loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=videos_of(rank, world, a, videos), num_workers=a.workers,
-                                              worker_init_fn=default_signals, pin_memory=device.type == "cuda"))
+                                              worker_init_fn=ignore_sigterm, pin_memory=device.type == "cuda"))
     log = Log(a, step) if master else None
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
-    say(f"{world} ranks, process {os.getpid()}: send SIGTERM to it, or any other rank, to save and leave")
+    say(f"{world} ranks, rank 0 is process {os.getpid()}: send SIGTERM to it, or any other rank, to save and leave")
     bar = tqdm(total=a.steps, initial=step, desc="training", unit="step", disable=not master)
-    bad, begin = 0, time.perf_counter()
+    bad, begin = [], time.perf_counter()  # bad: names of the clips of each of the last steps that could not be applied
     sums = torch.zeros(2, len(SIGMA_BINS) + 2, device=device)  # loss and count, in all and per sigma bin, since the last row
     shape = (a.frames, 4, a.height // 8, a.width // 8)
 
@@ -509,13 +543,13 @@ def main(argv=None):
         # 2. the average follows steps that were applied. DeepSpeed decides that on all ranks alike
         if engine.was_step_applied():
             ema.update()
-            bad = 0
-        elif not a.fp16 or engine.optimizer.loss_scale <= 1:  # fp16 looks for its scale by overflowing: that is no failure
-            bad += 1
-        if bad == BAD_STEPS:
+            bad = []
+        elif not a.fp16 or engine.optimizer.loss_scale <= getattr(engine.optimizer.loss_scaler, "min_scale", math.inf):
+            bad += [names]  # above its smallest scale fp16 only looks for a scale by overflowing: that is no failure
+        if len(bad) == BAD_STEPS:
             everyone = [None] * world
-            dist.all_gather_object(everyone, names)
-            say(f"train.py: {bad} steps in a row with non-finite gradients; the last clips were {sum(everyone, [])}", file=sys.stderr)
+            dist.all_gather_object(everyone, sum(bad, []))
+            say(f"train.py: {BAD_STEPS} steps in a row with non-finite gradients, on these clips: {', '.join(sum(everyone, []))}", file=sys.stderr)
             sys.exit(1)
 
         # 3. log, sample, save; leave together
@@ -540,11 +574,14 @@ def main(argv=None):
                 say(f"step {step}: sample-{step:06d}.mp4, motion score {score:.4f} (its clip: bucket {ids[0, 1]:.0f})")
             dist.barrier()
         if step % a.save_every == 0 or leaving:
-            save_state(engine, ema, a, step, videos)
-            state = ema.gather()
-            if master:
-                say(f"step {step}: saved {save_weights(a, step, state, module.unet, kept)}")
-            dist.barrier()
+            if room(a, ema):
+                state = ema.gather()
+                if master:  # before the state, for a run that resumes from it does not write them again
+                    say(f"step {step}: saved {save_weights(a, step, state, module.unet, kept)}")
+                dist.barrier()
+                save_state(engine, ema, a, step, videos, data_id)
+            elif leaving:
+                sys.exit(1)
         if leaving:
             break
     bar.close()
@@ -553,7 +590,8 @@ def main(argv=None):
 
 def draw(a, n, shape):
     """Of the n-th video: sigma, noise (T,4,h,w), and whether its conditioning stays. From (seed, n) alone, on the CPU."""
-    g = torch.Generator().manual_seed(a.seed * 2**40 + n)
+    seed = np.random.SeedSequence([a.seed, n]).generate_state(1)[0]  # hashed: torch's CPU generator uses 32 bits of a seed
+    g = torch.Generator().manual_seed(int(seed))
     return exsvd.draw_sigmas(a.loss, 1, g)[0], torch.randn(shape, generator=g), (torch.rand((), generator=g) >= a.drop).float()
 
 
@@ -573,6 +611,10 @@ def encode(vae, clip, item, trains_clip):
     return torch.stack(latents), torch.stack(conds), torch.stack(ctxs)
 
 
+def fingerprint(data):
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
 def keep_sources(a, config):
     """What a run was made by: sources, versions, settings, beside its results."""
     folder = os.path.join(a.out, "source")
@@ -580,7 +622,8 @@ def keep_sources(a, config):
     for name in ("exsvd.py", "train.py", "data.py", "sample.py"):
         shutil.copy(os.path.join(HERE, name), folder)
     import deepspeed
-    commit = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    git = shutil.which("git")
+    commit = git and subprocess.run([git, "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     with open(os.path.join(a.out, "run.json"), "w") as f:
         json.dump(dict(arguments={k: v for k, v in vars(a).items() if k != "given"}, deepspeed=config, commit=commit,
                        versions=dict(python=sys.version.split()[0], torch=torch.__version__, deepspeed=deepspeed.__version__)), f, indent=1)
@@ -614,5 +657,5 @@ class Log:
 if __name__ == "__main__":
     try:
         main()
-    except (exsvd.WeightsError, data.MediaError, OSError) as e:
+    except (exsvd.WeightsError, data.MediaError, SafetensorError, OSError) as e:
         sys.exit(f"train.py: {e}")
