@@ -325,6 +325,8 @@ def main(argv=None):
     device = torch.device(a.device)
     model, extension = default_model(a)
     toy = exsvd.open_model(model)[0]["unet"].meta.get("family") == "toy"
+    if toy and device.type == "cpu":
+        torch.set_num_threads(1)  # networks this small lose more to threads that wait for each other than they gain
 
     if a.decode_only:
         file = exsvd.Tensors(a.decode_only)
