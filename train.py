@@ -434,7 +434,7 @@ def main(argv=None):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, os.cpu_count() // world))  # ranks that share cores would wait for each other's threads
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() // world)))  # ranks share the cores
     os.makedirs(a.out, exist_ok=True)
 
     # Data: rank 0 builds the index, the others then find it
