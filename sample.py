@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
@@ -82,14 +83,18 @@ def condition(svd, img, aug, noise, device):
     return svd.vae.encode(img + aug * noise.to(device))[:, None], ctx
 
 
-def guided(unet, image_latents, ctx, ids, cfg, frames):
-    """denoise(x, sigma) for the samplers. Guidance rises linearly over the frames, from cfg[0] on the first to cfg[1]."""
+def guided(unet, image_latents, ctx, ids, cfg, frames, interval=None):
+    """denoise(x, sigma) for the samplers. Guidance rises linearly over the frames, from cfg[0] on the first to cfg[1].
+
+    interval: guidance only at noise levels in (low, high] (Kynkaanniemi et al. 2024, section 3); the others cost half.
+    """
     scale = torch.linspace(*cfg, frames, device=ctx.device).view(1, -1, 1, 1, 1)
 
     def denoise(x, sigma):
+        wanted = interval is None or interval[0] < sigma <= interval[1]
         sigma = sigma.to(x).expand(len(x))
         D = exsvd.denoise(unet, x, sigma, image_latents, ctx, ids)
-        if max(cfg) > 1:  # one pass after the other: a batch of two would need twice the memory
+        if max(cfg) > 1 and wanted:  # one pass after the other: a batch of two would need twice the memory
             D0 = exsvd.denoise(unet, x, sigma, torch.zeros_like(image_latents), torch.zeros_like(ctx), ids)
             D = D0 + scale * (D - D0)
         return D
@@ -179,6 +184,8 @@ def parse(argv):
     p.add_argument("--fps", type=float, help=f"frames per second, told to the model and written to the file [{shown('fps')}]")
     p.add_argument("--motion", type=float, help="amount of motion. SVD's scale is 0..255; ExVideo's release and the toy were "
                                                 f"trained on 0..127 [{shown('motion')}]")
+    p.add_argument("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only where the noise level lies in (LOW, HIGH]; the "
+                                                                                        "other steps cost half [all; noise falls from 700 to 0.002]")
     p.add_argument("--aug", type=float, help=f"noise added to the image, which frees the motion from it [{shown('aug')}]")
     p.add_argument("--seed", type=int, default=0, help="of all noise, drawn on the CPU: the same on every device [0]")
     p.add_argument("--decode-chunk", type=int, metavar="N", help=f"frames decoded at once; fewer need less memory [{shown('decode_chunk')}]")
@@ -189,17 +196,21 @@ def parse(argv):
                                                         "--match-stats, --contrast and --dtype may differ from that run's")
     p.add_argument("--out", help=".mp4, .webm, .gif or a folder of PNGs; {name} is the image's name [out/{name}.mp4]")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one, else cpu]")
+    p.add_argument("--offload", action="store_true", help="networks wait in CPU memory and are on the device one after the other, for small cards")
+    p.add_argument("--compile", action="store_true", help="torch.compile of the UNet's blocks: minutes once, then faster steps; needs a compiler")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the networks [bfloat16; the toy on the CPU: float32]")
     a = p.parse_args(argv)
 
     if bool(a.images) == bool(a.decode_only):
         p.error("give at least one image, such as assets/img.png, or --decode-only FILE, and not both")
     for name, low in (("frames", 1), ("steps", 1), ("decode_chunk", 1), ("native", 1), ("fps", 1), ("motion", 0), ("aug", 0), ("eta", 0),
-                      ("cfg", 0), ("contrast", 0), ("seed", 0)):
+                      ("cfg", 0), ("cfg_interval", 0), ("contrast", 0), ("seed", 0)):
         value = getattr(a, name)
         for v in value if isinstance(value, list) else [] if value is None else [value]:
             if not low <= v < 2**63:  # nan is neither
                 p.error(f"--{name.replace('_', '-')} {v}: must be at least {low}, and below 2^63")
+    if a.cfg_interval and a.cfg_interval[0] >= a.cfg_interval[1]:
+        p.error(f"--cfg-interval {a.cfg_interval[0]:g} {a.cfg_interval[1]:g}: LOW must be below HIGH")
     if a.eta > 1 or (a.eta and a.sampler != "ddim"):
         p.error(f"--eta {a.eta:g} needs --sampler ddim and a value of 0 to 1")
     if a.size:
@@ -250,18 +261,32 @@ def peak_memory(device):
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
 
 
+@contextmanager
+def on(device, *networks):
+    """Networks on the device for a while, then back where they wait. Nothing moves where that is the same place."""
+    homes = [next(network.parameters()).device for network in networks]
+    for network in networks:
+        network.to(device)
+    yield
+    for network, home in zip(networks, homes):
+        network.to(home)
+    if device.type == "cuda" and homes[0].type == "cpu":
+        torch.cuda.empty_cache()  # or the memory stays reserved in blocks that the next network does not fit
+
+
 @torch.inference_mode()
 def make_latents(svd, img, s, device):
     """One image (3,H,W) in [-1,1] to scaled latents (1,T,4,H/8,W/8) on the device. s: the settings, all of them."""
     H, W = img.shape[1:]
     generator = torch.Generator().manual_seed(s["seed"])
     noise = torch.randn(1, s["frames"], 4, H // 8, W // 8, generator=generator)
-    image_latents, ctx = condition(svd, img, s["aug"], torch.randn(1, 3, H, W, generator=generator), device)
+    with on(device, svd.clip, svd.vae):
+        image_latents, ctx = condition(svd, img, s["aug"], torch.randn(1, 3, H, W, generator=generator), device)
     ids = torch.tensor([[s["fps"] - 1, s["motion"], s["aug"]]], device=device)
-    denoise = guided(svd.unet, image_latents, ctx, ids, s["cfg"], s["frames"])
+    denoise = guided(svd.unet, image_latents, ctx, ids, s["cfg"], s["frames"], s["cfg_interval"])
     sigmas = exsvd.karras_sigmas(s["steps"]).to(device)
     calls = 2 * s["steps"] - 1 if s["sampler"] == "heun" else s["steps"]
-    with tqdm(total=calls, desc="sampling", unit="step") as bar:
+    with on(device, svd.unet), tqdm(total=calls, desc="sampling", unit="step") as bar:
         def step(x, sigma):
             D = denoise(x, sigma)
             bar.update()
@@ -276,7 +301,7 @@ def make_latents(svd, img, s, device):
 def write_video(vae, latents, s, out):
     """Scaled latents (1,T,4,h,w) to a video file, chunk by chunk."""
     z = adjust(latents, s["match_stats"], s["contrast"]) / exsvd.VAE_SCALE
-    with data.VideoWriter(out, s["fps"], s) as video, tqdm(total=z.shape[1], desc="decoding", unit="frame") as bar:
+    with on(latents.device, vae), data.VideoWriter(out, s["fps"], s) as video, tqdm(total=z.shape[1], desc="decoding", unit="frame") as bar:
         for frames in decode(vae, z, s["decode_chunk"]):
             video.write(to_pixels(frames))
             bar.update(len(frames))
@@ -296,7 +321,7 @@ def settings_of(a, family, extension, config, max_frames, img):
     width, height = a.size or data.default_size(img.shape[1], img.shape[0], default["area"])
     published = extension == {}  # names of the ExVideo release and none of our metadata: only that is corrected, see adjust()
     return dict(family=family, frames=frames, width=width, height=height, steps=get("steps"), sampler=a.sampler, eta=a.eta,
-                cfg=list(get("cfg")), fps=get("fps"), motion=get("motion"), aug=get("aug"), seed=a.seed, dtype=a.dtype,
+                cfg=list(get("cfg")), cfg_interval=a.cfg_interval, fps=get("fps"), motion=get("motion"), aug=get("aug"), seed=a.seed, dtype=a.dtype,
                 decode_chunk=get("decode_chunk"), match_stats=published if a.match_stats is None else a.match_stats,
                 contrast=(1.2 if published else 1.0) if a.contrast is None else a.contrast)
 
@@ -342,7 +367,9 @@ def main(argv=None):
         return
 
     a.dtype = a.dtype or ("float32" if toy and device.type == "cpu" else "bfloat16")
-    svd = exsvd.load(model, extension, getattr(torch, a.dtype), device)
+    svd = exsvd.load(model, extension, getattr(torch, a.dtype), "cpu" if a.offload else device)
+    if a.compile:
+        exsvd.compile_blocks(svd.unet)
     family = "toy" if toy else "SVD" if svd.extension is None and not svd.unet.max_frames else "ExVideo"
     print(f"{family}: {sum(p.numel() for p in svd.unet.parameters()) / 1e6:.1f} M parameters in the UNet, {a.dtype} on {device}")
     for img, out in zip(images, a.outs):

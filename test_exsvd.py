@@ -524,6 +524,36 @@ def test_slices_change_no_pixel(monkeypatch):
     close(vae.decode(z), whole, 1e-5, "sliced decoding")
 
 
+@torch.no_grad()
+def test_slices_are_of_one_length_where_they_can_be():
+    for n in range(1, 200):
+        for count in range(1, 40):
+            x = torch.empty(n, count, device="meta")
+            length = exsvd.Slices(n).length(0, x)  # n elements per slice: `count` slices
+            even = -(-n // min(n, count))  # or twice as many, if that makes them equal
+            assert length == max((m for m in range(even // 2 + 1, even + 1) if n % m == 0), default=even)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_blocks_compile_without_a_break(train, monkeypatch):
+    """Traced as torch.compile traces, in full graphs or not at all, and run without its code generator."""
+    traced, frames = [], []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, fullgraph: frames.append(self) or setattr(
+        self, "_compiled_call_impl", torch.compile(self._call_impl, fullgraph=True, backend=backend)))
+    unet = make_unet(num_frames=12).train(train)
+    unet.slice = 3000
+    with torch.set_grad_enabled(train), torch._dynamo.config.patch(recompile_limit=8):
+        eager = unet(*unet_inputs(9))
+        exsvd.compile_blocks(unet)
+        close(unet(*unet_inputs(9)), eager, 1e-5, "compiled")
+    assert len(frames) == 2 * 16 + 2 * 22 and len(traced) > 10
+
+
 def test_freeze():
     unet = make_unet(num_frames=12).train()
     names = exsvd.freeze(unet)
@@ -1777,7 +1807,7 @@ def test_guidance_rises_over_the_frames(monkeypatch):
 
     monkeypatch.setattr(exsvd, "denoise", fake)
     image_latents, ctx, ids = torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 8), torch.tensor([[6.0, 127, 0.02]])
-    run = lambda cfg: sample.guided(None, image_latents, ctx, ids, cfg, 5)(torch.zeros(1, 5, 4, 2, 2), torch.tensor(1.0))[0, :, 0, 0, 0]
+    run = lambda cfg, interval=None: sample.guided(None, image_latents, ctx, ids, cfg, 5, interval)(torch.zeros(1, 5, 4, 2, 2), torch.tensor(1.0))[0, :, 0, 0, 0]
     assert torch.allclose(run((1.0, 3.0)), 0.5 + 0.5 * torch.linspace(1, 3, 5))
     # unconditional: both image inputs zero, the ids as they were
     assert [tuple(map(bool, c[:2])) for c in calls] == [(True, True), (False, False)] and torch.equal(calls[1][2], ids)
@@ -1787,6 +1817,10 @@ def test_guidance_rises_over_the_frames(monkeypatch):
     calls.clear()
     run((1.5, 1.0))
     assert len(calls) == 2
+    for interval, passes in (((0.5, 1.0), 2), ((1.0, 2.0), 1), ((0.2, 0.5), 1), ((0.5, 2.0), 2)):  # sigma is 1
+        calls.clear()
+        D = run((1.0, 3.0), interval)
+        assert len(calls) == passes and torch.allclose(D, 0.5 + 0.5 * torch.linspace(1, 3, 5) if passes == 2 else torch.ones(5))
 
 
 def test_adjust_matches_frames_and_raises_contrast():
@@ -1925,6 +1959,32 @@ def test_pipeline_reproduces_known_latents(tiny_model, tiny_extension, picture, 
     assert (video.int() - expected.int()).abs().max() <= 1
 
 
+def test_offload_has_one_stage_on_the_device_and_changes_nothing(tiny_model, picture, tmp_path, monkeypatch):
+    moves, to = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append((type(self).__name__, str(where))) or to(self, where))
+    for name, flags in (("plain", []), ("offload", ["--offload"])):
+        run(picture, "--model", tiny_model, "--steps", 1, "--out", tmp_path / f"{name}.mp4", *flags)
+    assert (tmp_path / "plain.mp4").read_bytes() == (tmp_path / "offload.mp4").read_bytes()
+    out_and_back = [(n, "cpu") for stage in (["ImageEncoder", "VAE"], ["UNet"], ["VAE"]) for n in stage * 2]
+    assert moves == out_and_back * 2
+
+    moves.clear()
+    net = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append(str(where)))
+    with sample.on(torch.device("meta"), net):
+        assert moves == ["meta"]
+    assert moves == ["meta", "cpu"], "home is where it was"
+
+
+def test_guidance_in_an_interval_of_noise_levels(tiny_model, picture, tmp_path, monkeypatch):
+    calls, denoise = [], exsvd.denoise
+    monkeypatch.setattr(exsvd, "denoise", lambda unet, x, sigma, *rest: calls.append(sigma.item()) or denoise(unet, x, sigma, *rest))
+    run(picture, "--model", tiny_model, "--steps", 6, "--cfg", 2, 2, "--cfg-interval", 0.1, 10, "--out", tmp_path / "a.mp4")
+    sigmas = exsvd.karras_sigmas(6)[:-1].tolist()
+    assert sorted(calls) == sorted(sigmas + [s for s in sigmas if 0.1 < s <= 10]) and 6 < len(calls) < 12
+    assert data.read_settings(tmp_path / "a.mp4")["cfg_interval"] == [0.1, 10]
+
+
 def test_only_the_published_extension_is_adjusted(tiny_model, tiny_extension, picture, tmp_path):
     for path, match, contrast in ((None, False, 1.0), (tiny_extension[0], False, 1.0), (tiny_extension[1], True, 1.2)):
         run(picture, "--model", tiny_model, *(["--extension", path] if path else []), "--frames", 4, "--steps", 1, "--out", tmp_path / "a.mp4")
@@ -2003,7 +2063,7 @@ def test_more_frames_than_the_model_knows(tiny_model, tiny_extension, picture, t
     (["{picture}", "{picture}"], "same file"), (["{picture}", "--out", "a.xyz"], ".mp4"), (["missing.png"], "missing.png"),
     (["{picture}", "--model", "missing.safetensors"], "no such weight file"), (["{picture}", "--model", "{picture}"], "not a complete safetensors file"),
     (["{picture}", "--extension", "{model}"], "not an extension"), (["--decode-only", "{model}"], "no latents"), (["{picture}", "--fps", "nan"], "at least"),
-    (["{picture}", "--cfg", "nan", "1"], "at least 0"), (["{picture}", "--seed", "9" * 30], "below"), (["{picture}", "--size", "64x64x64"], "WIDTHxHEIGHT"),
+    (["{picture}", "--cfg", "nan", "1"], "at least 0"), (["{picture}", "--seed", "9" * 30], "below"), (["{picture}", "--cfg-interval", "2", "1"], "LOW must be below"), (["{picture}", "--size", "64x64x64"], "WIDTHxHEIGHT"),
     (["{picture}", "--out", "{picture}/a.mp4"], "cannot be written to"),
 ])
 def test_bad_input_is_one_line_and_a_failure(args, words, tiny_model, picture, tmp_path):

@@ -1,0 +1,534 @@
+"""Memory, work and time of this repository beside diffusers and DiffSynth's ExVideo classes: one command, one table.
+
+    python bench/compare.py                                             # UNet forward at 128 x 64x64: counts, no GPU, a minute
+    python bench/compare.py count train vae --diffsynth FOLDER          # every count of bench/README.md, a quarter of an hour
+    python bench/compare.py time process --shape 16x32x32               # full-size networks, really run: 10 GB of memory
+    python bench/compare.py count time train attention --device cuda    # all that a GPU can tell
+
+    count      peak live bytes of activations and matrix work of one UNet pass, at any shape (fake tensors, nothing is run)
+    train      the same of forward and backward, temporal blocks trained, checkpointed; on a GPU also really run
+    vae        the same of VAE decoding; --shape counts latents
+    time       seconds of a pass, ours against each other code: median ratio of alternating pairs [quartiles]; share of the
+               device's matrix rate, as one large product has it; on a GPU the allocator's peak
+    process    memory of a process that builds a network and runs one pass
+    frames     seconds per frame of a long clip over those of a short one, and the same of the counted work
+    attention  ours with each attention backend, and compiled
+    load       an SVD-XT-shaped float32 file (random values, written first: 10 GB) to a bfloat16 model, against cat
+    decode     memory of sample.decode for ever longer videos
+
+Every network has the size of SVD-XT and random weights, in bfloat16, unless a row says otherwise. DiffSynth's last release
+with SVD is 1.1.7: `pip download diffsynth==1.1.7 --no-deps`, unzip the wheel into FOLDER. What is not installed is left out.
+"""
+
+import argparse
+import gc
+import glob
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import struct
+import sys
+import tempfile
+import threading
+import time
+import types
+import weakref
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import exsvd
+import sample
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The networks. build() gives a module, pass(T, H, W) with random inputs, and which parameters post-tuning trains.
+
+CODES = ("ours", "diffsynth", "ours-base", "diffusers", "diffsynth-base")  # the first two extended to 128 frames or more
+
+
+def diffsynth_classes(folder):
+    """DiffSynth's modules, without its package's __init__, which imports everything the package can do."""
+    for name in ("diffsynth", "diffsynth.models"):
+        package = types.ModuleType(name)
+        package.__path__ = [os.path.join(folder, *name.split("."))]
+        sys.modules.setdefault(name, package)
+    from diffsynth.models import svd_unet, svd_vae_decoder
+    return svd_unet, svd_vae_decoder
+
+
+def version(code, folder):
+    """Of another code, None where it is not installed."""
+    if code.startswith("ours"):
+        return "this repository"
+    if code == "diffusers":
+        try:
+            return "diffusers " + importlib.metadata.version("diffusers")
+        except importlib.metadata.PackageNotFoundError:
+            return None
+    found = glob.glob(os.path.join(folder or "", "diffsynth-*.dist-info"))
+    return f"DiffSynth {found[0].split('-')[-2].removesuffix('.dist')}" if folder and found else None
+
+
+def unet(code, frames, folder, new, checkpointing):
+    context, ids, sigma = lambda: new(1, 1, 1024), lambda: new(1, 3), lambda: new(1)
+    if code == "diffusers":
+        from diffusers import UNetSpatioTemporalConditionModel
+        m = UNetSpatioTemporalConditionModel(num_frames=25, num_attention_heads=(5, 10, 20, 20))
+        m.enable_gradient_checkpointing()  # takes effect in training mode only, as in the others
+        return m, lambda T, H, W: m(new(1, T, 8, H, W), sigma(), context(), ids()).sample, (".temporal_transformer_blocks.",)
+    if code in ("diffsynth", "diffsynth-base"):
+        module = diffsynth_classes(folder)[0]
+        m = module.SVDUNet(add_positional_conv=frames if code == "diffsynth" else None)
+        blocks = [n + "." for n, b in m.named_modules() if isinstance(b, module.TemporalAttentionBlock)]
+        run = lambda T, H, W: m(new(T, 8, H, W), 1.0, context()[0], ids(), use_gradient_checkpointing=m.training)
+        return m, run, blocks
+    m = exsvd.UNet()
+    if code == "ours":
+        exsvd.extend(m, frames)
+    m.checkpointing = checkpointing
+    return m, lambda T, H, W: m(new(1, T, 8, H, W), sigma(), context(), ids()), (".attn.temporal.",)
+
+
+def vae(code, folder, new):
+    if code == "diffusers":
+        from diffusers import AutoencoderKLTemporalDecoder
+        m = AutoencoderKLTemporalDecoder(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4, layers_per_block=2)
+        return m, lambda T, H, W: m.decode(new(T, 4, H, W), num_frames=T).sample
+    if code == "diffsynth":  # one tile; it tiles what is larger than 8 x 128x128
+        m = diffsynth_classes(folder)[1].SVDVAEDecoder()
+        return m, lambda T, H, W: m(new(4, T, H, W))
+    m = exsvd.VAE()
+    return m, lambda T, H, W: m.decode(new(1, T, 4, H, W))
+
+
+def build(code, a, T=128, part="unet", train=False, checkpointing="memory"):
+    """-> (network, pass(T, H, W)), in bfloat16 on a.device."""
+    new = partial(torch.randn, dtype=torch.bfloat16, device=a.device)  # random inputs
+    torch.set_default_dtype(torch.bfloat16)  # float32 first would need twice the memory
+    try:
+        with torch.device(a.device):
+            if part == "vae":
+                (m, run), trained = vae(code, a.diffsynth, new), ()
+            else:
+                m, run, trained = unet(code, max(T, 128), a.diffsynth, new, checkpointing)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if train:
+        for name, p in m.named_parameters():
+            p.requires_grad_(any(part in name for part in trained))
+    # Otherwise parameters require gradients, as in a network that was just loaded. Trap: switched off, torch.matmul takes a
+    # slower path for small strided contexts, and diffusers two and a half times as long on a CPU.
+    return m.train(train), run
+
+
+def one_pass(run, shape, train=False):
+    with torch.set_grad_enabled(train):
+        out = run(*shape)
+        if train:
+            out.float().pow(2).mean().backward()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Counting: shapes go through the network, numbers do not
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations made and that still live, `peak` the most there were. Each storage counts once,
+    however many tensors share it; hidden copies inside an operation and a library's workspace are not seen."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.known = {w.untyped_storage()._cdata for w in weights}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def freed(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+
+def count(code, a, shape, part="unet", train=False, checkpointing="memory"):
+    """(peak bytes of activations, and gradients if training; multiply-adds times two) of a pass in bfloat16."""
+    small, exsvd.CPU_SLICES = exsvd.CPU_SLICES, 1  # fake tensors are on the CPU, but what a GPU needs is the question
+    with FakeTensorMode():
+        m, run = build(code, a, shape[0], part, train, checkpointing)
+        live = LiveBytes([*m.parameters(), *m.buffers()])
+        with live:
+            one_pass(run, shape, train)
+        m.zero_grad(set_to_none=True)
+        if not train:
+            m.requires_grad_(False)  # the counter follows modules by their gradients, and trips over parameters without any
+        flops = FlopCounterMode(display=False)  # apart: it keeps tensors alive
+        with flops:
+            one_pass(run, shape, train)
+    exsvd.CPU_SLICES = small
+    return live.peak, flops.get_total_flops()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def clocks(f, device):
+    """Seconds of one call, on a GPU until it has finished, and of CPU time: on a busy machine the better measure."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    begin, cpu = time.perf_counter(), time.process_time()
+    f()
+    wait()
+    return time.perf_counter() - begin, time.process_time() - cpu
+
+
+def seconds(f, device):
+    return clocks(f, device)[0]
+
+
+def gpu_peak(f, device):
+    """What the allocator handed out at most during a call, beyond what was there before; None without a GPU."""
+    if device != "cuda":
+        f()
+        return None
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    f()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def matrix_rate(device):
+    """Operations per second of one large bfloat16 product: what this device does at best, measured, not from a data sheet."""
+    n = 8192 if device == "cuda" else 2048
+    x, y = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
+    times = [seconds(lambda: x @ y, device) for _ in range(20)]
+    return 2 * n**3 / statistics.median(times[5:])
+
+
+def pairs(f, g, a):
+    """Alternating runs: seconds (2, pairs) of f and g, and of CPU time. What else the machine does then hits both alike."""
+    times = torch.tensor([(clocks(f, a.device), clocks(g, a.device)) for _ in range(a.pairs + 1)][1:])  # the first warms up
+    return times[..., 0].T.tolist(), times[..., 1].T.tolist()
+
+
+def quartiles(values):
+    low, mid, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{mid:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def ratio(numerators, denominators):
+    return quartiles([x / y for x, y in zip(numerators, denominators)])
+
+
+def in_fresh_process(f, *args):
+    """f(*args) in a process of its own, so that its peak memory is of this alone."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(f, args)
+
+
+def peak_rss():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+
+def status(key):
+    """A line of /proc/self/status in bytes (Linux)."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key + ":"))
+
+
+def process_of(code, a, shape):
+    torch.set_num_threads(a.threads)
+    m, run = build(code, a, shape[0])
+    built = status("VmRSS")
+    one_pass(run, shape)
+    return built, peak_rss()
+
+
+def write_random_model(path):
+    """A float32 file with the names, shapes and size of svd_xt.safetensors, written tensor by tensor."""
+    with torch.device("meta"):
+        parts = exsvd.UNet(), exsvd.VAE(), exsvd.ImageEncoder()
+    shapes = {names[0]: tuple(p.shape) for m in parts for names, p in
+              zip(exsvd.file_names(m, "sgm").values(), m.state_dict().values())}
+    have = sum(math.prod(s) for s in shapes.values())
+    shapes["first_stage_model.encoder.filler"] = (int(9.56e9 / 4) - have,)  # a second VAE and CLIP's text side, unread
+    header, end = {}, 0
+    for name, shape in sorted(shapes.items()):  # alphabetically, as safetensors writes
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end := end + 4 * math.prod(shape)]}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in sorted(shapes.items()):
+            f.write(torch.randn(shape).numpy())
+
+
+def load_once(path, a):
+    """Seconds and peak anonymous memory of loading, in bytes: (seconds, RssAnon at most, before)."""
+    torch.set_num_threads(a.threads)
+    before = peak = status("RssAnon")
+    done = threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = max(peak, status("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin = time.perf_counter()
+    svd = exsvd.load(path, dtype=torch.bfloat16)
+    took = time.perf_counter() - begin
+    done.set()
+    watcher.join()
+    size = sum(p.numel() * p.element_size() for m in (svd.unet, svd.vae, svd.clip) for p in m.parameters())
+    return took, max(peak, status("RssAnon")), before, size
+
+
+def cat(path):
+    """Seconds of `cat FILE > /dev/null`."""
+    return seconds(lambda: os.system(f"cat '{path}' > {os.devnull}"), "cpu")
+
+
+def decode_frames(T, a, pixels):
+    """Peak memory of the process, bytes: a VAE a quarter as wide as SVD's decodes T frames in chunks of 16."""
+    torch.set_num_threads(a.threads)
+    vae = exsvd.VAE(exsvd.VAEConfig(channels=(32, 64, 128, 128))).eval()
+    with torch.inference_mode():
+        n = sum(len(frames) for frames in sample.decode(vae, torch.randn(1, T, 4, pixels // 8, pixels // 8), 16))
+    assert n == T, f"{n} frames of {T}"
+    return peak_rss()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table: each task yields rows (what, code, shape, {column: value})
+
+COLUMNS = ("peak GB", "TFLOP", "seconds", "ratio", "of matrix rate", "note")
+gb = lambda n: None if n is None else f"{n / 1e9:.3f}"
+
+
+def others(a, codes):
+    return [c for c in codes if version(c, a.diffsynth)]
+
+
+def count_rows(a):
+    for shape in a.shape or [(128, 64, 64)]:
+        for code in others(a, CODES):
+            peak, flops = count(code, a, shape)
+            yield "UNet forward, counted", code, shape, {"peak GB": gb(peak), "TFLOP": f"{flops / 1e12:.2f}"}
+
+
+def train_rows(a):
+    for shape in a.shape or [(128, 64, 64)]:
+        for code, setting in [("ours", "memory"), ("ours", "speed"), *((c, "its own") for c in others(a, ("diffsynth", "diffusers")))]:
+            peak, flops = count(code, a, shape, train=True, checkpointing=setting)
+            yield "UNet forward + backward, counted", code, shape, {
+                "peak GB": gb(peak), "TFLOP": f"{flops / 1e12:.1f}", "note": f"checkpointing: {setting}"}
+            if a.device == "cuda":
+                yield "UNet forward + backward", code, shape, train_on_gpu(code, a, shape, setting)
+
+
+def train_on_gpu(code, a, shape, setting):
+    note = f"checkpointing: {setting}; without the optimiser"
+    try:
+        m, run = build(code, a, shape[0], train=True, checkpointing=setting)
+
+        def step():
+            one_pass(run, shape, train=True)
+            m.zero_grad(set_to_none=True)
+
+        peak = gpu_peak(step, a.device)
+        times = [seconds(step, a.device) for _ in range(a.pairs)]
+        return {"peak GB": gb(peak), "seconds": quartiles(times), "note": note}
+    except torch.OutOfMemoryError:
+        return {"note": f"{note}; out of memory"}
+
+
+def vae_rows(a):
+    for shape in a.shape or [(8, 128, 128)]:
+        for code in others(a, ("ours", "diffusers", "diffsynth")):
+            peak, flops = count(code, a, shape, part="vae")
+            yield "VAE decode, counted", code, shape, {"peak GB": gb(peak), "TFLOP": f"{flops / 1e12:.2f}"}
+
+
+def time_rows(a):
+    rate = matrix_rate(a.device)
+    for shape in a.shape or [(16, 32, 32)]:
+        for ours, other in [("ours-base", "diffusers"), ("ours", "diffsynth")]:
+            if not version(other, a.diffsynth):
+                continue
+            networks, runs = zip(build(ours, a, shape[0]), build(other, a, shape[0]))
+            runs = [partial(one_pass, run, shape) for run in runs]
+            peaks = [gpu_peak(run, a.device) for run in runs]
+            times, cpu = pairs(*runs, a)
+            del networks, runs
+            for code, t, peak in zip((ours, other), times, peaks):
+                flops = count(code, a, shape)[1]
+                yield "UNet forward", code, shape, {
+                    "peak GB": gb(peak), "seconds": quartiles(t), "of matrix rate": f"{flops / statistics.median(t) / rate:.2f}",
+                    "ratio": ratio(*times) if code == ours else None,
+                    "note": f"{a.pairs} pairs; CPU time {quartiles(cpu[code == other])} s, "
+                            f"ratio {ratio(*cpu)}; {rate / 1e12:.2f} TFLOP/s is 1"}
+
+
+def process_rows(a):
+    for shape in a.shape or [(16, 32, 32)]:
+        for code in others(a, CODES):
+            built, peak = in_fresh_process(process_of, code, a, shape)
+            yield "process with one UNet pass", code, shape, {"peak GB": gb(peak), "note": f"{gb(built)} GB when built"}
+
+
+def frames_rows(a):
+    long, short = a.shape if a.shape and len(a.shape) == 2 else ((128, 16, 16), (25, 16, 16))
+    m, run = build("ours", a, long[0])
+    times, cpu = pairs(partial(one_pass, run, long), partial(one_pass, run, short), a)
+    del m, run
+    work = count("ours", a, long)[1] / long[0] / (count("ours", a, short)[1] / short[0])
+    per_frame = lambda times: [x / long[0] / (y / short[0]) / work for x, y in zip(*times)]
+    for shape, t in zip((long, short), times):
+        yield "UNet forward", "ours", shape, {"seconds": quartiles(t)}
+    yield "per frame, long over short", "ours", long, {
+        "ratio": quartiles(per_frame(times)), "note": f"over the ratio of work, {work:.4f}; CPU time {quartiles(per_frame(cpu))}; {a.pairs} pairs"}
+
+
+def attention_rows(a):
+    flash = exsvd.flash_attn_func
+    for shape in a.shape or [(128, 64, 64)]:
+        m, run = build("ours", a, shape[0])
+        step = partial(one_pass, run, shape)
+        kinds = {"as torch chooses": nullcontext(), "flash (torch)": sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+                 "cuDNN": sdpa_kernel(SDPBackend.CUDNN_ATTENTION), "efficient": sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
+                 "flash-attn": nullcontext(), "compiled": nullcontext()}
+        for kind, context in kinds.items():
+            if kind == "flash-attn" and flash is None:
+                yield "attention", "ours", shape, {"note": f"{kind}: not installed"}
+                continue
+            exsvd.flash_attn_func = flash if kind in ("flash-attn", "compiled") else None
+            if kind == "compiled":
+                exsvd.compile_blocks(m)
+            try:
+                with context:
+                    first = seconds(step, a.device)  # compiles, chooses kernels
+                    peak = gpu_peak(step, a.device)
+                    t = [seconds(step, a.device) for _ in range(a.pairs)]
+            except RuntimeError as e:  # no kernel of this kind for this device, dtype or head size; out of memory
+                yield "attention", "ours", shape, {"note": f"{kind}: {str(e).splitlines()[0][:80]}"}
+                continue
+            yield "attention", "ours", shape, {"peak GB": gb(peak), "seconds": quartiles(t), "note": f"{kind}; first pass {first:.1f} s"}
+        exsvd.flash_attn_func = flash
+        del m, run, step
+
+
+def load_rows(a):
+    path = a.file or os.path.join(tempfile.mkdtemp(), "svd_xt_random.safetensors")
+    try:
+        if not os.path.exists(path):
+            write_random_model(path)
+        cat(path)
+        runs = [(cat(path), *in_fresh_process(load_once, path, a)) for _ in range(3)]
+        cats, loads, peaks, before, sizes = zip(*runs)
+        yield "cat FILE > /dev/null, warm", "", None, {"seconds": f"{statistics.median(cats):.2f}", "note": f"{gb(os.path.getsize(path))} GB"}
+        yield "exsvd.load, float32 file to bfloat16", "ours", None, {
+            "seconds": f"{statistics.median(loads):.2f}", "ratio": f"{statistics.median(l / c for l, c in zip(loads, cats)):.2f}",
+            "peak GB": gb(max(peaks)), "note": f"RssAnon, {gb(max(before))} before; the model has {gb(sizes[0])}; 3 runs"}
+    finally:
+        if not a.file and os.path.exists(path):
+            os.remove(path)
+            os.rmdir(os.path.dirname(path))
+
+
+def decode_rows(a):
+    for T in (32, 64, 128):
+        yield f"sample.decode of {T} frames of 256x256", "ours", None, {
+            "peak GB": gb(in_fresh_process(decode_frames, T, a, 256)), "note": "whole process; VAE a quarter as wide, float32, chunks of 16"}
+
+
+TASKS = {"count": count_rows, "train": train_rows, "vae": vae_rows, "time": time_rows, "process": process_rows,
+         "frames": frames_rows, "attention": attention_rows, "load": load_rows, "decode": decode_rows}
+
+
+def hardware(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
+        if os.path.exists("/proc/cpuinfo") else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def parse():
+    def shape(text):
+        try:
+            T, H, W = (int(n) for n in text.lower().split("x"))
+            assert T > 0 and H > 0 and W > 0 and H % 8 == W % 8 == 0
+            return T, H, W
+        except (ValueError, AssertionError):
+            raise argparse.ArgumentTypeError(f"{text}: write FRAMESxHEIGHTxWIDTH of the latents, multiples of 8, such as 128x64x64") from None
+
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)} [count]")
+    p.add_argument("--shape", type=shape, nargs="+", help="frames x height x width of the latents [of each task, see bench/README.md]; "
+                                                          "frames takes two, the long one first")
+    p.add_argument("--diffsynth", metavar="FOLDER", help="unpacked wheel of DiffSynth 1.1.7, to be compared with")
+    p.add_argument("--pairs", type=int, default=9, help="alternating pairs of runs [9]")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="to run on; counts need none [cpu]")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [what torch chooses]")
+    p.add_argument("--file", help="of load: kept, and used again if it is there [a temporary one]")
+    p.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="written into every row [today]")
+    a = p.parse_args()
+    a.tasks = a.tasks or ["count"]
+    if unknown := [t for t in a.tasks if t not in TASKS]:
+        p.error(f"unknown task {unknown[0]}: there are {', '.join(TASKS)}")
+    if a.diffsynth and not version("diffsynth", a.diffsynth):
+        p.error(f"--diffsynth {a.diffsynth}: no unpacked wheel there (a folder with diffsynth/ and diffsynth-1.1.7.dist-info/)")
+    if a.pairs < 2:
+        p.error("--pairs: quartiles take at least two")
+    if a.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: torch sees no GPU here")
+    return a
+
+
+def command(task, a):
+    shapes = "".join(f" {T}x{H}x{W}" for T, H, W in a.shape or ())
+    return f"compare.py {task}{' --shape' + shapes if shapes else ''} --pairs {a.pairs} --device {a.device}"
+
+
+def main():
+    a = parse()
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(0)
+    print(f"| | code | shape | {' | '.join(COLUMNS)} | conditions |\n|{' --- |' * (len(COLUMNS) + 4)}")
+    for task in a.tasks:
+        for what, code, size, values in TASKS[task](a):
+            load = "" if a.device == "cuda" else f", load {os.getloadavg()[0]:.1f}"
+            conditions = f"torch {torch.__version__}, {hardware(a.device)}, {a.threads} CPU thread(s){load}, {a.date}, `{command(task, a)}`"
+            cells = [what, f"{code} ({version(code, a.diffsynth)})" if code else "", f"{size[0]} x {size[1]}x{size[2]}" if size else "",
+                     *(values.get(column) or "" for column in COLUMNS), conditions]
+            print(f"| {' | '.join(cells)} |", flush=True)
+            gc.collect()
+            if a.device == "cuda":
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
