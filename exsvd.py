@@ -168,7 +168,7 @@ class Upsample(nn.Conv2d):
 #    a time; only the results are ever whole. What fits in one slice is computed as if none of this were here.
 
 
-CPU_SLICES = 4  # transformers take slices that much smaller on a CPU, whose cache then holds them: 14 % less time for a UNet pass
+CPU_SLICES = 4  # on a CPU transformers take slices this many times smaller, which its cache holds: 14 % less time for a UNet pass
 
 
 @dataclass
@@ -188,9 +188,11 @@ class Slices:
         return max(1, -(-max(x.numel() for x in xs) // self.size))
 
     def length(self, dim, *xs):
-        """Of a slice along a dimension: a divisor if one is near, for a short last slice is work for torch.compile."""
+        """Of a slice along a dimension: a divisor if one is near, since a short last slice makes torch.compile compile again."""
         n = xs[0].shape[dim]
         most = -(-n // min(n, self.count(*xs)))
+        if torch.is_grad_enabled():  # the checkpoint around it need not compute the last slice again: large ones save work
+            return most
         return next((m for m in range(most, most // 2, -1) if n % m == 0), most)
 
     def __call__(self, f, *xs, dim=0, out=None):
@@ -597,11 +599,12 @@ class UNet(nn.Module):
 
 
 def compile_blocks(unet):
-    """torch.compile in place, per repeated block: loops over slices stay in Python. The first pass takes minutes."""
+    """torch.compile in place, per repeated block: transformer blocks and residual blocks over pixels. Loops over slices stay
+    in Python, and with them the residual blocks over frames, whose norms span slices. The first pass takes minutes."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # sizes differ between the levels
     for m in unet.modules():
-        if isinstance(m, (SpatialBlock, TemporalBlock, ResBlock)):
-            m.compile(fullgraph=flash_attn_func is None)  # flash-attn may break the graph, nothing else does
+        if isinstance(m, (SpatialBlock, TemporalBlock, SpatioTemporalRes)):
+            getattr(m, "spatial", m).compile(fullgraph=flash_attn_func is None)  # flash-attn may break the graph, nothing else does
 
 
 # ----------------------------------------------------------------------------------------------------------------------

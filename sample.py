@@ -196,8 +196,8 @@ def parse(argv):
                                                         "--match-stats, --contrast and --dtype may differ from that run's")
     p.add_argument("--out", help=".mp4, .webm, .gif or a folder of PNGs; {name} is the image's name [out/{name}.mp4]")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one, else cpu]")
-    p.add_argument("--offload", action="store_true", help="networks wait in CPU memory and are on the device one after the other, for small cards")
-    p.add_argument("--compile", action="store_true", help="torch.compile of the UNet's blocks: minutes once, then faster steps; needs a compiler")
+    p.add_argument("--offload", action="store_true", help="for small cards: CLIP and VAE, then the UNet, then the VAE are on the device, the others wait in CPU memory")
+    p.add_argument("--compile", action="store_true", help="torch.compile of the UNet's blocks; the first step takes minutes, and a compiler is needed")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the networks [bfloat16; the toy on the CPU: float32]")
     a = p.parse_args(argv)
 
@@ -265,13 +265,19 @@ def peak_memory(device):
 def on(device, *networks):
     """Networks on the device for a while, then back where they wait. Nothing moves where that is the same place."""
     homes = [next(network.parameters()).device for network in networks]
-    for network in networks:
-        network.to(device)
-    yield
-    for network, home in zip(networks, homes):
-        network.to(home)
-    if device.type == "cuda" and homes[0].type == "cpu":
-        torch.cuda.empty_cache()  # or the memory stays reserved in blocks that the next network does not fit
+
+    def move(*places):
+        with torch.inference_mode(False):  # parameters that moved in inference mode could never be trained again
+            for network, place in zip(networks, places):
+                network.to(place)
+
+    move(*[device] * len(networks))
+    try:
+        yield
+    finally:
+        move(*homes)
+        if device.type == "cuda" and homes[0].type == "cpu":
+            torch.cuda.empty_cache()  # or the memory stays reserved in blocks that the next network does not fit
 
 
 @torch.inference_mode()

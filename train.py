@@ -60,6 +60,8 @@ def parse(argv=None):
                                                                        "or a regular expression on names such as unet.down.1.attn.temporal.attn1.to_q.weight")
     g.add_argument("--frames", type=int, help=f"per clip [{shown('frames')}]; more than the model's native length extends it")
     g.add_argument("--size", help=f"WIDTHxHEIGHT, multiples of 64 [{shown('size')}]")
+    g.add_argument("--short-clips", type=float, default=0.0, metavar="SHARE", help="share of passes on clips of the base's native length instead, so that what "
+                                                                                   "it could do is not forgotten [0: the paper's]")
     g.add_argument("--stride", type=int, default=1, help="take every k-th frame of a video [1]")
     g.add_argument("--fps", type=float, help="take frames at this rate instead of a stride")
     g.add_argument("--motion", default="exvideo", help="exvideo: motion buckets 0..127 by the measure ExVideo's release was tuned with; or a number, the "
@@ -106,8 +108,8 @@ def parse(argv=None):
     for key in ("frames", "stride", "steps", "batch", "accumulate", "save_every", "keep", "log_every"):
         if getattr(a, key) < 1:
             p.error(f"--{key.replace('_', '-')} {getattr(a, key)}: must be at least 1")
-    if not 0 <= a.drop <= 1 or not 0 <= a.ema < 1 or not 0 < a.lr < 1:
-        p.error("--drop must lie in 0..1, --ema in 0..1 (1 excluded), --lr between 0 and 1")
+    if not 0 <= a.drop <= 1 or not 0 <= a.short_clips <= 1 or not 0 <= a.ema < 1 or not 0 < a.lr < 1:
+        p.error("--drop and --short-clips must lie in 0..1, --ema in 0..1 (1 excluded), --lr between 0 and 1")
     if a.motion != "exvideo":
         try:
             a.motion = float(a.motion)
@@ -344,7 +346,8 @@ def load_state(engine, ema, folder, info, a):
 
 def settings(a):
     """What must not change within a run."""
-    return {k: getattr(a, k) for k in ("frames", "size", "stride", "fps", "train", "batch", "loss", "drop", "motion", "seed", "fp16", "ema", "model_id")}
+    return {k: getattr(a, k) for k in ("frames", "size", "stride", "fps", "train", "batch", "loss", "drop", "motion", "seed", "fp16", "ema", "short_clips",
+                                      "model_id")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -403,6 +406,17 @@ def videos_of(rank, world, a, videos):
         videos += world * a.batch
 
 
+class TwoLengths(torch.utils.data.Dataset):
+    """Item n is of `short` or of `long`, by a draw from (seed, number of its pass): the videos of a pass are of one length."""
+
+    def __init__(self, long, short, share, seed, per_pass):
+        self.long, self.short, self.share, self.seed, self.per_pass = long, short, share, seed, per_pass
+
+    def __getitem__(self, n):
+        drawn = np.random.default_rng([self.seed, 2, n // self.per_pass]).random()
+        return (self.short if drawn < self.share else self.long)[n]
+
+
 def ignore_sigterm(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in the readers: the launcher signals them too, and their rank still needs them
 
@@ -445,6 +459,11 @@ def main(argv=None):
     if not master:
         dataset = data.open_dataset(a.data, **options)
     say(dataset.describe())
+    clips = dataset
+    if a.short_clips:
+        native = exsvd.open_model(a.model)[1][0].native_frames
+        clips = TwoLengths(dataset, data.open_dataset(a.data, **options | {"frames": native}), a.short_clips, a.seed, a.batch)
+        say(f"{a.short_clips:.0%} of the passes on clips of {native} frames")
 
     data_id = fingerprint(repr(dataset.usable).encode())
 
@@ -503,16 +522,15 @@ def main(argv=None):
     if not os.path.exists(os.path.join(a.out, "run.json")):
         sys.exit(f"train.py: rank {rank} does not see what rank 0 wrote to {a.out}: put --out on a file system that all nodes share")
 
-    loader = iter(torch.utils.data.DataLoader(dataset, batch_sampler=videos_of(rank, world, a, videos), num_workers=a.workers,
+    loader = iter(torch.utils.data.DataLoader(clips, batch_sampler=videos_of(rank, world, a, videos), num_workers=a.workers,
                                               worker_init_fn=ignore_sigterm, pin_memory=device.type == "cuda"))
     log = Log(a, step) if master else None
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
     say(f"{world} ranks, rank 0 is process {os.getpid()}: send SIGTERM to it, or any other rank, to save and leave")
     bar = tqdm(total=a.steps, initial=step, desc="training", unit="step", disable=not master)
-    bad, begin = [], time.perf_counter()  # bad: names of the clips of each of the last steps that could not be applied
+    bad, frames, begin = [], 0, time.perf_counter()  # bad: names of the clips of each of the last steps that could not be applied
     sums = torch.zeros(2, len(SIGMA_BINS) + 2, device=device)  # loss and count, in all and per sigma bin, since the last row
-    shape = (a.frames, 4, a.height // 8, a.width // 8)
 
     while step < a.steps:
         # 1. forward and backward, --accumulate times
@@ -524,14 +542,14 @@ def main(argv=None):
             item = next(loader)
             names += item["name"]
             numbers = range(videos + rank * a.batch, videos + (rank + 1) * a.batch)
-            draws = [draw(a, n, shape) for n in numbers]
-            sigma, noise, keep = (torch.stack(t).to(device) for t in zip(*draws))
             ids = torch.stack([item["fps"] - 1, item["motion"], item["aug"]], dim=1).to(device)
             if dataset.pixels:
                 x, cond, ctx = encode(vae, clip, item, trains_clip)
             else:
                 x, cond, ctx = (item[k].to(device) for k in ("latents", "cond", "ctx"))
                 ctx = ctx[:, None]
+            draws = [draw(a, n, x.shape[1:]) for n in numbers]
+            sigma, noise, keep = (torch.stack(t).to(device) for t in zip(*draws))
             loss = engine(x.float() * exsvd.VAE_SCALE, sigma, noise, cond[:, None].float(), ctx.float(), ids, keep)
             engine.backward(loss.mean())
             engine.step()  # reduces gradients; updates on the last of --accumulate calls
@@ -539,6 +557,7 @@ def main(argv=None):
             for where in (torch.zeros_like(bins), bins):
                 sums.index_add_(1, where, torch.stack([loss.detach().float(), torch.ones_like(loss, dtype=torch.float)]))
             videos += world * a.batch
+            frames += world * a.batch * x.shape[1]
         step += 1
 
         # 2. the average follows steps that were applied. DeepSpeed decides that on all ranks alike
@@ -561,11 +580,11 @@ def main(argv=None):
         if step % a.log_every == 0 or leaving:
             dist.all_reduce(sums)
             if master:
-                seconds = (time.perf_counter() - begin) / max(1, step - log.last)
-                log.row(step, videos, sums, engine.get_global_grad_norm(), engine.optimizer.param_groups[0]["lr"], seconds, world, device)
+                seconds = time.perf_counter() - begin
+                log.row(step, videos, sums, engine.get_global_grad_norm(), engine.optimizer.param_groups[0]["lr"], seconds, frames / seconds, device)
                 bar.set_postfix(loss=f"{sums[0, 0] / sums[1, 0]:.4f}")
             sums.zero_()
-            begin = time.perf_counter()
+            frames, begin = 0, time.perf_counter()
         if a.sample_every and (step % a.sample_every == 0 or step == a.steps):
             state = ema.gather()
             if master:
@@ -645,13 +664,12 @@ class Log:
             csv.writer(f).writerows([self.COLUMNS, *rows])
         os.replace(self.path + ".tmp", self.path)
 
-    def row(self, step, videos, sums, grad_norm, lr, seconds, world, device):
+    def row(self, step, videos, sums, grad_norm, lr, seconds, frames_per_second, device):
         loss = [f"{s / n:.5f}" if n else "" for s, n in zip(*sums.tolist())]
-        frames = world * self.a.batch * self.a.accumulate * self.a.frames / seconds
         memory = sample.peak_memory(device).split()[0]
         with open(self.path, "a", newline="") as f:
-            csv.writer(f).writerow([step, videos, *loss, f"{grad_norm:.4f}" if grad_norm is not None else "", f"{lr:.3g}", f"{seconds:.3f}",
-                                    f"{frames:.1f}", memory])
+            csv.writer(f).writerow([step, videos, *loss, f"{grad_norm:.4f}" if grad_norm is not None else "", f"{lr:.3g}", 
+                                    f"{seconds / max(1, step - self.last):.3f}", f"{frames_per_second:.1f}", memory])
         self.last = step
 
 

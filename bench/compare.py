@@ -1,6 +1,6 @@
 """Memory, work and time of this repository beside diffusers and DiffSynth's ExVideo classes: one command, one table.
 
-    python bench/compare.py                                             # UNet forward at 128 x 64x64: counts, no GPU, a minute
+    python bench/compare.py                                             # work and memory of a UNet pass at three shapes, no GPU
     python bench/compare.py count train vae --diffsynth FOLDER          # every count of bench/README.md, a quarter of an hour
     python bench/compare.py time process --shape 16x32x32               # full-size networks, really run: 10 GB of memory
     python bench/compare.py count time train attention --device cuda    # all that a GPU can tell
@@ -14,7 +14,7 @@
     frames     seconds per frame of a long clip over those of a short one, and the same of the counted work
     attention  ours with each attention backend, and compiled
     load       an SVD-XT-shaped float32 file (random values, written first: 10 GB) to a bfloat16 model, against cat
-    decode     memory of sample.decode for ever longer videos
+    decode     memory of sample.decode for longer and longer videos
 
 Every network has the size of SVD-XT and random weights, in bfloat16, unless a row says otherwise. DiffSynth's last release
 with SVD is 1.1.7: `pip download diffsynth==1.1.7 --no-deps`, unzip the wheel into FOLDER. What is not installed is left out.
@@ -29,7 +29,6 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import struct
 import sys
@@ -53,7 +52,7 @@ import exsvd
 import sample
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The networks. build() gives a module, pass(T, H, W) with random inputs, and which parameters post-tuning trains.
+# The networks. unet() gives a module, pass(T, H, W) with random inputs, and which parameters post-tuning trains; build() applies them.
 
 CODES = ("ours", "diffsynth", "ours-base", "diffusers", "diffsynth-base")  # the first two extended to 128 frames or more
 
@@ -114,12 +113,13 @@ def vae(code, folder, new):
     return m, lambda T, H, W: m.decode(new(1, T, 4, H, W))
 
 
-def build(code, a, T=128, part="unet", train=False, checkpointing="memory"):
-    """-> (network, pass(T, H, W)), in bfloat16 on a.device."""
-    new = partial(torch.randn, dtype=torch.bfloat16, device=a.device)  # random inputs
+def build(code, a, T=128, part="unet", train=False, checkpointing="memory", device=None):
+    """-> (network, pass(T, H, W)), in bfloat16 on a device [a.device]."""
+    device = device or a.device
+    new = partial(torch.randn, dtype=torch.bfloat16, device=device)  # random inputs
     torch.set_default_dtype(torch.bfloat16)  # float32 first would need twice the memory
     try:
-        with torch.device(a.device):
+        with torch.device(device):
             if part == "vae":
                 (m, run), trained = vae(code, a.diffsynth, new), ()
             else:
@@ -130,7 +130,7 @@ def build(code, a, T=128, part="unet", train=False, checkpointing="memory"):
         for name, p in m.named_parameters():
             p.requires_grad_(any(part in name for part in trained))
     # Otherwise parameters require gradients, as in a network that was just loaded. Trap: switched off, torch.matmul takes a
-    # slower path for small strided contexts, and diffusers two and a half times as long on a CPU.
+    # slower path for small strided contexts, and diffusers takes two and a half times as long on a CPU.
     return m.train(train), run
 
 
@@ -172,19 +172,21 @@ class LiveBytes(TorchDispatchMode):
 
 def count(code, a, shape, part="unet", train=False, checkpointing="memory"):
     """(peak bytes of activations, and gradients if training; multiply-adds times two) of a pass in bfloat16."""
-    small, exsvd.CPU_SLICES = exsvd.CPU_SLICES, 1  # fake tensors are on the CPU, but what a GPU needs is the question
-    with FakeTensorMode():
-        m, run = build(code, a, shape[0], part, train, checkpointing)
-        live = LiveBytes([*m.parameters(), *m.buffers()])
-        with live:
-            one_pass(run, shape, train)
-        m.zero_grad(set_to_none=True)
-        if not train:
-            m.requires_grad_(False)  # the counter follows modules by their gradients, and trips over parameters without any
-        flops = FlopCounterMode(display=False)  # apart: it keeps tensors alive
-        with flops:
-            one_pass(run, shape, train)
-    exsvd.CPU_SLICES = small
+    small, exsvd.CPU_SLICES = exsvd.CPU_SLICES, 1  # on the CPU, so that a count is the same everywhere, but of what a GPU needs
+    try:
+        with FakeTensorMode():
+            m, run = build(code, a, shape[0], part, train, checkpointing, device="cpu")
+            live = LiveBytes([*m.parameters(), *m.buffers()])
+            with live:
+                one_pass(run, shape, train)
+            m.zero_grad(set_to_none=True)
+            if not train:
+                m.requires_grad_(False)  # the counter follows modules by their gradients, and trips over parameters without any
+            flops = FlopCounterMode(display=False)  # apart: it keeps tensors alive
+            with flops:
+                one_pass(run, shape, train)
+    finally:
+        exsvd.CPU_SLICES = small
     return live.peak, flops.get_total_flops()
 
 
@@ -248,12 +250,8 @@ def in_fresh_process(f, *args):
         return pool.apply(f, args)
 
 
-def peak_rss():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
-
-
 def status(key):
-    """A line of /proc/self/status in bytes (Linux)."""
+    """A line of /proc/self/status in bytes (Linux). VmHWM is the peak of the process; ru_maxrss would start at its parent's."""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key + ":"))
 
@@ -263,7 +261,7 @@ def process_of(code, a, shape):
     m, run = build(code, a, shape[0])
     built = status("VmRSS")
     one_pass(run, shape)
-    return built, peak_rss()
+    return built, status("VmHWM")
 
 
 def write_random_model(path):
@@ -278,14 +276,15 @@ def write_random_model(path):
     for name, shape in sorted(shapes.items()):  # alphabetically, as safetensors writes
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end := end + 4 * math.prod(shape)]}
     text = json.dumps(header).encode()
-    with open(path, "wb") as f:
+    with open(path + ".tmp", "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name, shape in sorted(shapes.items()):
             f.write(torch.randn(shape).numpy())
+    os.replace(path + ".tmp", path)
 
 
 def load_once(path, a):
-    """Seconds and peak anonymous memory of loading, in bytes: (seconds, RssAnon at most, before)."""
+    """Of loading: (seconds, RssAnon at most, before, size of the model), the last three in bytes."""
     torch.set_num_threads(a.threads)
     before = peak = status("RssAnon")
     done = threading.Event()
@@ -318,7 +317,7 @@ def decode_frames(T, a, pixels):
     with torch.inference_mode():
         n = sum(len(frames) for frames in sample.decode(vae, torch.randn(1, T, 4, pixels // 8, pixels // 8), 16))
     assert n == T, f"{n} frames of {T}"
-    return peak_rss()
+    return status("VmHWM")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -333,7 +332,7 @@ def others(a, codes):
 
 
 def count_rows(a):
-    for shape in a.shape or [(128, 64, 64)]:
+    for shape in a.shape or [(128, 64, 64), (128, 128, 128), (16, 32, 32)]:
         for code in others(a, CODES):
             peak, flops = count(code, a, shape)
             yield "UNet forward, counted", code, shape, {"peak GB": gb(peak), "TFLOP": f"{flops / 1e12:.2f}"}
@@ -378,18 +377,24 @@ def time_rows(a):
         for ours, other in [("ours-base", "diffusers"), ("ours", "diffsynth")]:
             if not version(other, a.diffsynth):
                 continue
-            networks, runs = zip(build(ours, a, shape[0]), build(other, a, shape[0]))
-            runs = [partial(one_pass, run, shape) for run in runs]
-            peaks = [gpu_peak(run, a.device) for run in runs]
-            times, cpu = pairs(*runs, a)
-            del networks, runs
-            for code, t, peak in zip((ours, other), times, peaks):
+            try:
+                networks, runs = zip(build(ours, a, shape[0]), build(other, a, shape[0]))
+                runs = [partial(one_pass, run, shape) for run in runs]
+                peaks = [gpu_peak(run, a.device) for run in runs]
+                times, cpu = pairs(*runs, a)
+                weights = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in networks]
+            except torch.OutOfMemoryError:
+                yield "UNet forward", f"{ours} beside {other}", shape, {"note": "out of memory"}
+                continue
+            finally:
+                networks = runs = None
+            for code, t, cpu_t, peak, weight in zip((ours, other), times, cpu, peaks, weights):
                 flops = count(code, a, shape)[1]
                 yield "UNet forward", code, shape, {
                     "peak GB": gb(peak), "seconds": quartiles(t), "of matrix rate": f"{flops / statistics.median(t) / rate:.2f}",
                     "ratio": ratio(*times) if code == ours else None,
-                    "note": f"{a.pairs} pairs; CPU time {quartiles(cpu[code == other])} s, "
-                            f"ratio {ratio(*cpu)}; {rate / 1e12:.2f} TFLOP/s is 1"}
+                    "note": f"{a.pairs} pairs; CPU time {quartiles(cpu_t)} s, ratio {ratio(*cpu)}; {rate / 1e12:.2f} TFLOP/s is 1; "
+                            f"weights of {gb(weight)} GB come on top of the peak"}
 
 
 def process_rows(a):
@@ -433,7 +438,7 @@ def attention_rows(a):
                     peak = gpu_peak(step, a.device)
                     t = [seconds(step, a.device) for _ in range(a.pairs)]
             except RuntimeError as e:  # no kernel of this kind for this device, dtype or head size; out of memory
-                yield "attention", "ours", shape, {"note": f"{kind}: {str(e).splitlines()[0][:80]}"}
+                yield "attention", "ours", shape, {"note": f"{kind}: {(str(e) or type(e).__name__).splitlines()[0][:80]}"}
                 continue
             yield "attention", "ours", shape, {"peak GB": gb(peak), "seconds": quartiles(t), "note": f"{kind}; first pass {first:.1f} s"}
         exsvd.flash_attn_func = flash
@@ -441,8 +446,8 @@ def attention_rows(a):
 
 
 def load_rows(a):
-    path = a.file or os.path.join(tempfile.mkdtemp(), "svd_xt_random.safetensors")
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        path = a.file or os.path.join(folder, "svd_xt_random.safetensors")
         if not os.path.exists(path):
             write_random_model(path)
         cat(path)
@@ -452,10 +457,6 @@ def load_rows(a):
         yield "exsvd.load, float32 file to bfloat16", "ours", None, {
             "seconds": f"{statistics.median(loads):.2f}", "ratio": f"{statistics.median(l / c for l, c in zip(loads, cats)):.2f}",
             "peak GB": gb(max(peaks)), "note": f"RssAnon, {gb(max(before))} before; the model has {gb(sizes[0])}; 3 runs"}
-    finally:
-        if not a.file and os.path.exists(path):
-            os.remove(path)
-            os.rmdir(os.path.dirname(path))
 
 
 def decode_rows(a):
@@ -489,8 +490,8 @@ def parse():
     p.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)} [count]")
     p.add_argument("--shape", type=shape, nargs="+", help="frames x height x width of the latents [of each task, see bench/README.md]; "
                                                           "frames takes two, the long one first")
-    p.add_argument("--diffsynth", metavar="FOLDER", help="unpacked wheel of DiffSynth 1.1.7, to be compared with")
-    p.add_argument("--pairs", type=int, default=9, help="alternating pairs of runs [9]")
+    p.add_argument("--diffsynth", metavar="FOLDER", help="holds diffsynth/ and its dist-info: an unpacked wheel of 1.1.7, to be compared with")
+    p.add_argument("--pairs", type=int, default=9, help="alternating pairs of runs [9; fewer are for trying out]")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="to run on; counts need none [cpu]")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [what torch chooses]")
     p.add_argument("--file", help="of load: kept, and used again if it is there [a temporary one]")
@@ -501,6 +502,8 @@ def parse():
         p.error(f"unknown task {unknown[0]}: there are {', '.join(TASKS)}")
     if a.diffsynth and not version("diffsynth", a.diffsynth):
         p.error(f"--diffsynth {a.diffsynth}: no unpacked wheel there (a folder with diffsynth/ and diffsynth-1.1.7.dist-info/)")
+    if "frames" in a.tasks and a.shape and len(a.shape) != 2:
+        p.error("frames takes two shapes, the long one first")
     if a.pairs < 2:
         p.error("--pairs: quartiles take at least two")
     if a.device == "cuda" and not torch.cuda.is_available():

@@ -32,7 +32,7 @@ import data
 import exsvd
 
 T, SIZE = 8, 64              # frames and pixels of a clip
-UNET = exsvd.UNetConfig(channels=(48, 48, 48, 48), heads=(3, 3, 3, 3), context_dim=64, groups=8, native_frames=T)
+UNET = lambda C: exsvd.UNetConfig(channels=(C,) * 4, heads=(C // 16,) * 4, context_dim=64, groups=8, native_frames=T)
 VAE = exsvd.VAEConfig(channels=(16, 32, 64, 64), groups=2)  # few groups: normalising pairs of channels would lose colour
 CLIP = exsvd.CLIPConfig(width=64, layers=2, heads=4, patch=28, out_dim=64)
 LATENT_NOISE = 0.1           # standard deviation added to latents in VAE training: errors this small will not show
@@ -202,6 +202,7 @@ if __name__ == "__main__":
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default=os.path.join(ROOT, "runs", "toy-start.safetensors"), help="where the model goes")
     p.add_argument("--pack", metavar="FILE", help="train nothing: write this model, as train.py saved it, to --out in float16")
+    p.add_argument("--channels", type=int, default=48, help="of the UNet, a multiple of 16")
     p.add_argument("--clips", type=int, default=8000, help="synthetic scenes to train on")
     p.add_argument("--vae-steps", type=int, default=1000, help="of 8 frames each; the second half for the decoder alone")
     p.add_argument("--vae-lr", type=float, default=1e-3, help="peak learning rate of the VAE")
@@ -220,7 +221,7 @@ if __name__ == "__main__":
     clips, held_out = make_clips(args.seed, args.clips, args.threads), make_clips(args.seed + 1, 128, args.threads)
     print(f"{args.clips} scenes  {time.time() - start:.0f} s", flush=True)
     vae = train_vae(clips, held_out, args)
-    unet = init(exsvd.UNet(UNET))
+    unet = init(exsvd.UNet(UNET(args.channels)))
     unet.down[0].conv.weight.data[:, 4:] *= exsvd.VAE_SCALE                            # image latents come unscaled
     save(args.out, unet, vae, exsvd.ImageEncoder(CLIP))
     print(f"VAE: held-out PSNR {vae_psnr(vae, held_out):.2f} dB  {time.time() - start:.0f} s; saved to {args.out}")

@@ -1,0 +1,426 @@
+"""Does ExVideo work? A 40-frame toy from an 8-frame one, with the ablations the paper left out, from nothing to tables and figures.
+
+    python toy/reproduce.py                    # the study: under 3 hours on 2 cores -> runs/study/{results.json,tables.md,*.png}
+    python toy/reproduce.py --quick            # the same with few steps and scenes, under 15 minutes: shows that it runs, no more
+
+    1. Runs      toy/pretrain.py makes the VAE, train.py everything else; ablations start from other extension files, or train
+                 something else
+    2. Samples   of each model, from the first frames of scenes it has not seen
+    3. Measures  against scenes whose truth is known: do objects persist, how smooth are their track and the camera's, how much
+                 flickers, how far does it go, does motion die out or come back
+    4. Report    tables, figure, strips of frames
+
+The same command goes on where an earlier one stopped. The figure needs matplotlib.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import data
+import exsvd
+import sample
+
+SHORT, LONG, SIZE = 8, 40, 64      # frames of the base and of the extended model; pixels
+CHANNELS = 32                      # of the UNet: 2.2 M parameters
+HELD_OUT = 1_000_000               # seed of the scenes that are measured; the runs have seeds 0, 1, 2
+SIGMAS = (0.2, 1.0, 5.0)           # noise levels of the losses
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Runs. Base N steps on 8 frames, 5 videos a step; scratch N steps on 40 frames, one video; post-tuning N / 5 of those.
+
+TABLES = {  # other initialisations of the frame table (40, C) than the cyclic fold
+    "stretch": lambda C: exsvd.sinusoid(torch.linspace(0, SHORT - 1, LONG), C),
+    "extrapolate": lambda C: exsvd.sinusoid(torch.arange(LONG), C),
+    "random": lambda C: torch.randn(LONG, C, generator=torch.Generator().manual_seed(0)) * 0.5**0.5,  # as large as a sinusoid
+}
+ABLATIONS = {  # name: (what is different from post-tuning, flags of train.py)
+    "stretch": ("frame table starts as a linear stretch", []),
+    "extrapolate": ("frame table starts as the sinusoid, which goes on", []),
+    "random": ("frame table starts random", []),
+    "no-conv": ("identity convolution not trained, which equals none", ["--train", r"\.attn\.temporal\.(?!frame_conv)"]),
+    "positions": ("only frame table and its embedding trained", ["--train", r"\.attn\.temporal\.frame_(table|embed)"]),
+    "everything": ("whole UNet trained", ["--train", r"^unet\."]),
+    "no-ema": ("no EMA", ["--ema", "0"]),
+    "mixed": ("half of the steps on clips of 8 frames", ["--short-clips", "0.5"]),
+}
+
+
+def run(a, log, *command):
+    """A script of this repository in a process of its own; its output goes to a file."""
+    with open(os.path.join(a.out, log), "a") as f:
+        code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=f, stderr=subprocess.STDOUT,
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "20"}).returncode
+    if code:
+        raise RuntimeError(f"{' '.join(command)} failed: see {log} in {a.out}")
+
+
+def train(a, name, steps, *flags):
+    """train.py, unless its last weights are there."""
+    out = os.path.join(a.out, name)
+    if not any(os.path.exists(os.path.join(out, f"{kind}-{steps:06d}.safetensors")) for kind in ("model", "exvideo")):
+        begin = time.time()
+        run(a, f"{name}.txt", "train.py", "--steps", str(steps), "--size", f"{SIZE}x{SIZE}", "--checkpoint", "none", "--workers", "1",
+            "--keep", "1", "--out", out, *flags)
+        print(f"{name}: {steps} steps, {time.time() - begin:.0f} s", flush=True)
+
+
+def all_runs(a):
+    N, P = a.steps, a.steps // 5
+    begin, base = os.path.join(a.out, "start.safetensors"), lambda seed: f"{a.out}/base-{seed}/model-{N:06d}.safetensors"
+    if not os.path.exists(begin):
+        run(a, "vae.txt", "toy/pretrain.py", "--channels", str(CHANNELS), "--vae-steps", str(a.vae_steps), "--clips", str(4 * a.vae_steps),
+            "--threads", str(a.jobs), "--out", begin)
+    pretrain = lambda seed: ["--model", begin, "--seed", str(seed), "--train", "all", "--lr", "1.5e-3", "--warmup", str(min(100, N // 5)),
+                             "--ema", "0.995", "--save-every", str(max(1, N // 4))]
+    tune = lambda seed: ["--model", base(seed), "--seed", str(seed), "--frames", str(LONG), "--lr", "1e-3", "--warmup", str(min(20, P)), "--ema", "0.98"]
+    with ThreadPoolExecutor(a.jobs) as pool:
+        jobs = [pool.submit(train, a, f"base-{s}", N, *pretrain(s), "--frames", str(SHORT), "--batch", str(LONG // SHORT)) for s in range(a.seeds)]
+        jobs += [pool.submit(train, a, f"scratch-{s}", N, *pretrain(s), "--frames", str(LONG)) for s in range(a.seeds)]
+        for job in jobs:
+            job.result()
+        for name, table in TABLES.items():
+            unet = exsvd.extend(exsvd.load(base(0), parts=("unet",)).unet, LONG)
+            for block in unet.temporal_blocks():
+                block.frame_table.data.copy_(table(block.frame_table.shape[1]))
+            exsvd.save_extension(f"{a.out}/{name}.safetensors", unet)
+        jobs = [pool.submit(train, a, f"tuned-{s}", P, *tune(s), "--save-every", str(max(1, P // 8))) for s in range(a.seeds)]
+        jobs += [pool.submit(train, a, name, P, *tune(0), "--save-every", str(P), *(["--extension", f"{a.out}/{name}.safetensors"] if name in TABLES else []),
+                             *flags) for name, (_, flags) in ABLATIONS.items()]
+        for job in jobs:
+            job.result()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Samples. A row of the tables is a model and a way to make 40 frames (or 8) with it.
+
+
+def load(a, row):
+    """The networks of a row, and the frames of each generation."""
+    N, P = a.steps, a.steps // 5
+    name, _, rest = row.partition(" ")
+    kind, _, seed = name.partition("-")
+    base = f"{a.out}/base-{seed if seed.isdigit() else 0}/model-{N:06d}.safetensors"
+    if kind == "base":
+        return exsvd.load(base)
+    if kind == "untuned":
+        svd = exsvd.load(base)
+        exsvd.extend(svd.unet, LONG)
+        return svd
+    if kind == "scratch":
+        return exsvd.load(f"{a.out}/{name}/model-{N:06d}.safetensors")
+    if name == "everything":
+        return exsvd.load(f"{a.out}/everything/model-{P:06d}.safetensors")
+    return exsvd.load(base, f"{a.out}/{name}/exvideo-{int((rest or '8/8')[0]) * P // 8:06d}.safetensors")
+
+
+def scenes(n):
+    """n held-out scenes: videos uint8 (n,40,H,W,3) and the camera's truth (n,40,4). Each has one object, which never leaves the
+    frame and is at least 12 pixels wide: smaller ones the VAE may blur away, whose latents are 8 pixels apart."""
+    videos, cameras, index = [], [], 0
+    while len(videos) < n:
+        video, truth = data.synthetic_scene(HELD_OUT, index, LONG, SIZE)
+        if truth["present"].shape[1] == 1 and truth["present"].all() and truth["radii"].min() >= 6:
+            videos.append(video), cameras.append(truth["camera"])
+        index += 1
+    return torch.stack(videos), torch.stack(cameras)
+
+
+def to_model(videos):
+    return videos.permute(0, 1, 4, 2, 3).float() / 127.5 - 1                              # (n,T,3,H,W)
+
+
+def told(svd, first, score):
+    """What the model is told: image latents (n,1,4,h,w), ctx (n,1,D), ids (n,3). first (n,3,H,W), score: motion of each clip."""
+    noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(HELD_OUT))
+    ids = torch.tensor([[data.SYNTHETIC_FPS - 1, data.motion_bucket(s), 0.02] for s in score])
+    return svd.vae.encode(first + 0.02 * noise)[:, None], svd.clip(exsvd.preprocess_clip(first, svd.clip.config.image))[:, None], ids
+
+
+def generate(svd, first, score, frames, steps, seed=0):
+    """(n,T,3,H,W) in [-1,1]: 25 Euler steps without guidance, the clip decoded at once."""
+    image_latents, ctx, ids = told(svd, first, score)
+    noise = torch.randn(len(first), frames, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
+    sigmas = exsvd.karras_sigmas(steps)
+    latents = sample.euler(sample.guided(svd.unet, image_latents, ctx, ids, (1.0, 1.0), frames), noise * (sigmas[0] ** 2 + 1).sqrt(), sigmas)
+    return svd.vae.decode(latents / exsvd.VAE_SCALE).clamp(-1, 1)
+
+
+def forty(svd, how, x, steps):
+    """40 frames for clips x (n,40,3,H,W), of which the model sees the first and how much the clip moves."""
+    if how not in ("sliding", "nearest", "blend"):
+        return generate(svd, x[:, 0], [data.motion_score(v) for v in x], LONG, steps)
+    score = [data.motion_score(v[:SHORT]) for v in x]
+    video = generate(svd, x[:, 0], score, SHORT, steps)
+    if how == "sliding":  # each window begins with the frame that ended the one before
+        for seed in range(1, -(-(LONG - SHORT) // (SHORT - 1)) + 1):
+            video = torch.cat([video, generate(svd, video[:, -1], score, SHORT, steps, seed)[:, 1:]], dim=1)
+        return video[:, :LONG]
+    t = torch.linspace(0, SHORT - 1, LONG)
+    if how == "nearest":
+        return video[:, t.round().long()]
+    return torch.lerp(video[:, t.long()], video[:, t.ceil().long()], t.frac().view(-1, 1, 1, 1))
+
+
+@torch.no_grad()
+def losses(svd, z, x):
+    """EDM loss per noise level, of clips x (n,T,3,H,W) with latents z."""
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(HELD_OUT))
+    image_latents, ctx, ids = told(svd, x[:, 0], [data.motion_score(v) for v in x])
+    return {sigma: torch.cat([exsvd.edm_loss(svd.unet, *args) for args in zip(
+        *(t.split(4) for t in (z, torch.full((len(z),), sigma), noise, image_latents, ctx, ids)))]).mean().item() for sigma in SIGMAS}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Measures, of videos (n,T,3,H,W) in [-1,1]
+
+
+def objects(x):
+    """Where the magenta object is: found (n,T) bool and its centre (n,T,2) in pixels, carried over where it is not found."""
+    mask = (data.magenta((x.movedim(2, -1) + 1) / 2) - 0.15).clamp(min=0)                  # (n,T,H,W)
+    y, x = torch.meshgrid(*(torch.arange(n) + 0.5 for n in mask.shape[2:]), indexing="ij")
+    total = mask.sum((2, 3)).clamp(min=1e-6)
+    centre = torch.stack([(mask * x).sum((2, 3)) / total, (mask * y).sum((2, 3)) / total], -1)
+    found = (mask > 0).sum((2, 3)) >= 12
+    for t in range(1, centre.shape[1]):
+        centre[:, t] = torch.where(found[:, t, None], centre[:, t], centre[:, t - 1])
+    return found, centre
+
+
+def camera(x):
+    """Motion of the background from frame to frame, in pixels at the image's centre: (n,T-1,2).
+
+    The similarity that maps one frame to the next best, by Gauss-Newton from coarse to fine; magenta pixels do not count."""
+    n, T, _, H, W = x.shape
+    gray, keep = x.mean(2), (data.magenta((x.movedim(2, -1) + 1) / 2) < 0.1).float()      # (n,T,H,W)
+    keep = -F.max_pool2d(-keep, 5, 1, 2)
+    v, u = torch.meshgrid(*(torch.arange(k) + 0.5 - k / 2 for k in (H, W)), indexing="ij")
+    p = torch.zeros(n * (T - 1), 4)  # shift in x and y, growth, turn
+    for blur in (8, 4, 2):
+        taps = torch.exp(-0.5 * (torch.arange(-2 * blur, 2 * blur + 1) / blur * 2) ** 2)
+        smooth = F.conv2d(F.pad(gray.reshape(-1, 1, H, W), [2 * blur] * 4, mode="replicate"), (taps[:, None] * taps)[None, None] / taps.sum() ** 2)
+        a, b = (s.reshape(-1, 1, H, W) for s in (smooth.view(n, T, H, W)[:, :-1], smooth.view(n, T, H, W)[:, 1:]))
+        w = (keep[:, :-1] * keep[:, 1:]).reshape(-1, H * W)
+        for _ in range(8):
+            c, s = 1 + p[:, 2, None, None], p[:, 3, None, None]
+            X, Y = c * u - s * v + p[:, 0, None, None], s * u + c * v + p[:, 1, None, None]
+            warped = F.grid_sample(b, torch.stack([2 * X / W, 2 * Y / H], -1), padding_mode="border", align_corners=False)
+            inside = ((X.abs() < W / 2 - 1) & (Y.abs() < H / 2 - 1)).flatten(1) * w
+            dy, dx = torch.gradient(warped[:, 0], dim=(1, 2))
+            J = torch.stack([dx, dy, dx * u + dy * v, dy * u - dx * v], -1).flatten(1, 2)    # (pairs, pixels, 4)
+            A = torch.einsum("npi,np,npj->nij", J, inside, J) + 1e-3 * torch.eye(4)
+            g = torch.einsum("npi,np,np->ni", J, inside, (warped - a)[:, 0].flatten(1))
+            p = p - torch.linalg.solve(A, g)
+    return p[:, :2].view(n, T - 1, 2)
+
+
+def measure(x):
+    """Means over clips: each a number."""
+    found, centre = objects(x)
+    pan, change = camera(x), (x[:, 1:] - x[:, :-1]).abs().mean((2, 3, 4)) * 127.5         # (n,T-1,2) pixels, (n,T-1) of 255
+    speed = pan.norm(dim=-1) + (centre[:, 1:] - centre[:, :-1]).norm(dim=-1)
+    T, quarter = x.shape[1], max(1, x.shape[1] // 4)
+    seen = found.any(1)
+    out = {
+        "found": found.float().mean(),                                                    # share of frames with the object
+        "object jerk": centre[seen].diff(n=3, dim=1).norm(dim=-1).mean(),                 # pixels / frame^3
+        "camera jerk": pan.diff(n=2, dim=1).norm(dim=-1).mean(),
+        "flicker": change.mean(),                                                         # VBench's temporal flickering, 255 - its score * 255
+        "displacement": speed.mean(),                                                     # pixels / frame, object and camera
+        "late": speed[:, -quarter:].mean() / speed[:, :quarter].mean(),                   # below 1: motion dies out
+    }
+    if T == LONG:  # how close a late frame comes to one at least 10 earlier, compared to how far they are on average: 0 is a loop
+        small = F.avg_pool2d(x.flatten(0, 1), 4).reshape(len(x), T, -1)
+        apart = torch.cdist(small, small, p=1)
+        out["return"] = torch.stack([apart[:, t, :t - 9].amin(1) / apart[:, t, :t - 9].mean(1).clamp(min=1e-6) for t in range(20, T)]).mean()
+    return {k: v.item() for k, v in out.items()}
+
+
+@torch.no_grad()
+def evaluate(job):
+    """All figures of a row, cached in a file."""
+    a, row = job
+    path = os.path.join(a.out, "rows", row.replace(" ", "_") + ".json")
+    if os.path.exists(path):
+        return
+    torch.set_num_threads(1)
+    begin, name = time.time(), row.split()[0]
+    videos, _ = scenes(a.scenes)
+    x = to_model(videos)
+    svd = load(a, "base-0" if name in ("true", "sliding", "nearest", "blend") else row)
+    result, keep = {}, {}
+    z = torch.stack([svd.vae.encode(v) for v in x]) * exsvd.VAE_SCALE
+    rest = row.partition(" ")[2]
+    for T in (SHORT, LONG):
+        if T == SHORT and (name in ("sliding", "nearest", "blend") or rest not in ("", "8/8")):
+            continue
+        if name in ("true", "sliding", "nearest", "blend"):
+            parts = [svd.vae.decode(z[i:i + 4, :T] / exsvd.VAE_SCALE).clamp(-1, 1) if name == "true" else forty(svd, name, x[i:i + 4], a.sample_steps)
+                     for i in range(0, len(x), 4)]
+        else:
+            result[f"loss {T}"] = losses(svd, z[:, :T], x[:, :T])
+            parts = [forty(svd, name, v, a.sample_steps) if T == LONG else generate(svd, v[:, 0], [data.motion_score(w[:SHORT]) for w in v], SHORT, a.sample_steps)
+                     for v in x.split(4)]
+        made = torch.cat(parts)
+        result[f"samples {T}"] = measure(made)
+        keep[str(T)] = ((made[:8] + 1) * 127.5).round().to(torch.uint8)
+    save_file(keep, path.replace(".json", ".safetensors"))
+    with open(path + ".tmp", "w") as f:
+        json.dump(result | {"seconds": round(time.time() - begin)}, f, indent=1)
+    os.replace(path + ".tmp", path)
+    print(f"{row}: {time.time() - begin:.0f} s", flush=True)
+
+
+def all_rows(a):
+    seeds = range(a.seeds)
+    return ["true", *(f"{kind}-{s}" for s in seeds for kind in ("base", "untuned", "scratch")), *(f"tuned-{s} 8/8" for s in seeds),
+            *(f"tuned-0 {k}/8" for k in range(1, 8)), "sliding", "nearest", "blend", *ABLATIONS]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Report
+
+
+def check_measures(a):
+    """What the measures say of clips whose truth is known: the share of frames in which the object is found, and the error of the
+    camera in pixels per frame, on the frames themselves."""
+    videos, cameras = scenes(a.scenes)
+    x, d = to_model(videos), cameras.diff(dim=1)
+    zoom, angle = cameras[:, :-1, 2], cameras[:, :-1, 3]
+    c, s = angle.cos() * zoom, angle.sin() * zoom
+    true = -torch.stack([c * d[..., 0] + s * d[..., 1], c * d[..., 1] - s * d[..., 0]], -1)  # where what was in the centre goes
+    return {"found": objects(x)[0].float().mean().item(), "camera error": (camera(x) - true).norm(dim=-1).mean().item(),
+            "camera speed": true.norm(dim=-1).mean().item()}
+
+
+def report(a):
+    rows = {}
+    for row in all_rows(a):
+        with open(os.path.join(a.out, "rows", row.replace(" ", "_") + ".json")) as f:
+            rows[row] = json.load(f)
+    true = rows["true"]
+    loss = lambda row, T: sum(rows[row][f"loss {T}"].values()) / len(SIGMAS) if f"loss {T}" in rows[row] else None
+    ratio = lambda row, key, T=LONG: rows[row][f"samples {T}"][key] / true[f"samples {T}"][key]
+
+    def spread(kind, f):
+        values = [f(row) for row in rows if row.startswith(kind + "-") and row.partition(" ")[2] in ("", "8/8")]
+        mean = sum(values) / len(values)
+        return f"{mean:.3f}" + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
+
+    columns = ["found", "object jerk", "camera jerk", "flicker", "displacement", "late", "return"]
+    head = f"| | loss at {LONG} | loss at {SHORT} | found | {' | '.join(columns[1:])} |\n|{' --- |' * (len(columns) + 3)}"
+
+    def line(label, row):
+        numbers = [f"{loss(row, T):.3f}" if loss(row, T) else "" for T in (LONG, SHORT)]
+        numbers.append(f"{rows[row][f'samples {LONG}']['found']:.3f}")
+        return f"| {label} | {' | '.join(numbers + [f'{ratio(row, c):.2f}' for c in columns[1:]])} |"
+
+    main = [("true clips through the VAE", "true"), (f"base, {SHORT} frames, asked for {LONG}", "base-0"), ("extended, untuned", "untuned-0"),
+            *((f"post-tuned, {12.5 * k:g} % of the steps", f"tuned-0 {k}/8") for k in (2, 4, 8)), (f"from scratch at {LONG} frames", "scratch-0"),
+            (f"sliding windows of {SHORT}", "sliding"), (f"{SHORT} frames, interpolated: nearest", "nearest"), (f"{SHORT} frames, interpolated: blend", "blend")]
+    mean_loss = lambda T: lambda row: loss(row, T)
+    goals = [
+        ("loss at 40, post-tuned over scratch", loss("tuned-0 8/8", LONG) / loss("scratch-0", LONG), "at most 1.15"),
+        ("flicker of post-tuned samples over true clips'", ratio("tuned-0 8/8", "flicker"), "0.9 to 1.1"),
+        ("jerk of the object", ratio("tuned-0 8/8", "object jerk"), "0.9 to 1.1"),
+        ("jerk of the camera", ratio("tuned-0 8/8", "camera jerk"), "0.9 to 1.1"),
+        ("displacement", ratio("tuned-0 8/8", "displacement"), "0.8 to 1.2"),
+        ("loss at 8, post-tuned over base", loss("tuned-0 8/8", SHORT) / loss("base-0", SHORT), "at most 1.05"),
+        ("the same, half of the steps on 8 frames", loss("mixed", SHORT) / loss("base-0", SHORT), ""),
+    ]
+    text = [f"{a.steps} steps for base and scratch, {a.steps // 5} for post-tuning, {a.scenes} held-out scenes, {a.seeds} seed(s); {a.hardware}.", "",
+            "Losses: mean over noise levels " + ", ".join(map(str, SIGMAS)) + ". Jerk to return: of samples of 40 frames, over that of true clips through the VAE. Seed 0.", "",
+            head, *(line(*m) for m in main), "", "## Ablations (one run each, seed 0)", "", head, line("post-tuned", "tuned-0 8/8"),
+            *(line(what, name) for name, (what, _) in ABLATIONS.items()), "", "## Seeds: mean (least to most)", "",
+            f"| | loss at {LONG} | loss at {SHORT} | flicker | object jerk | camera jerk | displacement |", "|" + " --- |" * 7]
+    for kind in ("base", "untuned", "tuned", "scratch"):
+        cells = [spread(kind, mean_loss(LONG)), spread(kind, mean_loss(SHORT)), *(spread(kind, lambda row, c=c: ratio(row, c)) for c in
+                 ("flicker", "object jerk", "camera jerk", "displacement"))]
+        text.append(f"| {kind} | {' | '.join(cells)} |")
+    text += ["", "## Loss per noise level", "", "| | " + " | ".join(f"{T} frames, {s:g}" for T in (SHORT, LONG) for s in SIGMAS) + " |", "|" + " --- |" * 7]
+    for row in rows:
+        if loss(row, LONG):
+            text.append(f"| {row} | " + " | ".join(f"{rows[row][f'loss {T}'][str(s)]:.4f}" if loss(row, T) else "" for T in (SHORT, LONG) for s in SIGMAS) + " |")
+    text += ["", "## What the base could do: samples of 8 frames, over true clips'", "", "| | " + " | ".join(columns[:-1]) + " |", "|" + " --- |" * 7]
+    for row in ("base-0", "untuned-0", "tuned-0 8/8", "mixed", "scratch-0"):
+        text.append(f"| {row} | " + " | ".join(f"{ratio(row, c, SHORT):.2f}" for c in columns[:-1]) + " |")
+    text += ["", "## Goals", "", "| | measured | goal |", "| --- | --- | --- |", *(f"| {what} | {value:.3f} | {goal} |" for what, value, goal in goals)]
+    checks = check_measures(a)
+    text += ["", f"The measures on true clips, before the VAE: object found in {checks['found']:.1%} of frames, camera off by "
+                 f"{checks['camera error']:.3f} pixels per frame at a mean speed of {checks['camera speed']:.2f}."]
+    with open(os.path.join(a.out, "tables.md"), "w") as f:
+        f.write("\n".join(text) + "\n")
+    strip(a, ["true", "base-0", "untuned-0", "tuned-0 8/8", "scratch-0"])
+    figure(a, rows, loss, ratio)
+    print("\n".join(text))
+
+
+def strip(a, names):
+    """Rows of frames 0, 5, ... 35, 39 of the first held-out scenes, one below the other."""
+    blocks = []
+    for i in range(min(3, a.scenes)):
+        for name in names:
+            video = load_file(os.path.join(a.out, "rows", name.replace(" ", "_") + ".safetensors"))[str(LONG)][i]
+            blocks.append(torch.cat(list(video[[0, 5, 10, 15, 20, 25, 30, 35, 39]]), dim=2))
+    data.write_png(os.path.join(a.out, "strip.png"), torch.cat(blocks, dim=1).permute(1, 2, 0).contiguous())
+
+
+def figure(a, rows, loss, ratio):
+    """Loss and flicker over post-tuning, from jitter to coherence."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    P, names = a.steps // 5, ["untuned-0", *(f"tuned-0 {k}/8" for k in range(1, 9))]
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    steps = [k * P / 8 for k in range(9)]
+    axes[0].plot(steps, [loss(n, LONG) for n in names], "o-", label=f"post-tuned, {LONG} frames")
+    axes[0].plot([0, P], [loss(n, SHORT) for n in ("untuned-0", "tuned-0 8/8")], "s--", label=f"the same, {SHORT} frames")
+    axes[0].axhline(loss("scratch-0", LONG), color="k", lw=1, ls=":", label=f"from scratch, {a.steps} steps")
+    axes[0].set(xlabel="post-tuning steps", ylabel="loss", ylim=(0, None))
+    axes[1].plot(steps, [ratio(n, "flicker") for n in names], "o-", label="flicker")
+    axes[1].plot(steps, [ratio(n, "object jerk") for n in names], "^-", label="jerk of the object")
+    axes[1].plot(steps, [ratio(n, "displacement") for n in names], "v-", label="displacement")
+    axes[1].axhline(1, color="k", lw=1, ls=":", label="true clips")
+    axes[1].set(xlabel="post-tuning steps", ylabel="over that of true clips", yscale="log")
+    for ax in axes:
+        ax.legend(frameon=False, fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(os.path.join(a.out, "figure.png"), dpi=130)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--quick", action="store_true", help="one seed, few steps and scenes")
+    p.add_argument("--out", help="[runs/study, with --quick runs/study-quick]")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once, each on one thread [all cores]")
+    p.add_argument("--steps", type=int, help="N, a multiple of 40 [1200, with --quick 40]")
+    p.add_argument("--seeds", type=int, help="[3, with --quick 1]")
+    p.add_argument("--scenes", type=int, help="held-out scenes to measure [24, with --quick 4]")
+    a = p.parse_args()
+    a.steps, a.seeds, a.scenes = a.steps or (40 if a.quick else 1200), a.seeds or (1 if a.quick else 3), a.scenes or (4 if a.quick else 24)
+    a.vae_steps, a.sample_steps = (100, 5) if a.quick else (1000, 25)
+    if a.steps % 40:
+        p.error(f"--steps {a.steps}: must be a multiple of 40, for post-tuning takes a fifth and is measured in eighths")
+    a.out = os.path.abspath(a.out or os.path.join(ROOT, "runs", "study-quick" if a.quick else "study"))
+    os.makedirs(os.path.join(a.out, "rows"), exist_ok=True)
+    a.hardware = f"{a.jobs} processes of one thread on {os.cpu_count()} cores, torch {torch.__version__}"
+    all_runs(a)
+    with get_context("spawn").Pool(a.jobs) as pool:
+        pool.map(evaluate, [(a, row) for row in all_rows(a)], chunksize=1)
+    report(a)
+
+
+if __name__ == "__main__":
+    main()
