@@ -17,6 +17,7 @@ import argparse
 import base64
 import csv
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -441,6 +442,21 @@ def test_edm_loss_of_a_network():
     loss.sum().backward()
     assert loss.isfinite().all() and loss.min() > 0.1 and loss.max() < 30, "of the same order at every noise level"
     assert all(p.grad.isfinite().all() for p in unet.parameters() if p.grad is not None)
+
+
+def test_live_bytes_are_counted():
+    """The bench's counter, on a pass whose bytes can be counted by hand."""
+    spec = importlib.util.spec_from_file_location("compare", os.path.join(HERE, "bench", "compare.py"))
+    spec.loader.exec_module(compare := importlib.util.module_from_spec(spec))
+    x = torch.zeros(1000)
+    with compare.LiveBytes([x]) as live:
+        a = x + 1                    # 4,000 bytes
+        b = a.view(10, 100)[2:] * 2  # 3,200 more; views are free
+        assert (live.live, live.peak) == (7200, 7200)
+        del a
+        c = b.sum()
+        x += 1                       # weights do not count
+        assert (live.live, live.peak) == (3204, 7200) and c == 800 * 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2285,6 +2301,14 @@ def test_training_from_latents_is_training_from_videos(small, videos, one_rank, 
     p = launch("--model", small, "--data", latents, "--out", tmp_path / "run", *OPTIONS)
     assert p.returncode == 0, p.stdout + p.stderr
     assert [row["loss"] for row in log_of(one_rank[0])] == [row["loss"] for row in log_of(tmp_path / "run")]
+
+
+def test_passes_of_two_lengths():
+    draw = lambda seed, share: [train.TwoLengths("L" * 400, "S" * 400, share, seed, 4)[n] for n in range(400)]
+    drawn = draw(0, 0.3)
+    assert drawn == draw(0, 0.3) != draw(1, 0.3) and 0.15 < drawn.count("S") / 400 < 0.45
+    assert all(len(set(drawn[i:i + 4])) == 1 for i in range(0, 400, 4)), "a pass of two lengths"
+    assert draw(0, 0) == ["L"] * 400 and draw(0, 1) == ["S"] * 400
 
 
 def test_draws_depend_on_seed_and_number():

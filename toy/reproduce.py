@@ -405,11 +405,11 @@ def main():
     p.add_argument("--quick", action="store_true", help="one seed, few steps and scenes")
     p.add_argument("--out", help="[runs/study, with --quick runs/study-quick]")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once, each on one thread [all cores]")
-    p.add_argument("--steps", type=int, help="N, a multiple of 40 [1200, with --quick 40]")
+    p.add_argument("--steps", type=int, help="N, a multiple of 40 [800, with --quick 40]")
     p.add_argument("--seeds", type=int, help="[3, with --quick 1]")
     p.add_argument("--scenes", type=int, help="held-out scenes to measure [24, with --quick 4]")
     a = p.parse_args()
-    a.steps, a.seeds, a.scenes = a.steps or (40 if a.quick else 1200), a.seeds or (1 if a.quick else 3), a.scenes or (4 if a.quick else 24)
+    a.steps, a.seeds, a.scenes = a.steps or (40 if a.quick else 800), a.seeds or (1 if a.quick else 3), a.scenes or (4 if a.quick else 24)
     a.vae_steps, a.sample_steps = (100, 5) if a.quick else (1000, 25)
     if a.steps % 40:
         p.error(f"--steps {a.steps}: must be a multiple of 40, for post-tuning takes a fifth and is measured in eighths")
