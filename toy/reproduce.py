@@ -247,11 +247,15 @@ def measure(x):
     return {k: v.item() for k, v in out.items()}
 
 
+def row_path(a, row, ending):
+    return os.path.join(a.out, "rows", row.translate({ord(" "): "-", ord("/"): "of"}) + ending)
+
+
 @torch.no_grad()
 def evaluate(job):
     """All figures of a row, cached in a file."""
     a, row = job
-    path = os.path.join(a.out, "rows", row.replace(" ", "_") + ".json")
+    path = row_path(a, row, ".json")
     if os.path.exists(path):
         return
     torch.set_num_threads(1)
@@ -307,11 +311,11 @@ def check_measures(a):
 def report(a):
     rows = {}
     for row in all_rows(a):
-        with open(os.path.join(a.out, "rows", row.replace(" ", "_") + ".json")) as f:
+        with open(row_path(a, row, ".json")) as f:
             rows[row] = json.load(f)
     true = rows["true"]
     loss = lambda row, T: sum(rows[row][f"loss {T}"].values()) / len(SIGMAS) if f"loss {T}" in rows[row] else None
-    ratio = lambda row, key, T=LONG: rows[row][f"samples {T}"][key] / true[f"samples {T}"][key]
+    ratio = lambda row, key, T=LONG: rows[row][f"samples {T}"][key] / (true[f"samples {T}"][key] or float("nan"))
 
     def spread(kind, f):
         values = [f(row) for row in rows if row.startswith(kind + "-") and row.partition(" ")[2] in ("", "8/8")]
@@ -371,7 +375,7 @@ def strip(a, names):
     blocks = []
     for i in range(min(3, a.scenes)):
         for name in names:
-            video = load_file(os.path.join(a.out, "rows", name.replace(" ", "_") + ".safetensors"))[str(LONG)][i]
+            video = load_file(row_path(a, name, ".safetensors"))[str(LONG)][i]
             blocks.append(torch.cat(list(video[[0, 5, 10, 15, 20, 25, 30, 35, 39]]), dim=2))
     data.write_png(os.path.join(a.out, "strip.png"), torch.cat(blocks, dim=1).permute(1, 2, 0).contiguous())
 
@@ -405,12 +409,12 @@ def main():
     p.add_argument("--quick", action="store_true", help="one seed, few steps and scenes")
     p.add_argument("--out", help="[runs/study, with --quick runs/study-quick]")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once, each on one thread [all cores]")
-    p.add_argument("--steps", type=int, help="N, a multiple of 40 [800, with --quick 40]")
+    p.add_argument("--steps", type=int, help="N, a multiple of 40 [1200, with --quick 40]")
     p.add_argument("--seeds", type=int, help="[3, with --quick 1]")
     p.add_argument("--scenes", type=int, help="held-out scenes to measure [24, with --quick 4]")
     a = p.parse_args()
-    a.steps, a.seeds, a.scenes = a.steps or (40 if a.quick else 800), a.seeds or (1 if a.quick else 3), a.scenes or (4 if a.quick else 24)
-    a.vae_steps, a.sample_steps = (100, 5) if a.quick else (1000, 25)
+    a.steps, a.seeds, a.scenes = a.steps or (40 if a.quick else 1200), a.seeds or (1 if a.quick else 3), a.scenes or (4 if a.quick else 24)
+    a.vae_steps, a.sample_steps = (300, 10) if a.quick else (1000, 25)
     if a.steps % 40:
         p.error(f"--steps {a.steps}: must be a multiple of 40, for post-tuning takes a fifth and is measured in eighths")
     a.out = os.path.abspath(a.out or os.path.join(ROOT, "runs", "study-quick" if a.quick else "study"))
