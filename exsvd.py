@@ -1116,6 +1116,8 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
     converted alone, so memory peaks at the model's size in `dtype`. parts: what to load; the others stay None.
     Raises WeightsError.
     """
+    if unknown := set(parts) - FOLDER.keys():
+        raise ValueError(f"load() knows the parts {', '.join(FOLDER)}, not {', '.join(unknown)}")
     files, configs = open_model(path)
     if any(n.startswith("blocks.") for n in files["unet"].names):
         raise WeightsError(f"{path} is an extension, not a model: give SVD-XT's file as the model, and this one as the extension")

@@ -223,7 +223,7 @@ def parse(argv):
             p.error(f"--size {W}x{H}: both must be multiples of 64; the nearest is {near}")
         a.size = W, H
     try:
-        torch.empty(0, device=a.device)
+        torch.zeros(1, device=a.device).cpu()
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
     a.out = a.out or "out/{name}.mp4"
@@ -243,10 +243,11 @@ def default_model(a):
     model, extension = (os.path.join(weights, name) for name in ("svd_xt.safetensors", "exvideo.safetensors"))
     if os.path.exists(model):
         return model, a.extension or (extension if os.path.exists(extension) else None)
+    toy, tuned = (os.path.join(HERE, "assets", name) for name in ("toy.safetensors", "toy-exvideo.safetensors"))
     print("no weights/svd_xt.safetensors: using the toy model in assets/. For the real one, put stabilityai/stable-video-diffusion-"
           "img2vid-xt's svd_xt.safetensors (its own licence; 1.1 is gated) and ECNU-CILab/ExVideo-SVD-128f-v1's model.fp16.safetensors "
           "(as exvideo.safetensors), both on Hugging Face, into weights/", file=sys.stderr)
-    return os.path.join(HERE, "assets", "toy.safetensors"), a.extension
+    return toy, a.extension or (tuned if os.path.exists(tuned) else None)
 
 
 def peak_memory(device):
@@ -366,9 +367,12 @@ def main(argv=None):
             raise exsvd.WeightsError(f"{a.decode_only} holds no latents saved by sample.py (they are called *.latents.safetensors)")
         if toy != (s["family"] == "toy"):
             raise exsvd.WeightsError(f"{a.decode_only} was made by a model of the {s['family']} family: give the same --model")
+        latents = file.get("latents").to(device)
+        if not latents.isfinite().all():
+            raise exsvd.WeightsError(f"{a.decode_only}: the latents are not finite; sample again, with --dtype bfloat16 or float32")
         s |= {key: getattr(a, key) for key in ("fps", "decode_chunk", "match_stats", "contrast", "dtype") if getattr(a, key) is not None}
         vae = exsvd.load(model, None, getattr(torch, s["dtype"]), device, parts=("vae",)).vae
-        write_video(vae, file.get("latents").to(device), s, a.outs[0])
+        write_video(vae, latents, s, a.outs[0])
         print(f"{a.outs[0]}: {s['frames']} frames of {s['width']}x{s['height']} at {s['fps']:g} fps, {peak_memory(device)} at the peak")
         return
 

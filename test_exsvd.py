@@ -2044,6 +2044,13 @@ def test_latents_of_others_are_refused(tiny_model, tmp_path, latents, settings):
         run("--decode-only", tmp_path / "a.safetensors", "--model", tiny_model, "--out", tmp_path / "a.mp4")
 
 
+def test_latents_that_are_not_finite_are_refused(tiny_model, tmp_path):
+    s = dict(family="toy", frames=2, width=64, height=64, fps=8, decode_chunk=2, match_stats=False, contrast=1.0, dtype="float32")
+    exsvd.save(tmp_path / "a.safetensors", {"latents": torch.full((1, 2, 4, 8, 8), torch.nan)}, {"settings": s})
+    with pytest.raises(exsvd.WeightsError, match="not finite"):
+        run("--decode-only", tmp_path / "a.safetensors", "--model", tiny_model, "--out", tmp_path / "a.mp4")
+
+
 def test_every_output_has_latents_of_its_own():
     outs = ["a/b.1.mp4", "a/b.2.mp4", "b.1/", "b.2/", "b"]
     assert len({sample.latents_path(out) for out in outs}) == len(outs) and sample.latents_path("a/b.mp4") == "a/b.latents.safetensors"
@@ -2084,7 +2091,7 @@ def test_more_frames_than_the_model_knows(tiny_model, tiny_extension, picture, t
 
 @pytest.mark.parametrize("args, words", [
     (["{picture}", "--size", "100x64"], "multiples of 64"), (["{picture}", "--size", "big"], "WIDTHxHEIGHT"), (["{picture}", "--eta", "0.5"], "--sampler ddim"),
-    (["{picture}", "--frames", "0"], "at least 1"), (["{picture}", "--device", "nonsense"], "--device nonsense"), ([], "at least one image"),
+    (["{picture}", "--frames", "0"], "at least 1"), (["{picture}", "--device", "nonsense"], "--device nonsense"), (["{picture}", "--device", "meta"], "--device meta"), ([], "at least one image"),
     (["{picture}", "{picture}"], "same file"), (["{picture}", "--out", "a.xyz"], ".mp4"), (["missing.png"], "missing.png"),
     (["{picture}", "--model", "missing.safetensors"], "no such weight file"), (["{picture}", "--model", "{picture}"], "not a complete safetensors file"),
     (["{picture}", "--extension", "{model}"], "not an extension"), (["--decode-only", "{model}"], "no latents"), (["{picture}", "--fps", "nan"], "at least"),

@@ -399,6 +399,56 @@ def save_sample(a, step, ema_state, module, cond, ctx, ids):
     return data.motion_score(frames.clamp(-1, 1))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What is kept of a run beside its weights
+
+
+def fingerprint(data):
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def keep_sources(a, config):
+    """What a run was made by: sources, versions, settings, beside its results."""
+    folder = os.path.join(a.out, "source")
+    os.makedirs(folder, exist_ok=True)
+    for name in ("exsvd.py", "train.py", "data.py", "sample.py"):
+        shutil.copy(os.path.join(HERE, name), folder)
+    import deepspeed
+    git = shutil.which("git")
+    commit = git and subprocess.run([git, "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    with open(os.path.join(a.out, "run.json"), "w") as f:
+        json.dump(dict(arguments={k: v for k, v in vars(a).items() if k != "given"}, deepspeed=config, commit=commit,
+                       versions=dict(python=sys.version.split()[0], torch=torch.__version__, deepspeed=deepspeed.__version__)), f, indent=1)
+
+
+class Log:
+    """log.csv: a row every --log-every steps. After a resume, rows beyond the state are dropped: those steps come again."""
+    COLUMNS = ["step", "videos", "loss", *(f"loss_sigma_{lo}_{hi}" for lo, hi in zip((0,) + SIGMA_BINS, SIGMA_BINS + ("inf",))),
+               "grad_norm", "lr", "seconds_per_step", "frames_per_second", "peak_memory_GB"]
+
+    def __init__(self, a, step):
+        self.a, self.last, self.path = a, step, os.path.join(a.out, "log.csv")
+        rows = []
+        if os.path.exists(self.path):
+            with open(self.path, newline="") as f:
+                rows = [row for row in list(csv.reader(f))[1:] if row and int(row[0]) <= step]
+        with open(self.path + ".tmp", "w", newline="") as f:
+            csv.writer(f).writerows([self.COLUMNS, *rows])
+        os.replace(self.path + ".tmp", self.path)
+
+    def row(self, step, videos, sums, grad_norm, lr, seconds, frames_per_second, device):
+        loss = [f"{s / n:.5f}" if n else "" for s, n in zip(*sums.tolist())]
+        memory = sample.peak_memory(device).split()[0]
+        with open(self.path, "a", newline="") as f:
+            csv.writer(f).writerow([step, videos, *loss, f"{grad_norm:.4f}" if grad_norm is not None else "", f"{lr:.3g}",
+                                    f"{seconds / max(1, step - self.last):.3f}", f"{frames_per_second:.1f}", memory])
+        self.last = step
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The videos of a pass, and what is drawn for them
+
+
 def videos_of(rank, world, a, videos):
     """The numbers of the videos this rank sees from number `videos` on, a pass at a time, without end."""
     while True:
@@ -419,6 +469,33 @@ class TwoLengths(torch.utils.data.Dataset):
 
 def ignore_sigterm(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in the readers: the launcher signals them too, and their rank still needs them
+
+
+def draw(a, n, shape):
+    """Of the n-th video: sigma, noise (T,4,h,w), and whether its conditioning stays. From (seed, n) alone, on the CPU."""
+    seed = np.random.SeedSequence([a.seed, n]).generate_state(1)[0]  # hashed: torch's CPU generator uses 32 bits of a seed
+    g = torch.Generator().manual_seed(int(seed))
+    return exsvd.draw_sigmas(a.loss, 1, g)[0], torch.randn(shape, generator=g), (torch.rand((), generator=g) >= a.drop).float()
+
+
+@torch.no_grad()
+def encode(vae, clip, item, trains_clip):
+    """A batch of clips to latents (B,T,4,h,w) and cond (B,4,h,w), unscaled, and ctx (B,1,D), or CLIP's input if CLIP is trained."""
+    device = next(vae.parameters()).device
+    latents, conds, ctxs = [], [], []
+    for video, aug, noise in zip(item["video"], item["aug"], item["aug_noise"]):
+        latents.append(data.encode_frames(vae, video))
+        if trains_clip:
+            conds.append(vae.encode((video[:1] + aug * noise).to(device))[0])
+            ctxs.append(exsvd.preprocess_clip(video[:1].to(device), clip.config.image)[0])
+        else:
+            cond, ctx = data.encode_condition(vae, clip, video[0], aug, noise)
+            conds.append(cond), ctxs.append(ctx[None])
+    return torch.stack(latents), torch.stack(conds), torch.stack(ctxs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
 
 
 def main(argv=None):
@@ -606,71 +683,6 @@ def main(argv=None):
             break
     bar.close()
     dist.destroy_process_group()
-
-
-def draw(a, n, shape):
-    """Of the n-th video: sigma, noise (T,4,h,w), and whether its conditioning stays. From (seed, n) alone, on the CPU."""
-    seed = np.random.SeedSequence([a.seed, n]).generate_state(1)[0]  # hashed: torch's CPU generator uses 32 bits of a seed
-    g = torch.Generator().manual_seed(int(seed))
-    return exsvd.draw_sigmas(a.loss, 1, g)[0], torch.randn(shape, generator=g), (torch.rand((), generator=g) >= a.drop).float()
-
-
-@torch.no_grad()
-def encode(vae, clip, item, trains_clip):
-    """A batch of clips to latents (B,T,4,h,w) and cond (B,4,h,w), unscaled, and ctx (B,1,D), or CLIP's input if CLIP is trained."""
-    device = next(vae.parameters()).device
-    latents, conds, ctxs = [], [], []
-    for video, aug, noise in zip(item["video"], item["aug"], item["aug_noise"]):
-        latents.append(data.encode_frames(vae, video))
-        if trains_clip:
-            conds.append(vae.encode((video[:1] + aug * noise).to(device))[0])
-            ctxs.append(exsvd.preprocess_clip(video[:1].to(device), clip.config.image)[0])
-        else:
-            cond, ctx = data.encode_condition(vae, clip, video[0], aug, noise)
-            conds.append(cond), ctxs.append(ctx[None])
-    return torch.stack(latents), torch.stack(conds), torch.stack(ctxs)
-
-
-def fingerprint(data):
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-def keep_sources(a, config):
-    """What a run was made by: sources, versions, settings, beside its results."""
-    folder = os.path.join(a.out, "source")
-    os.makedirs(folder, exist_ok=True)
-    for name in ("exsvd.py", "train.py", "data.py", "sample.py"):
-        shutil.copy(os.path.join(HERE, name), folder)
-    import deepspeed
-    git = shutil.which("git")
-    commit = git and subprocess.run([git, "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    with open(os.path.join(a.out, "run.json"), "w") as f:
-        json.dump(dict(arguments={k: v for k, v in vars(a).items() if k != "given"}, deepspeed=config, commit=commit,
-                       versions=dict(python=sys.version.split()[0], torch=torch.__version__, deepspeed=deepspeed.__version__)), f, indent=1)
-
-
-class Log:
-    """log.csv: a row every --log-every steps. After a resume, rows beyond the state are dropped: those steps come again."""
-    COLUMNS = ["step", "videos", "loss", *(f"loss_sigma_{lo}_{hi}" for lo, hi in zip((0,) + SIGMA_BINS, SIGMA_BINS + ("inf",))),
-               "grad_norm", "lr", "seconds_per_step", "frames_per_second", "peak_memory_GB"]
-
-    def __init__(self, a, step):
-        self.a, self.last, self.path = a, step, os.path.join(a.out, "log.csv")
-        rows = []
-        if os.path.exists(self.path):
-            with open(self.path, newline="") as f:
-                rows = [row for row in list(csv.reader(f))[1:] if row and int(row[0]) <= step]
-        with open(self.path + ".tmp", "w", newline="") as f:
-            csv.writer(f).writerows([self.COLUMNS, *rows])
-        os.replace(self.path + ".tmp", self.path)
-
-    def row(self, step, videos, sums, grad_norm, lr, seconds, frames_per_second, device):
-        loss = [f"{s / n:.5f}" if n else "" for s, n in zip(*sums.tolist())]
-        memory = sample.peak_memory(device).split()[0]
-        with open(self.path, "a", newline="") as f:
-            csv.writer(f).writerow([step, videos, *loss, f"{grad_norm:.4f}" if grad_norm is not None else "", f"{lr:.3g}", 
-                                    f"{seconds / max(1, step - self.last):.3f}", f"{frames_per_second:.1f}", memory])
-        self.last = step
 
 
 if __name__ == "__main__":

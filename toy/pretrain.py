@@ -41,18 +41,30 @@ LATENT_NOISE = 0.1           # standard deviation added to latents in VAE traini
 # 1. Scenes
 
 
+def soften(video, blur):
+    """Gaussian blur of that many pixels: uint8 (T,H,W,3) -> the same. A world without fine texture, which small models can learn."""
+    if not blur:
+        return video
+    taps = torch.exp(-0.5 * (torch.arange(-math.ceil(3 * blur), math.ceil(3 * blur) + 1) / blur) ** 2)
+    x = video.permute(0, 3, 1, 2).float()
+    x = F.pad(x, [len(taps) // 2] * 4, mode="replicate")
+    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
+        x = F.conv2d(x, (taps / taps.sum()).view(shape).repeat(3, 1, 1, 1), groups=3)
+    return x.round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
 def scene(args):
     """uint8 (T, SIZE, SIZE, 3). A third of the clips skip every other frame: twice as fast."""
     torch.set_num_threads(1)
-    seed, index = args
+    seed, index, blur = args
     stride = 2 if index % 3 == 0 else 1
-    return data.synthetic_scene(seed, index, T * stride, SIZE)[0][::stride]
+    return soften(data.synthetic_scene(seed, index, T * stride, SIZE)[0][::stride], blur)
 
 
-def make_clips(seed, n, workers):
+def make_clips(seed, n, workers, blur=0):
     """n clips (n, T, 3, SIZE, SIZE) uint8."""
     with Pool(workers) as pool:
-        videos = list(pool.imap(scene, ((seed, i) for i in range(n)), chunksize=16))
+        videos = list(pool.imap(scene, ((seed, i, blur) for i in range(n)), chunksize=16))
     return torch.stack(videos).permute(0, 1, 4, 2, 3).contiguous()
 
 
@@ -85,6 +97,19 @@ def crops(clips, B, frames):
         video = F.interpolate(video[..., y:y + s, z:z + s], (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
         out.append(video.flip(-1) if torch.rand(1) < 0.5 else video)
     return torch.stack(out)
+
+
+def video(args):
+    """Scene `index` of 40 frames as a video file, recoloured or softened."""
+    torch.set_num_threads(1)
+    folder, seed, index, size, blur = args
+    torch.manual_seed(index)
+    x = soften(data.synthetic_scene(seed, index, 40, size)[0], blur)
+    if not blur:
+        x = recolour(x.permute(0, 3, 1, 2)[None].float() / 127.5 - 1)[0]
+        x = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    with data.VideoWriter(os.path.join(folder, f"{index:05d}.mp4"), data.SYNTHETIC_FPS) as out:
+        out.write(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,7 +226,10 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Train the toy's VAE from nothing, or pack a trained toy.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default=os.path.join(ROOT, "runs", "toy-start.safetensors"), help="where the model goes")
-    p.add_argument("--pack", metavar="FILE", help="train nothing: write this model, as train.py saved it, to --out in float16")
+    p.add_argument("--videos", metavar="FOLDER", help="train nothing: write --clips scenes of 40 frames there for train.py --data")
+    p.add_argument("--blur", type=float, default=0, help="soften the scenes by a Gaussian of so many pixels, and leave their colours as they are")
+    p.add_argument("--size", type=int, default=128, help="pixels of --videos")
+    p.add_argument("--pack", metavar="FILE", help="train nothing: write this model or extension, as train.py saved it, to --out in float16")
     p.add_argument("--channels", type=int, default=48, help="of the UNet, a multiple of 16")
     p.add_argument("--clips", type=int, default=8000, help="synthetic scenes to train on")
     p.add_argument("--vae-steps", type=int, default=1000, help="of 8 frames each; the second half for the decoder alone")
@@ -212,13 +240,22 @@ if __name__ == "__main__":
     args = p.parse_args()
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     if args.pack:
+        file = exsvd.Tensors(args.pack)
+        if "config" not in file.meta:  # an extension
+            exsvd.save(args.out, {name: file.get(name).half() for name in sorted(file.names)}, file.meta)
+            sys.exit()
         svd = exsvd.load(args.pack)
         save(args.out, svd.unet, svd.vae, svd.clip)
+        sys.exit()
+    if args.videos:
+        os.makedirs(args.videos, exist_ok=True)
+        with Pool(args.threads) as pool:
+            pool.map(video, ((args.videos, args.seed, i, args.size, args.blur) for i in range(args.clips)), chunksize=8)
         sys.exit()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)                                                     # branches that start at zero make many
     start = time.time()
-    clips, held_out = make_clips(args.seed, args.clips, args.threads), make_clips(args.seed + 1, 128, args.threads)
+    clips, held_out = make_clips(args.seed, args.clips, args.threads, args.blur), make_clips(args.seed + 1, 128, args.threads, args.blur)
     print(f"{args.clips} scenes  {time.time() - start:.0f} s", flush=True)
     vae = train_vae(clips, held_out, args)
     unet = init(exsvd.UNet(UNET(args.channels)))

@@ -3,7 +3,7 @@
     python toy/reproduce.py                    # the study: under 3 hours on 2 cores -> runs/study/{results.json,tables.md,*.png}
     python toy/reproduce.py --quick            # the same with few steps and scenes, under 15 minutes: shows that it runs, no more
 
-    1. Runs      toy/pretrain.py makes the VAE, train.py everything else; ablations start from other extension files, or train
+    1. Runs      toy/pretrain.py makes videos and the VAE, train.py everything else; ablations start from other extension files, or train
                  something else
     2. Samples   of each model, from the first frames of scenes it has not seen
     3. Measures  against scenes whose truth is known: do objects persist, how smooth are their track and the camera's, how much
@@ -31,9 +31,11 @@ sys.path.insert(0, ROOT)
 import data
 import exsvd
 import sample
+from pretrain import soften
 
 SHORT, LONG, SIZE = 8, 40, 64      # frames of the base and of the extended model; pixels
 CHANNELS = 32                      # of the UNet: 2.2 M parameters
+BLUR = 2                           # pixels: without fine texture so small a model learns the motion in hours
 HELD_OUT = 1_000_000               # seed of the scenes that are measured; the runs have seeds 0, 1, 2
 SIGMAS = (0.2, 1.0, 5.0)           # noise levels of the losses
 
@@ -71,19 +73,23 @@ def train(a, name, steps, *flags):
     out = os.path.join(a.out, name)
     if not any(os.path.exists(os.path.join(out, f"{kind}-{steps:06d}.safetensors")) for kind in ("model", "exvideo")):
         begin = time.time()
-        run(a, f"{name}.txt", "train.py", "--steps", str(steps), "--size", f"{SIZE}x{SIZE}", "--checkpoint", "none", "--workers", "1",
+        run(a, f"{name}.txt", "train.py", "--data", os.path.join(a.out, "videos"), "--steps", str(steps), "--size", f"{SIZE}x{SIZE}", "--checkpoint", "none", "--workers", "1",
             "--keep", "1", "--out", out, *flags)
         print(f"{name}: {steps} steps, {time.time() - begin:.0f} s", flush=True)
 
 
 def all_runs(a):
     N, P = a.steps, a.steps // 5
-    begin, base = os.path.join(a.out, "start.safetensors"), lambda seed: f"{a.out}/base-{seed}/model-{N:06d}.safetensors"
+    begin, videos = (os.path.join(a.out, name) for name in ("start.safetensors", "videos"))
+    base = lambda seed: f"{a.out}/base-{seed}/model-{N:06d}.safetensors"
+    if not os.path.exists(videos):
+        run(a, "videos.txt", "toy/pretrain.py", "--videos", f"{videos}.tmp", "--clips", str(N), "--size", str(SIZE), "--blur", str(BLUR), "--threads", str(a.jobs))
+        os.rename(f"{videos}.tmp", videos)
     if not os.path.exists(begin):
         run(a, "vae.txt", "toy/pretrain.py", "--channels", str(CHANNELS), "--vae-steps", str(a.vae_steps), "--clips", str(4 * a.vae_steps),
-            "--threads", str(a.jobs), "--out", begin)
+            "--blur", str(BLUR), "--out", begin)
     pretrain = lambda seed: ["--model", begin, "--seed", str(seed), "--train", "all", "--lr", "1.5e-3", "--warmup", str(min(100, N // 5)),
-                             "--ema", "0.995", "--save-every", str(max(1, N // 4))]
+                             "--ema", "0.995", "--save-every", str(max(1, N // 8))]
     tune = lambda seed: ["--model", base(seed), "--seed", str(seed), "--frames", str(LONG), "--lr", "1e-3", "--warmup", str(min(20, P)), "--ema", "0.98"]
     with ThreadPoolExecutor(a.jobs) as pool:
         jobs = [pool.submit(train, a, f"base-{s}", N, *pretrain(s), "--frames", str(SHORT), "--batch", str(LONG // SHORT)) for s in range(a.seeds)]
@@ -132,7 +138,7 @@ def scenes(n):
     while len(videos) < n:
         video, truth = data.synthetic_scene(HELD_OUT, index, LONG, SIZE)
         if truth["present"].shape[1] == 1 and truth["present"].all() and truth["radii"].min() >= 6:
-            videos.append(video), cameras.append(truth["camera"])
+            videos.append(soften(video, BLUR)), cameras.append(truth["camera"])
         index += 1
     return torch.stack(videos), torch.stack(cameras)
 
@@ -409,11 +415,11 @@ def main():
     p.add_argument("--quick", action="store_true", help="one seed, few steps and scenes")
     p.add_argument("--out", help="[runs/study, with --quick runs/study-quick]")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once, each on one thread [all cores]")
-    p.add_argument("--steps", type=int, help="N, a multiple of 40 [1200, with --quick 40]")
+    p.add_argument("--steps", type=int, help="N, a multiple of 40 [2000, with --quick 40]")
     p.add_argument("--seeds", type=int, help="[3, with --quick 1]")
     p.add_argument("--scenes", type=int, help="held-out scenes to measure [24, with --quick 4]")
     a = p.parse_args()
-    a.steps, a.seeds, a.scenes = a.steps or (40 if a.quick else 1200), a.seeds or (1 if a.quick else 3), a.scenes or (4 if a.quick else 24)
+    a.steps, a.seeds, a.scenes = a.steps or (40 if a.quick else 2000), a.seeds or (1 if a.quick else 3), a.scenes or (4 if a.quick else 24)
     a.vae_steps, a.sample_steps = (300, 10) if a.quick else (1000, 25)
     if a.steps % 40:
         p.error(f"--steps {a.steps}: must be a multiple of 40, for post-tuning takes a fifth and is measured in eighths")
