@@ -602,9 +602,10 @@ def compile_blocks(unet):
     """torch.compile in place, per repeated block: transformer blocks and residual blocks over pixels. Loops over slices stay
     in Python, and with them the residual blocks over frames, whose norms span slices. The first pass takes minutes."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # sizes differ between the levels
-    for m in unet.modules():
-        if isinstance(m, (SpatialBlock, TemporalBlock, SpatioTemporalRes)):
-            getattr(m, "spatial", m).compile(fullgraph=flash_attn_func is None)  # flash-attn may break the graph, nothing else does
+    blocks = [m for m in unet.modules() if isinstance(m, (SpatialBlock, TemporalBlock))]
+    blocks += [m.spatial for m in unet.modules() if isinstance(m, SpatioTemporalRes)]
+    for block in blocks:
+        block.compile(fullgraph=flash_attn_func is None)  # flash-attn may break the graph, nothing else does
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -977,13 +978,13 @@ class Tensors:
         self.label = os.fspath(source)
         if not os.path.isfile(source):
             raise WeightsError(f"{self.label}: no such weight file")
-        with open(source, "rb") as f:
-            if f.read(2) in (b"PK", b"\x80\x02"):  # zip or pickle: loading one can run any code
-                raise WeightsError(f"{self.label} is a pickled checkpoint, which is never opened: use its .safetensors version")
         try:
             file = safe_open(source, framework="pt")
             self.meta = dict(json.loads((file.metadata() or {}).get("exsvd", "{}")))
         except (SafetensorError, ValueError, TypeError) as e:
+            with open(source, "rb") as f:  # only now: the length a good file begins with can look like either
+                if re.match(rb"PK\x03\x04|\x80\x02[^\0]", f.read(4)):  # zip or pickle: loading one can run any code
+                    raise WeightsError(f"{self.label} is a pickled checkpoint, which is never opened: use its .safetensors version") from None
             raise WeightsError(f"{self.label} is not a complete safetensors file ({e}): download or save it again") from None
         self.names, self.get, self.shape = set(file.keys()), file.get_tensor, lambda name: file.get_slice(name).get_shape()
 

@@ -924,6 +924,17 @@ def test_broken_file(tmp_path, how):
     refused(make_unet(), path, "x.safetensors", says)
 
 
+@pytest.mark.parametrize("begins", [b"\x80\x02", b"PK"])
+def test_a_good_file_that_begins_like_a_pickle(tmp_path, begins):
+    """A file begins with the length of its header, and 640 is the first two bytes of a pickle, 19280 those of a zip."""
+    path, length = tmp_path / "x.safetensors", int.from_bytes(begins, "little")
+    for filler in range(length - 120, length):  # metadata that make the header as long as that
+        save_file({"x": torch.ones(2)}, path, metadata={"note": "-" * filler})
+        if path.read_bytes()[:8] == length.to_bytes(8, "little"):
+            break
+    assert path.read_bytes()[:2] == begins and torch.equal(exsvd.Tensors(path).get("x"), torch.ones(2))
+
+
 def test_pickled_checkpoint_runs_no_code(tmp_path):
     class Bomb:
         def __reduce__(self):

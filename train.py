@@ -536,20 +536,18 @@ def main(argv=None):
     if not master:
         dataset = data.open_dataset(a.data, **options)
     say(dataset.describe())
-    clips = dataset
-    if a.short_clips:
-        native = exsvd.open_model(a.model)[1][0].native_frames
-        clips = TwoLengths(dataset, data.open_dataset(a.data, **options | {"frames": native}), a.short_clips, a.seed, a.batch)
-        say(f"{a.short_clips:.0%} of the passes on clips of {native} frames")
-
     data_id = fingerprint(repr(dataset.usable).encode())
 
     # Model, and what of it trains
     parts = ("unet",) + (("vae", "clip") if dataset.pixels else ())
     svd = exsvd.load(a.model, a.extension, parts=parts)
+    clips, native = dataset, svd.unet.config.native_frames
+    if a.short_clips:
+        clips = TwoLengths(dataset, data.open_dataset(a.data, **options | {"frames": native}), a.short_clips, a.seed, a.batch)
+        say(f"{a.short_clips:.0%} of the passes on clips of {native} frames")
     a.model_id = fingerprint(svd.unet.conv_out.weight.detach().numpy().tobytes())
     trains_clip = a.train == "all" or any(re.search(a.train, f"clip.{name}") for name in (svd.clip.state_dict() if svd.clip else ()))
-    if a.frames > (svd.unet.max_frames or svd.unet.config.native_frames):
+    if a.frames > (svd.unet.max_frames or native):
         exsvd.extend(svd.unet, a.frames)
     if not dataset.pixels and (trains_clip or dataset.settings["ctx"] != svd.unet.config.context_dim):
         sys.exit(f"train.py: {a.data} holds CLIP embeddings of {dataset.settings['ctx']} numbers, " +

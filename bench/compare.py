@@ -141,6 +141,10 @@ def one_pass(run, shape, train=False):
             out.float().pow(2).mean().backward()
 
 
+def weight_bytes(*networks):
+    return sum(p.numel() * p.element_size() for m in networks for p in m.parameters())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Counting: shapes go through the network, numbers do not
 
@@ -301,8 +305,7 @@ def load_once(path, a):
     took = time.perf_counter() - begin
     done.set()
     watcher.join()
-    size = sum(p.numel() * p.element_size() for m in (svd.unet, svd.vae, svd.clip) for p in m.parameters())
-    return took, max(peak, status("RssAnon")), before, size
+    return took, max(peak, status("RssAnon")), before, weight_bytes(svd.unet, svd.vae, svd.clip)
 
 
 def cat(path):
@@ -331,19 +334,21 @@ def others(a, codes):
     return [c for c in codes if version(c, a.diffsynth)]
 
 
+def counted(what, code, a, shape, note=None, **how):
+    peak, flops = count(code, a, shape, **how)
+    return f"{what}, counted", code, shape, {"peak GB": gb(peak), "TFLOP": f"{flops / 1e12:.2f}", "note": note}
+
+
 def count_rows(a):
     for shape in a.shape or [(128, 64, 64), (128, 128, 128), (16, 32, 32)]:
         for code in others(a, CODES):
-            peak, flops = count(code, a, shape)
-            yield "UNet forward, counted", code, shape, {"peak GB": gb(peak), "TFLOP": f"{flops / 1e12:.2f}"}
+            yield counted("UNet forward", code, a, shape)
 
 
 def train_rows(a):
     for shape in a.shape or [(128, 64, 64)]:
         for code, setting in [("ours", "memory"), ("ours", "speed"), *((c, "its own") for c in others(a, ("diffsynth", "diffusers")))]:
-            peak, flops = count(code, a, shape, train=True, checkpointing=setting)
-            yield "UNet forward + backward, counted", code, shape, {
-                "peak GB": gb(peak), "TFLOP": f"{flops / 1e12:.1f}", "note": f"checkpointing: {setting}"}
+            yield counted("UNet forward + backward", code, a, shape, f"checkpointing: {setting}", train=True, checkpointing=setting)
             if a.device == "cuda":
                 yield "UNet forward + backward", code, shape, train_on_gpu(code, a, shape, setting)
 
@@ -367,8 +372,7 @@ def train_on_gpu(code, a, shape, setting):
 def vae_rows(a):
     for shape in a.shape or [(8, 128, 128)]:
         for code in others(a, ("ours", "diffusers", "diffsynth")):
-            peak, flops = count(code, a, shape, part="vae")
-            yield "VAE decode, counted", code, shape, {"peak GB": gb(peak), "TFLOP": f"{flops / 1e12:.2f}"}
+            yield counted("VAE decode", code, a, shape, part="vae")
 
 
 def time_rows(a):
@@ -382,7 +386,7 @@ def time_rows(a):
                 runs = [partial(one_pass, run, shape) for run in runs]
                 peaks = [gpu_peak(run, a.device) for run in runs]
                 times, cpu = pairs(*runs, a)
-                weights = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in networks]
+                weights = [weight_bytes(m) for m in networks]
             except torch.OutOfMemoryError:
                 yield "UNet forward", f"{ours} beside {other}", shape, {"note": "out of memory"}
                 continue
@@ -405,7 +409,7 @@ def process_rows(a):
 
 
 def frames_rows(a):
-    long, short = a.shape if a.shape and len(a.shape) == 2 else ((128, 16, 16), (25, 16, 16))
+    long, short = a.shape or ((128, 16, 16), (25, 16, 16))
     m, run = build("ours", a, long[0])
     times, cpu = pairs(partial(one_pass, run, long), partial(one_pass, run, short), a)
     del m, run
@@ -472,9 +476,11 @@ TASKS = {"count": count_rows, "train": train_rows, "vae": vae_rows, "time": time
 def hardware(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
-        if os.path.exists("/proc/cpuinfo") else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):  # Linux, where platform does not know
+        with open("/proc/cpuinfo") as f:
+            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def parse():

@@ -30,6 +30,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import data
 import exsvd
+import sample
 
 T, SIZE = 8, 64              # frames and pixels of a clip
 UNET = lambda C: exsvd.UNetConfig(channels=(C,) * 4, heads=(C // 16,) * 4, context_dim=64, groups=8, native_frames=T)
@@ -41,15 +42,20 @@ LATENT_NOISE = 0.1           # standard deviation added to latents in VAE traini
 # 1. Scenes
 
 
+def blurred(x, sigma, radius):
+    """Gaussian blur with kernels of 2 * radius + 1 pixels: float (n,C,H,W) -> the same."""
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    x = F.pad(x, [radius] * 4, mode="replicate")
+    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
+        x = F.conv2d(x, (taps / taps.sum()).view(shape).repeat(x.shape[1], 1, 1, 1), groups=x.shape[1])
+    return x
+
+
 def soften(video, blur):
     """Gaussian blur of that many pixels: uint8 (T,H,W,3) -> the same. A world without fine texture, which small models can learn."""
     if not blur:
         return video
-    taps = torch.exp(-0.5 * (torch.arange(-math.ceil(3 * blur), math.ceil(3 * blur) + 1) / blur) ** 2)
-    x = video.permute(0, 3, 1, 2).float()
-    x = F.pad(x, [len(taps) // 2] * 4, mode="replicate")
-    for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
-        x = F.conv2d(x, (taps / taps.sum()).view(shape).repeat(3, 1, 1, 1), groups=3)
+    x = blurred(video.permute(0, 3, 1, 2).float(), blur, math.ceil(3 * blur))
     return x.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
@@ -106,8 +112,7 @@ def video(args):
     torch.manual_seed(index)
     x = soften(data.synthetic_scene(seed, index, 40, size)[0], blur)
     if not blur:
-        x = recolour(x.permute(0, 3, 1, 2)[None].float() / 127.5 - 1)[0]
-        x = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        x = sample.to_pixels(recolour(x.permute(0, 3, 1, 2)[None].float() / 127.5 - 1)[0])
     with data.VideoWriter(os.path.join(folder, f"{index:05d}.mp4"), data.SYNTHETIC_FPS) as out:
         out.write(x)
 

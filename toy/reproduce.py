@@ -1,10 +1,10 @@
 """Does ExVideo work? A 40-frame toy from an 8-frame one, with the ablations the paper left out, from nothing to tables and figures.
 
-    python toy/reproduce.py                    # the study: under 3 hours on 2 cores -> runs/study/{results.json,tables.md,*.png}
+    python toy/reproduce.py                    # the study: under 3 hours on 2 cores -> runs/study/{tables.md,figure.png,strip.png}
     python toy/reproduce.py --quick            # the same with few steps and scenes, under 15 minutes: shows that it runs, no more
 
-    1. Runs      toy/pretrain.py makes videos and the VAE, train.py everything else; ablations start from other extension files, or train
-                 something else
+    1. Runs      toy/pretrain.py makes videos and the VAE, train.py everything else; ablations start from other
+                 extension files, or train something else
     2. Samples   of each model, from the first frames of scenes it has not seen
     3. Measures  against scenes whose truth is known: do objects persist, how smooth are their track and the camera's, how much
                  flickers, how far does it go, does motion die out or come back
@@ -31,7 +31,7 @@ sys.path.insert(0, ROOT)
 import data
 import exsvd
 import sample
-from pretrain import soften
+from pretrain import blurred, soften
 
 SHORT, LONG, SIZE = 8, 40, 64      # frames of the base and of the extended model; pixels
 CHANNELS = 32                      # of the UNet: 2.2 M parameters
@@ -73,8 +73,8 @@ def train(a, name, steps, *flags):
     out = os.path.join(a.out, name)
     if not any(os.path.exists(os.path.join(out, f"{kind}-{steps:06d}.safetensors")) for kind in ("model", "exvideo")):
         begin = time.time()
-        run(a, f"{name}.txt", "train.py", "--data", os.path.join(a.out, "videos"), "--steps", str(steps), "--size", f"{SIZE}x{SIZE}", "--checkpoint", "none", "--workers", "1",
-            "--keep", "1", "--out", out, *flags)
+        run(a, f"{name}.txt", "train.py", "--data", os.path.join(a.out, "videos"), "--size", f"{SIZE}x{SIZE}", "--steps", str(steps),
+            "--checkpoint", "none", "--workers", "1", "--keep", "1", "--out", out, *flags)
         print(f"{name}: {steps} steps, {time.time() - begin:.0f} s", flush=True)
 
 
@@ -83,7 +83,7 @@ def all_runs(a):
     begin, videos = (os.path.join(a.out, name) for name in ("start.safetensors", "videos"))
     base = lambda seed: f"{a.out}/base-{seed}/model-{N:06d}.safetensors"
     if not os.path.exists(videos):
-        run(a, "videos.txt", "toy/pretrain.py", "--videos", f"{videos}.tmp", "--clips", str(N), "--size", str(SIZE), "--blur", str(BLUR), "--threads", str(a.jobs))
+        run(a, "videos.txt", "toy/pretrain.py", "--videos", f"{videos}.tmp", "--clips", str(a.clips), "--size", str(SIZE), "--blur", str(BLUR), "--threads", str(a.jobs))
         os.rename(f"{videos}.tmp", videos)
     if not os.path.exists(begin):
         run(a, "vae.txt", "toy/pretrain.py", "--channels", str(CHANNELS), "--vae-steps", str(a.vae_steps), "--clips", str(4 * a.vae_steps),
@@ -111,14 +111,16 @@ def all_runs(a):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Samples. A row of the tables is a model and a way to make 40 frames (or 8) with it.
 
+ALTERNATIVES = ("sliding", "nearest", "blend")  # ways to make 40 frames with the base's 8
+
 
 def load(a, row):
-    """The networks of a row, and the frames of each generation."""
+    """The networks of a row."""
     N, P = a.steps, a.steps // 5
     name, _, rest = row.partition(" ")
     kind, _, seed = name.partition("-")
     base = f"{a.out}/base-{seed if seed.isdigit() else 0}/model-{N:06d}.safetensors"
-    if kind == "base":
+    if kind == "base" or name in ("true", *ALTERNATIVES):
         return exsvd.load(base)
     if kind == "untuned":
         svd = exsvd.load(base)
@@ -150,12 +152,12 @@ def to_model(videos):
 def told(svd, first, score):
     """What the model is told: image latents (n,1,4,h,w), ctx (n,1,D), ids (n,3). first (n,3,H,W), score: motion of each clip."""
     noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(HELD_OUT))
-    ids = torch.tensor([[data.SYNTHETIC_FPS - 1, data.motion_bucket(s), 0.02] for s in score])
-    return svd.vae.encode(first + 0.02 * noise)[:, None], svd.clip(exsvd.preprocess_clip(first, svd.clip.config.image))[:, None], ids
+    cond, ctx = (torch.stack(t)[:, None] for t in zip(*(data.encode_condition(svd.vae, svd.clip, f, 0.02, n) for f, n in zip(first, noise))))
+    return cond, ctx, torch.tensor([[data.SYNTHETIC_FPS - 1, data.motion_bucket(s), 0.02] for s in score])
 
 
 def generate(svd, first, score, frames, steps, seed=0):
-    """(n,T,3,H,W) in [-1,1]: 25 Euler steps without guidance, the clip decoded at once."""
+    """(n,T,3,H,W) in [-1,1]: Euler steps without guidance, the clip decoded at once."""
     image_latents, ctx, ids = told(svd, first, score)
     noise = torch.randn(len(first), frames, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
     sigmas = exsvd.karras_sigmas(steps)
@@ -163,10 +165,11 @@ def generate(svd, first, score, frames, steps, seed=0):
     return svd.vae.decode(latents / exsvd.VAE_SCALE).clamp(-1, 1)
 
 
-def forty(svd, how, x, steps):
-    """40 frames for clips x (n,40,3,H,W), of which the model sees the first and how much the clip moves."""
-    if how not in ("sliding", "nearest", "blend"):
-        return generate(svd, x[:, 0], [data.motion_score(v) for v in x], LONG, steps)
+def imitate(svd, how, x, steps):
+    """As many frames as clips x (n,T,3,H,W) have, of which the model sees the first and how much the clip moves. T is 40 for
+    the alternatives."""
+    if how not in ALTERNATIVES:
+        return generate(svd, x[:, 0], [data.motion_score(v) for v in x], x.shape[1], steps)
     score = [data.motion_score(v[:SHORT]) for v in x]
     video = generate(svd, x[:, 0], score, SHORT, steps)
     if how == "sliding":  # each window begins with the frame that ended the one before
@@ -214,9 +217,8 @@ def camera(x):
     v, u = torch.meshgrid(*(torch.arange(k) + 0.5 - k / 2 for k in (H, W)), indexing="ij")
     p = torch.zeros(n * (T - 1), 4)  # shift in x and y, growth, turn
     for blur in (8, 4, 2):
-        taps = torch.exp(-0.5 * (torch.arange(-2 * blur, 2 * blur + 1) / blur * 2) ** 2)
-        smooth = F.conv2d(F.pad(gray.reshape(-1, 1, H, W), [2 * blur] * 4, mode="replicate"), (taps[:, None] * taps)[None, None] / taps.sum() ** 2)
-        a, b = (s.reshape(-1, 1, H, W) for s in (smooth.view(n, T, H, W)[:, :-1], smooth.view(n, T, H, W)[:, 1:]))
+        smooth = blurred(gray.reshape(-1, 1, H, W), blur / 2, 2 * blur).view(n, T, H, W)
+        a, b = (s.reshape(-1, 1, H, W) for s in (smooth[:, :-1], smooth[:, 1:]))
         w = (keep[:, :-1] * keep[:, 1:]).reshape(-1, H * W)
         for _ in range(8):
             c, s = 1 + p[:, 2, None, None], p[:, 3, None, None]
@@ -265,27 +267,21 @@ def evaluate(job):
     if os.path.exists(path):
         return
     torch.set_num_threads(1)
-    begin, name = time.time(), row.split()[0]
-    videos, _ = scenes(a.scenes)
-    x = to_model(videos)
-    svd = load(a, "base-0" if name in ("true", "sliding", "nearest", "blend") else row)
-    result, keep = {}, {}
+    begin, result = time.time(), {}
+    name, _, progress = row.partition(" ")
+    svd, x = load(a, row), to_model(scenes(a.scenes)[0])
     z = torch.stack([svd.vae.encode(v) for v in x]) * exsvd.VAE_SCALE
-    rest = row.partition(" ")[2]
     for T in (SHORT, LONG):
-        if T == SHORT and (name in ("sliding", "nearest", "blend") or rest not in ("", "8/8")):
+        if T == SHORT and (name in ALTERNATIVES or progress not in ("", "8/8")):
             continue
-        if name in ("true", "sliding", "nearest", "blend"):
-            parts = [svd.vae.decode(z[i:i + 4, :T] / exsvd.VAE_SCALE).clamp(-1, 1) if name == "true" else forty(svd, name, x[i:i + 4], a.sample_steps)
-                     for i in range(0, len(x), 4)]
+        if name == "true":
+            made = torch.cat([svd.vae.decode(part / exsvd.VAE_SCALE) for part in z[:, :T].split(4)]).clamp(-1, 1)
         else:
-            result[f"loss {T}"] = losses(svd, z[:, :T], x[:, :T])
-            parts = [forty(svd, name, v, a.sample_steps) if T == LONG else generate(svd, v[:, 0], [data.motion_score(w[:SHORT]) for w in v], SHORT, a.sample_steps)
-                     for v in x.split(4)]
-        made = torch.cat(parts)
+            made = torch.cat([imitate(svd, name, part, a.sample_steps) for part in x[:, :T].split(4)])
+            if name not in ALTERNATIVES:
+                result[f"loss {T}"] = losses(svd, z[:, :T], x[:, :T])
         result[f"samples {T}"] = measure(made)
-        keep[str(T)] = ((made[:8] + 1) * 127.5).round().to(torch.uint8)
-    save_file(keep, path.replace(".json", ".safetensors"))
+    save_file({"video": torch.stack([sample.to_pixels(v) for v in made[:3]])}, row_path(a, row, ".safetensors"))  # for strip()
     with open(path + ".tmp", "w") as f:
         json.dump(result | {"seconds": round(time.time() - begin)}, f, indent=1)
     os.replace(path + ".tmp", path)
@@ -295,7 +291,7 @@ def evaluate(job):
 def all_rows(a):
     seeds = range(a.seeds)
     return ["true", *(f"{kind}-{s}" for s in seeds for kind in ("base", "untuned", "scratch")), *(f"tuned-{s} 8/8" for s in seeds),
-            *(f"tuned-0 {k}/8" for k in range(1, 8)), "sliding", "nearest", "blend", *ABLATIONS]
+            *(f"tuned-0 {k}/8" for k in range(1, 8)), *ALTERNATIVES, *ABLATIONS]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,9 +377,9 @@ def strip(a, names):
     blocks = []
     for i in range(min(3, a.scenes)):
         for name in names:
-            video = load_file(row_path(a, name, ".safetensors"))[str(LONG)][i]
-            blocks.append(torch.cat(list(video[[0, 5, 10, 15, 20, 25, 30, 35, 39]]), dim=2))
-    data.write_png(os.path.join(a.out, "strip.png"), torch.cat(blocks, dim=1).permute(1, 2, 0).contiguous())
+            video = load_file(row_path(a, name, ".safetensors"))["video"][i]              # (T,H,W,3)
+            blocks.append(torch.cat(list(video[[0, 5, 10, 15, 20, 25, 30, 35, 39]]), dim=1))
+    data.write_png(os.path.join(a.out, "strip.png"), torch.cat(blocks))
 
 
 def figure(a, rows, loss, ratio):
@@ -415,12 +411,12 @@ def main():
     p.add_argument("--quick", action="store_true", help="one seed, few steps and scenes")
     p.add_argument("--out", help="[runs/study, with --quick runs/study-quick]")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once, each on one thread [all cores]")
-    p.add_argument("--steps", type=int, help="N, a multiple of 40 [2000, with --quick 40]")
+    p.add_argument("--steps", type=int, help="N, a multiple of 40 [1000, with --quick 40]")
     p.add_argument("--seeds", type=int, help="[3, with --quick 1]")
     p.add_argument("--scenes", type=int, help="held-out scenes to measure [24, with --quick 4]")
     a = p.parse_args()
-    a.steps, a.seeds, a.scenes = a.steps or (40 if a.quick else 2000), a.seeds or (1 if a.quick else 3), a.scenes or (4 if a.quick else 24)
-    a.vae_steps, a.sample_steps = (300, 10) if a.quick else (1000, 25)
+    a.steps, a.seeds, a.scenes = a.steps or (40 if a.quick else 1000), a.seeds or (1 if a.quick else 3), a.scenes or (4 if a.quick else 24)
+    a.clips, a.vae_steps, a.sample_steps = (40, 300, 10) if a.quick else (2000, 1000, 25)
     if a.steps % 40:
         p.error(f"--steps {a.steps}: must be a multiple of 40, for post-tuning takes a fifth and is measured in eighths")
     a.out = os.path.abspath(a.out or os.path.join(ROOT, "runs", "study-quick" if a.quick else "study"))
