@@ -1363,7 +1363,7 @@ def main():
         q.add_argument("--fps", type=float, help="take the frames nearest to this rate instead")
         q.add_argument("--skip-static", type=float, default=0.0, help="leave out shots that change less per frame; try 0.002")
         q.add_argument("--size", type=_size, metavar="WxH", help="pixels of a clip, multiples of 8" +
-                       (" (default: 512x512; toy: 64x64)" if q is e else "; here only to count smaller videos"))
+                       (" (default: 512x512; toy: 128x128)" if q is e else "; here only to count smaller videos"))
     e.add_argument("--seed", type=int, default=0, help="of the noise on condition images; train.py --seed then draws the same")
     e.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"],
                    help="of what is stored, computed in float32 (default: float16: latents off by 3e-4 of their norm, the loss of a "
@@ -1375,7 +1375,7 @@ def main():
         a["frames"] = a["frames"] or (40 if toy else 128)
         if a.pop("command") == "check":
             return 0 if check(a.pop("data"), **a) else 1
-        a["size"] = a["size"] or ((64, 64) if toy else (512, 512))
+        a["size"] = a["size"] or ((128, 128) if toy else (512, 512))
         print(encode(a.pop("model"), a.pop("data"), a.pop("out"), getattr(torch, a.pop("dtype")), a.pop("device"), **a).describe())
     except (MediaError, exsvd.WeightsError, OSError) as error:
         print(error, file=sys.stderr)

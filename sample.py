@@ -29,7 +29,7 @@ DEFAULTS = {
     "SVD": dict(area=1024 * 576, steps=25, cfg=(1.0, 3.0), fps=7, motion=127, aug=0.02, decode_chunk=14),
     # as the ExVideo authors run their release; frames: the rows of its table
     "ExVideo": dict(area=512 * 512, steps=50, cfg=(2.0, 2.0), fps=30, motion=127, aug=0.02, decode_chunk=16),
-    "toy": dict(area=64 * 64, steps=25, cfg=(1.0, 2.0), fps=8, motion=30, aug=0.02, decode_chunk=16),
+    "toy": dict(area=128 * 128, steps=25, cfg=(1.0, 1.2), fps=8, motion=20, aug=0.02, decode_chunk=16),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def parse(argv):
     shown = lambda key: " / ".join(str(d[key]) for d in DEFAULTS.values())
     p.add_argument("images", nargs="*", metavar="IMAGE", help="pictures (PNG, JPEG, WebP, GIF, ...) or videos, whose first frame is used")
     p.add_argument("--model", help="single .safetensors file or diffusers folder [weights/svd_xt.safetensors if there, else the toy]")
-    p.add_argument("--extension", help="ExVideo release or own extension [with the default model: weights/exvideo.safetensors if there]")
+    p.add_argument("--extension", help="ExVideo release or own extension [with the default model: weights/exvideo.safetensors if there; the toy: its own]")
     p.add_argument("--native", type=int, help="frames the base was trained on [25, or what the model's files say; 14 for svd.safetensors]")
     p.add_argument("--frames", type=int, help="frames to make [all rows of the extension's table, or the native length]")
     p.add_argument("--size", metavar="WxH", help="multiples of 64 [the family's area at the image's own aspect ratio]")
@@ -247,7 +247,7 @@ def default_model(a):
     print("no weights/svd_xt.safetensors: using the toy model in assets/. For the real one, put stabilityai/stable-video-diffusion-"
           "img2vid-xt's svd_xt.safetensors (its own licence; 1.1 is gated) and ECNU-CILab/ExVideo-SVD-128f-v1's model.fp16.safetensors "
           "(as exvideo.safetensors), both on Hugging Face, into weights/", file=sys.stderr)
-    return toy, a.extension or (tuned if os.path.exists(tuned) else None)
+    return toy, a.extension or tuned
 
 
 def peak_memory(device):

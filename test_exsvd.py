@@ -2074,14 +2074,27 @@ def test_other_containers(tiny_model, picture, tmp_path, out):
 
 
 def test_the_toy_that_ships(tmp_path):
-    toy, image = (os.path.join(HERE, "assets", name) for name in ("toy.safetensors", "img.png"))
-    assert os.path.getsize(toy) < 20e6
-    run(image, "--model", toy, "--out", tmp_path / "frames")
+    toy, tuned, image = (os.path.join(HERE, "assets", name) for name in ("toy.safetensors", "toy-exvideo.safetensors", "img.png"))
+    assert os.path.getsize(toy) + os.path.getsize(tuned) < 20e6
+    run(image, "--model", toy, "--extension", tuned, "--out", tmp_path / "frames")
     video = data.read_video(tmp_path / "frames")[0].permute(0, 3, 1, 2) / 127.5 - 1
     low = lambda x: F.avg_pool2d(x, 4)
     error = low(video[:1]) - low(data.fit_image(data.read_image(image), *video.shape[:1:-1])[None])
-    assert len(video) >= 8 and 10 * torch.log10(4 / error.square().mean()) >= 18
+    assert len(video) == 40 and 10 * torch.log10(4 / error.square().mean()) >= 18
     assert ((video[1:] - video[:-1]).abs().mean((1, 2, 3)) * 127.5 > 0.5).all(), "frames that do not differ"
+
+
+def test_default_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "HERE", str(tmp_path))
+    chosen = lambda **given: tuple(p and os.path.relpath(p, tmp_path) for p in sample.default_model(argparse.Namespace(**{"model": None, "extension": None} | given)))
+    assert chosen() == ("assets/toy.safetensors", "assets/toy-exvideo.safetensors") and "using the toy model" in capsys.readouterr().err
+    assert chosen(model=tmp_path / "m") == ("m", None)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/svd_xt.safetensors").touch()
+    assert chosen() == ("weights/svd_xt.safetensors", None)
+    (tmp_path / "weights/exvideo.safetensors").touch()
+    assert chosen() == ("weights/svd_xt.safetensors", "weights/exvideo.safetensors")
+    assert chosen(extension=tmp_path / "e") == ("weights/svd_xt.safetensors", "e") and not capsys.readouterr().err
 
 
 def test_several_images_and_sizes(tiny_model, picture, tmp_path):

@@ -42,7 +42,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # The recipe of the paper (section 3.3: lr 1e-5, batch 1 per GPU, 128 frames, 512x512; Figure 6: 64,000 steps), and the toy's.
 DEFAULTS = {
     "SVD": dict(frames=128, size="512x512", steps=64000, lr=1e-5, save_every=500),
-    "toy": dict(frames=40, size="64x64", steps=200, lr=3e-4, save_every=100),
+    "toy": dict(frames=40, size="128x128", steps=200, lr=3e-4, save_every=100),
 }
 SIGMA_BINS = (0.7, 2.0, 6.0)  # the loss is logged apart between these: about the quartiles of the default noise levels
 BAD_STEPS = 5                 # steps in a row with non-finite gradients that stop the run

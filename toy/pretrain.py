@@ -1,18 +1,24 @@
-"""Makes the toy that ships, assets/toy.safetensors, from nothing but synthetic scenes, in three commands:
+"""Makes the toy that ships, assets/toy.safetensors and assets/toy-exvideo.safetensors, from nothing but synthetic scenes:
 
     python toy/pretrain.py                                                              # its VAE -> runs/toy-start.safetensors
-    python train.py --model runs/toy-start.safetensors --train all --frames 8 --batch 8 --lr 1.5e-3 --warmup 100 --ema 0.998 \\
-        --steps 600 --checkpoint none --out runs/toy                                   # its UNet and CLIP, together
-    python toy/pretrain.py --pack runs/toy/model-000600.safetensors --out assets/toy.safetensors
+    python toy/pretrain.py --videos runs/scenes --clips 2000 --blur 3 --like-photos     # 40 frames of 128x128 each
+    python train.py --model runs/toy-start.safetensors --data runs/scenes --train all --frames 8 --batch 8 --lr 1e-3 --warmup 100 \\
+        --ema 0.98 --steps 2000 --checkpoint none --out runs/toy                        # its UNet and CLIP, together
+    python train.py --model runs/toy/model-002000.safetensors --data runs/scenes --lr 1e-3 --warmup 20 --ema 0.98 --steps 100 \\
+        --checkpoint none --out runs/toy-exvideo                                        # ExVideo: from 8 frames to 40
+    python toy/pretrain.py --pack runs/toy/model-002000.safetensors --out assets/toy.safetensors
+    python toy/pretrain.py --pack runs/toy-exvideo/exvideo-000100.safetensors --out assets/toy-exvideo.safetensors
 
     1. Scenes   short clips of data.synthetic_scene, their colours shuffled so that photographs look familiar
     2. VAE      reconstruction of crops at many scales, then its latents are given mean 0 and variance 1
 
-The shipped weights took 2 min for the scenes, 7 min for the VAE (held-out PSNR 24.3 dB over 128 clips) and 27 min for UNet and
-CLIP (4,800 clips; loss 0.22 over the last 25 steps), on two busy cores of an Intel Xeon, seed 0. Expect the same figures, not
-the same bytes: the second half of the VAE's steps was run apart, and train.py has since changed how it seeds its noise.
+These commands have not been run in one go. The shipped weights saw five kinds of scenes in turn, as their samples showed what was
+wrong with the last, each on one thread of a busy two-core Intel Xeon: VAE 9 min (held-out PSNR 24.3 dB); 600 steps at 64x64
+27 min, 200 at 128x128 14 min, 500 with shuffled colours 36 min, 150 with faded ones 9 min, 400 with --like-photos --blur 3
+(250 videos, seed 11) 25 min; post-tuning on the last, 100 steps, 5 min. Two hours in all. Expect something as good, not the
+same bytes.
 
-The networks are SVD's, block for block, only narrower; 64 x 64 pixels are 8 x 8 latents.
+The networks are SVD's, block for block, only narrower; 128 x 128 pixels are 16 x 16 latents.
 """
 
 import argparse
@@ -106,13 +112,18 @@ def crops(clips, B, frames):
 
 
 def video(args):
-    """Scene `index` of 40 frames as a video file, recoloured or softened."""
+    """A softened scene of 40 frames as a video file. like_photos: the camera moves and nothing else, in colours of photographs."""
     torch.set_num_threads(1)
-    folder, seed, index, size, blur = args
-    torch.manual_seed(index)
-    x = soften(data.synthetic_scene(seed, index, 40, size)[0], blur)
-    if not blur:
-        x = sample.to_pixels(recolour(x.permute(0, 3, 1, 2)[None].float() / 127.5 - 1)[0])
+    folder, seed, index, size, blur, like_photos = args
+    torch.manual_seed(seed * 1_000_003 + index)
+    x, truth = data.synthetic_scene(seed, index, 40, size)
+    while like_photos and truth["radii"].shape[1]:                                     # one of six has no objects
+        seed += 1
+        x, truth = data.synthetic_scene(seed, index, 40, size)
+    x = soften(x, blur)
+    if like_photos:
+        x = recolour(x.permute(0, 3, 1, 2)[None].float() / 127.5 - 1)[0]
+        x = sample.to_pixels(torch.lerp(x.mean(1, keepdim=True), x, torch.rand(1)))    # photographs are paler
     with data.VideoWriter(os.path.join(folder, f"{index:05d}.mp4"), data.SYNTHETIC_FPS) as out:
         out.write(x)
 
@@ -232,7 +243,8 @@ if __name__ == "__main__":
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default=os.path.join(ROOT, "runs", "toy-start.safetensors"), help="where the model goes")
     p.add_argument("--videos", metavar="FOLDER", help="train nothing: write --clips scenes of 40 frames there for train.py --data")
-    p.add_argument("--blur", type=float, default=0, help="soften the scenes by a Gaussian of so many pixels, and leave their colours as they are")
+    p.add_argument("--blur", type=float, default=0, help="soften the scenes by a Gaussian of so many pixels")
+    p.add_argument("--like-photos", action="store_true", help="of --videos: no objects, colours shuffled and faded")
     p.add_argument("--size", type=int, default=128, help="pixels of --videos")
     p.add_argument("--pack", metavar="FILE", help="train nothing: write this model or extension, as train.py saved it, to --out in float16")
     p.add_argument("--channels", type=int, default=48, help="of the UNet, a multiple of 16")
@@ -255,7 +267,7 @@ if __name__ == "__main__":
     if args.videos:
         os.makedirs(args.videos, exist_ok=True)
         with Pool(args.threads) as pool:
-            pool.map(video, ((args.videos, args.seed, i, args.size, args.blur) for i in range(args.clips)), chunksize=8)
+            pool.map(video, ((args.videos, args.seed, i, args.size, args.blur, args.like_photos) for i in range(args.clips)), chunksize=8)
         sys.exit()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)                                                     # branches that start at zero make many
