@@ -269,7 +269,7 @@ def evaluate(job):
     path, settings = row_path(a, row, ".json"), [a.steps, a.scenes, a.sample_steps]
     if os.path.exists(path):
         with open(path) as f:
-            if json.load(f)["settings"] == settings:
+            if json.load(f).get("settings") == settings:
                 return
     torch.set_num_threads(1)
     begin, result = time.time(), {}
