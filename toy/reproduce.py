@@ -240,14 +240,14 @@ def measure(x):
     found, centre = objects(x)
     pan, change = camera(x), (x[:, 1:] - x[:, :-1]).abs().mean((2, 3, 4)) * 127.5         # (n,T-1,2) pixels, (n,T-1) of 255
     T, quarter = x.shape[1], max(1, x.shape[1] // 4)
-    order = lambda k: centre.diff(n=k, dim=1).norm(dim=-1)[found.unfold(1, k + 1, 1).all(-1)].mean()  # where it is seen; nan: nowhere
+    derivative = lambda k: centre.diff(n=k, dim=1).norm(dim=-1)[found.unfold(1, k + 1, 1).all(-1)].mean()  # where it is seen; nan: nowhere
     speed = pan.norm(dim=-1)
     out = {
         "found": found.float().mean(),                                                    # share of frames with the object
-        "object jerk": order(3),                                                          # pixels / frame^3
+        "object jerk": derivative(3),                                                     # pixels / frame^3
         "camera jerk": pan.diff(n=2, dim=1).norm(dim=-1).mean(),
         "flicker": change.mean(),                                                         # VBench's temporal flickering, 255 - its score * 255
-        "object speed": order(1),                                                         # pixels / frame
+        "object speed": derivative(1),                                                    # pixels / frame
         "camera speed": speed.mean(),
         "late": speed[:, -quarter:].mean() / speed[:, :quarter].mean(),                   # of the camera; below 1: motion dies out
     }
@@ -341,7 +341,7 @@ def report(a):
 
     main = [("true clips through the VAE", "true"), (f"base, {SHORT} frames, asked for {LONG}", "base-0"), ("extended, untuned", "untuned-0"),
             *((f"post-tuned, {12.5 * k:g} % of the steps", f"tuned-0 {k}/8") for k in (2, 4, 8)), (f"from scratch at {LONG} frames", "scratch-0"),
-            (f"sliding windows of {SHORT}", "sliding"), (f"{SHORT} frames, slowed to 40: nearest", "nearest"), (f"{SHORT} frames, slowed to 40: blend", "blend")]
+            (f"sliding windows of {SHORT}", "sliding"), (f"{SHORT} frames, slowed to {LONG}: nearest", "nearest"), (f"{SHORT} frames, slowed to {LONG}: blend", "blend")]
     loss_at = lambda T: lambda row: loss(row, T)
     over = lambda key: lambda row: ratio(row, key)
     goals = [  # what, figure, least, most
