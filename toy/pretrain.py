@@ -9,7 +9,8 @@
     python toy/pretrain.py --pack runs/toy/model-002000.safetensors --out assets/toy.safetensors
     python toy/pretrain.py --pack runs/toy-exvideo/exvideo-000100.safetensors --out assets/toy-exvideo.safetensors
 
-    1. Scenes   short clips of data.synthetic_scene, their colours shuffled so that photographs look familiar
+    1. Scenes   short clips of data.synthetic_scene, their colours shuffled so that photographs look familiar; or (--simple) the
+                study's world
     2. VAE      reconstruction of crops at many scales, then its latents are given mean 0 and variance 1
 
 These commands have not been run in one go. The shipped weights saw five kinds of scenes in turn, as their samples showed what was
@@ -28,6 +29,7 @@ import sys
 import time
 from multiprocessing import Pool
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -65,18 +67,49 @@ def soften(video, blur):
     return x.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def simple_scene(seed, index, frames=T):
+    """A world that small models learn in some hundred steps: waves of colour, over which the camera pans at constant speed, and a
+    magenta ball that bounces off the edges of the frame. uint8 (frames, SIZE, SIZE, 3), and its truth in pixels: the camera's
+    path (frames, 2) and the ball's centre (frames, 2)."""
+    rng, t = np.random.default_rng([seed, index]), np.arange(frames)
+
+    def velocity(least, most):
+        speed, angle = math.exp(rng.uniform(math.log(least), math.log(most))), rng.uniform(0, 2 * math.pi)
+        return speed * np.array([math.cos(angle), math.sin(angle)])
+
+    camera = velocity(0.3, 1) * t[:, None]                                           # (frames, 2)
+    v, u = np.mgrid[:SIZE, :SIZE] + 0.5
+    x, y = (axis + path[:, None, None] for axis, path in zip((u, v), camera.T))        # (frames, SIZE, SIZE)
+    image, turn = rng.uniform(0.3, 0.7, 3), rng.uniform(0, 2 * math.pi)
+    for k in range(3):                                                                 # 60 degrees apart: every pan shows
+        length, angle, phase = rng.uniform(44, 96), turn + k * math.pi / 3, rng.uniform(0, 2 * math.pi)
+        wave = np.sin(2 * math.pi / length * (math.cos(angle) * x + math.sin(angle) * y) + phase)
+        image = image + wave[..., None] * rng.normal(0, 0.23, 3)
+    image = torch.from_numpy(image).float().clamp(0, 1)
+    image[..., 1] += (data.magenta(image) - data.HUE_BACK).clamp(min=0)
+
+    radius = rng.uniform(9, 12)
+    reach, moved = SIZE / 2 - radius, rng.uniform(0, 4 * SIZE, 2) + velocity(0.7, 2) * t[:, None]
+    centre = SIZE / 2 + np.abs(moved % (4 * reach) - 2 * reach) - reach                # there and back: a bounce
+    apart = np.hypot(u - centre[:, 0, None, None], v - centre[:, 1, None, None])
+    ball = torch.tensor([rng.uniform(0.7, 0.9), rng.uniform(0, 0.1), rng.uniform(0.7, 0.9)]).float()
+    image = torch.lerp(image, ball, torch.from_numpy(1 / (1 + np.exp((apart - radius) / 1.5))).float()[..., None])
+    return (image * 255).round().to(torch.uint8), {"camera": torch.from_numpy(camera).float(), "centre": torch.from_numpy(centre).float()}
+
+
 def scene(args):
     """uint8 (T, SIZE, SIZE, 3). A third of the clips skip every other frame: twice as fast."""
     torch.set_num_threads(1)
-    seed, index, blur = args
+    seed, index, simple = args
     stride = 2 if index % 3 == 0 else 1
-    return soften(data.synthetic_scene(seed, index, T * stride, SIZE)[0][::stride], blur)
+    frames = simple_scene(seed, index, T * stride)[0] if simple else data.synthetic_scene(seed, index, T * stride, SIZE)[0]
+    return frames[::stride]
 
 
-def make_clips(seed, n, workers, blur=0):
+def make_clips(seed, n, workers, simple):
     """n clips (n, T, 3, SIZE, SIZE) uint8."""
     with Pool(workers) as pool:
-        videos = list(pool.imap(scene, ((seed, i, blur) for i in range(n)), chunksize=16))
+        videos = list(pool.imap(scene, ((seed, i, simple) for i in range(n)), chunksize=16))
     return torch.stack(videos).permute(0, 1, 4, 2, 3).contiguous()
 
 
@@ -112,15 +145,19 @@ def crops(clips, B, frames):
 
 
 def video(args):
-    """A softened scene of 40 frames as a video file. like_photos: the camera moves and nothing else, in colours of photographs."""
+    """A simple scene of 48 frames, or a softened one of 40, as a video file. like_photos: the camera moves and nothing else, in
+    colours of photographs."""
     torch.set_num_threads(1)
-    folder, seed, index, size, blur, like_photos = args
+    folder, seed, index, size, blur, like_photos, simple = args
     torch.manual_seed(seed * 1_000_003 + index)
-    x, truth = data.synthetic_scene(seed, index, 40, size)
-    while like_photos and truth["radii"].shape[1]:                                     # one of six has no objects
-        seed += 1
+    if simple:
+        x = simple_scene(seed, index, 48)[0]
+    else:
         x, truth = data.synthetic_scene(seed, index, 40, size)
-    x = soften(x, blur)
+        while like_photos and truth["radii"].shape[1]:                                 # one of six has no objects
+            seed += 1
+            x, truth = data.synthetic_scene(seed, index, 40, size)
+        x = soften(x, blur)
     if like_photos:
         x = recolour(x.permute(0, 3, 1, 2)[None].float() / 127.5 - 1)[0]
         x = sample.to_pixels(torch.lerp(x.mean(1, keepdim=True), x, torch.rand(1)))    # photographs are paler
@@ -242,9 +279,10 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Train the toy's VAE from nothing, or pack a trained toy.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default=os.path.join(ROOT, "runs", "toy-start.safetensors"), help="where the model goes")
-    p.add_argument("--videos", metavar="FOLDER", help="train nothing: write --clips scenes of 40 frames there for train.py --data")
-    p.add_argument("--blur", type=float, default=0, help="soften the scenes by a Gaussian of so many pixels")
+    p.add_argument("--videos", metavar="FOLDER", help="train nothing: write --clips scenes there, as videos for train.py --data")
+    p.add_argument("--blur", type=float, default=0, help="of --videos: soften them by a Gaussian of so many pixels")
     p.add_argument("--like-photos", action="store_true", help="of --videos: no objects, colours shuffled and faded")
+    p.add_argument("--simple", action="store_true", help="the study's world instead of data.synthetic_scene: waves of colour and a ball, 64x64 pixels")
     p.add_argument("--size", type=int, default=128, help="pixels of --videos")
     p.add_argument("--pack", metavar="FILE", help="train nothing: write this model or extension, as train.py saved it, to --out in float16")
     p.add_argument("--channels", type=int, default=48, help="of the UNet, a multiple of 16")
@@ -267,12 +305,12 @@ if __name__ == "__main__":
     if args.videos:
         os.makedirs(args.videos, exist_ok=True)
         with Pool(args.threads) as pool:
-            pool.map(video, ((args.videos, args.seed, i, args.size, args.blur, args.like_photos) for i in range(args.clips)), chunksize=8)
+            pool.map(video, ((args.videos, args.seed, i, args.size, args.blur, args.like_photos, args.simple) for i in range(args.clips)), chunksize=8)
         sys.exit()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)                                                     # branches that start at zero make many
     start = time.time()
-    clips, held_out = make_clips(args.seed, args.clips, args.threads, args.blur), make_clips(args.seed + 1, 128, args.threads, args.blur)
+    clips, held_out = (make_clips(seed, n, args.threads, args.simple) for seed, n in ((args.seed, args.clips), (args.seed + 1, 128)))
     print(f"{args.clips} scenes  {time.time() - start:.0f} s", flush=True)
     vae = train_vae(clips, held_out, args)
     unet = init(exsvd.UNet(UNET(args.channels)))

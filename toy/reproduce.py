@@ -3,8 +3,8 @@
     python toy/reproduce.py                    # the study: under 3 hours on 2 cores -> runs/study/{tables.md,figure.png,strip.png}
     python toy/reproduce.py --quick            # the same with few steps and scenes, under 15 minutes: shows that it runs, no more
 
-    1. Runs      toy/pretrain.py makes videos and the VAE, train.py everything else; ablations start from other
-                 extension files, or train something else
+    1. Runs      toy/pretrain.py makes videos and the VAE, data.py latents of them, train.py everything else; ablations start
+                 from other extension files, or train something else
     2. Samples   of each model, from the first frames of scenes it has not seen
     3. Measures  against scenes whose truth is known: do objects persist, how smooth are their track and the camera's, how much
                  flickers, how far does it go, does motion die out or come back
@@ -33,16 +33,16 @@ sys.path.insert(0, ROOT)
 import data
 import exsvd
 import sample
-from pretrain import blurred, soften
+from pretrain import SIZE, blurred, simple_scene
 
-SHORT, LONG, SIZE = 8, 40, 64      # frames of the base and of the extended model; pixels
+SHORT, LONG = 8, 40                # frames of the base and of the extended model, 64x64 pixels each
 CHANNELS = 32                      # of the UNet: 2.2 M parameters
-BLUR = 2                           # pixels: without fine texture so small a model learns the motion in hours
+BATCH = 2                          # videos of 40 frames per step; five times as many of 8
 HELD_OUT = 1_000_000               # seed of the scenes that are measured; the runs have seeds 0, 1, 2
 SIGMAS = (0.2, 1.0, 5.0)           # noise levels of the losses
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Runs. Base N steps on 8 frames, 5 videos a step; scratch N steps on 40 frames, one video; post-tuning N / 5 of those.
+# 1. Runs. Base N steps of 10 clips of 8 frames; scratch N steps of 2 clips of 40; post-tuning N / 5 of those.
 
 TABLES = {  # other initialisations of the frame table (40, C) than the cyclic fold
     "stretch": lambda C: exsvd.sinusoid(torch.linspace(0, SHORT - 1, LONG), C),
@@ -70,32 +70,39 @@ def run(a, log, *command):
         raise RuntimeError(f"{' '.join(command)} failed: see {log} in {a.out}")
 
 
-def train(a, name, steps, *flags):
-    """train.py, unless its last weights are there."""
-    out = os.path.join(a.out, name)
-    if not any(os.path.exists(os.path.join(out, f"{kind}-{steps:06d}.safetensors")) for kind in ("model", "exvideo")):
-        begin = time.time()
-        run(a, f"{name}.txt", "train.py", "--data", os.path.join(a.out, "videos"), "--size", f"{SIZE}x{SIZE}", "--steps", str(steps),
-            "--checkpoint", "none", "--workers", "1", "--keep", "1", "--out", out, *flags)
-        print(f"{name}: {steps} steps, {time.time() - begin:.0f} s", flush=True)
+def train(a, name, steps, rate, flags, clips):
+    """train.py, unless its last weights are there; the last quarter of the steps at a fifth of the learning rate."""
+    out, begin = os.path.join(a.out, name), time.time()
+    for last, lr in ((steps - steps // 4, rate), (steps, rate / 5)):
+        if not any(os.path.exists(os.path.join(out, f"{kind}-{last:06d}.safetensors")) for kind in ("model", "exvideo")):
+            run(a, f"{name}.txt", "train.py", "--data", os.path.join(a.out, clips), "--size", f"{SIZE}x{SIZE}", "--steps", str(last), "--lr", str(lr),
+                "--checkpoint", "none", "--workers", "1", "--keep", "1", "--out", out, *flags)
+            print(f"{name}: {last} steps, {time.time() - begin:.0f} s", flush=True)
 
 
 def all_runs(a):
     N, P = a.steps, a.steps // 5
-    begin, videos = (os.path.join(a.out, name) for name in ("start.safetensors", "videos"))
+    begin, start, videos = (os.path.join(a.out, name) for name in ("begin.safetensors", "start.safetensors", "videos"))
     base = lambda seed: f"{a.out}/base-{seed}/model-{N:06d}.safetensors"
     if not os.path.exists(videos):
-        run(a, "videos.txt", "toy/pretrain.py", "--videos", f"{videos}.tmp", "--clips", str(a.clips), "--size", str(SIZE), "--blur", str(BLUR), "--threads", str(a.jobs))
+        run(a, "videos.txt", "toy/pretrain.py", "--simple", "--videos", f"{videos}.tmp", "--clips", str(a.clips), "--threads", str(a.jobs))
         os.rename(f"{videos}.tmp", videos)
     if not os.path.exists(begin):
-        run(a, "vae.txt", "toy/pretrain.py", "--channels", str(CHANNELS), "--vae-steps", str(a.vae_steps), "--clips", str(4 * a.vae_steps),
-            "--blur", str(BLUR), "--out", begin)
-    pretrain = lambda seed: ["--model", begin, "--seed", str(seed), "--train", "all", "--lr", "1.5e-3", "--warmup", str(min(100, N // 5)),
-                             "--ema", "0.995", "--save-every", str(max(1, N // 8))]
-    tune = lambda seed: ["--model", base(seed), "--seed", str(seed), "--frames", str(LONG), "--lr", "1e-3", "--warmup", str(min(20, P)), "--ema", "0.98"]
+        run(a, "vae.txt", "toy/pretrain.py", "--simple", "--channels", str(CHANNELS), "--vae-steps", str(a.vae_steps), "--clips", str(4 * a.vae_steps), "--out", begin)
+    if not os.path.exists(start):  # CLIP learns beside a UNet that is then forgotten, and stays as it is: embeddings are stored with the latents
+        train(a, "clip", P // 2, 1e-3, ["--model", begin, "--train", "all", "--frames", str(SHORT), "--batch", "5", "--save-every", str(P)], "videos")
+        svd, clip = exsvd.load(begin), exsvd.load(f"{a.out}/clip/model-{P // 2:06d}.safetensors", parts=("clip",)).clip
+        exsvd.save_model(start, svd.unet, svd.vae, clip, family="toy")
     with ThreadPoolExecutor(a.jobs) as pool:
-        jobs = [pool.submit(train, a, f"base-{s}", N, *pretrain(s), "--frames", str(SHORT), "--batch", str(LONG // SHORT)) for s in range(a.seeds)]
-        jobs += [pool.submit(train, a, f"scratch-{s}", N, *pretrain(s), "--frames", str(LONG)) for s in range(a.seeds)]
+        encode = lambda T: run(a, f"latents-{T}.txt", "data.py", "encode", "--model", start, "--data", videos, "--frames", str(T), "--size", f"{SIZE}x{SIZE}",
+                               "--out", f"{a.out}/latents-{T}")
+        list(pool.map(encode, (SHORT, LONG)))
+        fresh = lambda seed: ["--model", start, "--seed", str(seed), "--train", r"^unet\.", "--warmup", str(min(60, N // 5)), "--ema", "0.99", "--save-every", str(N)]
+        tune = lambda seed, every: ["--model", base(seed), "--seed", str(seed), "--frames", str(LONG), "--batch", str(BATCH), "--warmup", str(min(10, P)),
+                                    "--ema", "0.95", "--save-every", str(max(1, every))]
+        jobs = [pool.submit(train, a, f"base-{s}", N, 3e-3, [*fresh(s), "--frames", str(SHORT), "--batch", str(BATCH * LONG // SHORT)], f"latents-{SHORT}")
+                for s in range(a.seeds)]
+        jobs += [pool.submit(train, a, f"scratch-{s}", N, 3e-3, [*fresh(s), "--frames", str(LONG), "--batch", str(BATCH)], f"latents-{LONG}") for s in range(a.seeds)]
         for job in jobs:
             job.result()
         for name, table in TABLES.items():
@@ -103,9 +110,9 @@ def all_runs(a):
             for block in unet.temporal_blocks():
                 block.frame_table.data.copy_(table(block.frame_table.shape[1]))
             exsvd.save_extension(f"{a.out}/{name}.safetensors", unet)
-        jobs = [pool.submit(train, a, f"tuned-{s}", P, *tune(s), "--save-every", str(max(1, P // 8))) for s in range(a.seeds)]
-        jobs += [pool.submit(train, a, name, P, *tune(0), "--save-every", str(P), *(["--extension", f"{a.out}/{name}.safetensors"] if name in TABLES else []),
-                             *flags) for name, (_, flags) in ABLATIONS.items()]
+        jobs = [pool.submit(train, a, f"tuned-{s}", P, 3e-3, tune(s, P // 8), f"latents-{LONG}") for s in range(a.seeds)]
+        jobs += [pool.submit(train, a, name, P, 3e-3, [*tune(0, P), *(["--extension", f"{a.out}/{name}.safetensors"] if name in TABLES else []), *flags],
+                             "videos" if name == "mixed" else f"latents-{LONG}") for name, (_, flags) in ABLATIONS.items()]
         for job in jobs:
             job.result()
 
@@ -136,15 +143,9 @@ def load(a, row):
 
 
 def scenes(n):
-    """n held-out scenes: videos uint8 (n,40,H,W,3) and the camera's truth (n,40,4). Each has one object, which never leaves the
-    frame and is at least 12 pixels wide: smaller ones the VAE may blur away, whose latents are 8 pixels apart."""
-    videos, cameras, index = [], [], 0
-    while len(videos) < n:
-        video, truth = data.synthetic_scene(HELD_OUT, index, LONG, SIZE)
-        if truth["present"].shape[1] == 1 and truth["present"].all() and truth["radii"].min() >= 6:
-            videos.append(soften(video, BLUR)), cameras.append(truth["camera"])
-        index += 1
-    return torch.stack(videos), torch.stack(cameras)
+    """n held-out scenes: videos uint8 (n,40,H,W,3) and the camera's path (n,40,2)."""
+    videos, truths = zip(*(simple_scene(HELD_OUT, i, LONG) for i in range(n)))
+    return torch.stack(videos), torch.stack([truth["camera"] for truth in truths])
 
 
 def to_model(videos):
@@ -214,23 +215,23 @@ def camera(x):
 
     The similarity that maps one frame to the next best, by Gauss-Newton from coarse to fine; magenta pixels do not count."""
     n, T, _, H, W = x.shape
-    gray, keep = x.mean(2), (data.magenta((x.movedim(2, -1) + 1) / 2) < 0.1).float()      # (n,T,H,W)
-    keep = -F.max_pool2d(-keep, 5, 1, 2)
+    keep = (data.magenta((x.movedim(2, -1) + 1) / 2) < 0.1).float()                       # (n,T,H,W)
+    keep = -F.max_pool2d(-keep, 9, 1, 4)                                                  # the rim of the object neither
     v, u = torch.meshgrid(*(torch.arange(k) + 0.5 - k / 2 for k in (H, W)), indexing="ij")
     p = torch.zeros(n * (T - 1), 4)  # shift in x and y, growth, turn
     for blur in (8, 4, 2):
-        smooth = blurred(gray.reshape(-1, 1, H, W), blur / 2, 2 * blur).view(n, T, H, W)
-        a, b = (s.reshape(-1, 1, H, W) for s in (smooth[:, :-1], smooth[:, 1:]))
-        w = (keep[:, :-1] * keep[:, 1:]).reshape(-1, H * W)
+        smooth = blurred(x.flatten(0, 1), blur / 2, 2 * blur).view(x.shape)
+        a, b = smooth[:, :-1].flatten(0, 1), smooth[:, 1:].flatten(0, 1)                  # (pairs,3,H,W)
+        w = (keep[:, :-1] * keep[:, 1:]).view(-1, H, W)
         for _ in range(8):
             c, s = 1 + p[:, 2, None, None], p[:, 3, None, None]
             X, Y = c * u - s * v + p[:, 0, None, None], s * u + c * v + p[:, 1, None, None]
             warped = F.grid_sample(b, torch.stack([2 * X / W, 2 * Y / H], -1), padding_mode="border", align_corners=False)
-            inside = ((X.abs() < W / 2 - 1) & (Y.abs() < H / 2 - 1)).flatten(1) * w
-            dy, dx = torch.gradient(warped[:, 0], dim=(1, 2))
-            J = torch.stack([dx, dy, dx * u + dy * v, dy * u - dx * v], -1).flatten(1, 2)    # (pairs, pixels, 4)
+            inside = (((X.abs() < W / 2 - 1) & (Y.abs() < H / 2 - 1)) * w)[:, None].expand_as(a).flatten(1)
+            dy, dx = torch.gradient(warped, dim=(2, 3))
+            J = torch.stack([dx, dy, dx * u + dy * v, dy * u - dx * v], -1).flatten(1, 3)    # (pairs, colours and pixels, 4)
             A = torch.einsum("npi,np,npj->nij", J, inside, J) + 1e-3 * torch.eye(4)
-            g = torch.einsum("npi,np,np->ni", J, inside, (warped - a)[:, 0].flatten(1))
+            g = torch.einsum("npi,np,np->ni", J, inside, (warped - a).flatten(1))
             p = p - torch.linalg.solve(A, g)
     return p[:, :2].view(n, T - 1, 2)
 
@@ -307,10 +308,7 @@ def check_measures(a):
     """What the measures say of clips whose truth is known: the share of frames in which the object is found, and the error of the
     camera in pixels per frame, on the frames themselves."""
     videos, cameras = scenes(a.scenes)
-    x, d = to_model(videos), cameras.diff(dim=1)
-    zoom, angle = cameras[:, :-1, 2], cameras[:, :-1, 3]
-    c, s = angle.cos() * zoom, angle.sin() * zoom
-    true = -torch.stack([c * d[..., 0] + s * d[..., 1], c * d[..., 1] - s * d[..., 0]], -1)  # where what was in the centre goes
+    x, true = to_model(videos), -cameras.diff(dim=1)                                    # where what is in the centre goes
     return {"found": objects(x)[0].float().mean().item(), "camera error": (camera(x) - true).norm(dim=-1).mean().item(),
             "camera speed": true.norm(dim=-1).mean().item()}
 
@@ -421,12 +419,12 @@ def main():
     p.add_argument("--quick", action="store_true", help="one seed, few steps and scenes")
     p.add_argument("--out", help="[runs/study, with --quick runs/study-quick]")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once, each on one thread [all cores]")
-    p.add_argument("--steps", type=int, help="N, a multiple of 40 [1000, with --quick 40]")
+    p.add_argument("--steps", type=int, help="N, a multiple of 40 [1600, with --quick 40]")
     p.add_argument("--seeds", type=int, help="[3, with --quick 1]")
     p.add_argument("--scenes", type=int, help="held-out scenes to measure [8, with --quick 4]")
     a = p.parse_args()
-    a.steps, a.seeds, a.scenes = a.steps or (40 if a.quick else 1000), a.seeds or (1 if a.quick else 3), a.scenes or (4 if a.quick else 8)
-    a.clips, a.vae_steps, a.sample_steps = (40, 300, 10) if a.quick else (2000, 1000, 25)
+    a.steps, a.seeds, a.scenes = a.steps or (40 if a.quick else 1600), a.seeds or (1 if a.quick else 3), a.scenes or (4 if a.quick else 8)
+    a.clips, a.vae_steps, a.sample_steps = (40, 300, 10) if a.quick else (400, 1000, 25)
     if a.steps % 40:
         p.error(f"--steps {a.steps}: must be a multiple of 40, for post-tuning takes a fifth and is measured in eighths")
     if not importlib.util.find_spec("matplotlib"):
