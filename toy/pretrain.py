@@ -69,15 +69,15 @@ def soften(video, blur):
 
 def simple_scene(seed, index, frames=T):
     """A world that small models learn in some hundred steps: waves of colour, over which the camera pans at constant speed, and a
-    magenta ball that bounces off the edges of the frame. uint8 (frames, SIZE, SIZE, 3), and its truth in pixels: the camera's
-    path (frames, 2) and the ball's centre (frames, 2)."""
+    magenta ball that bounces off the edges of the frame. uint8 (frames, SIZE, SIZE, 3), and the camera's path in
+    pixels, float32 (frames, 2)."""
     rng, t = np.random.default_rng([seed, index]), np.arange(frames)
 
     def velocity(least, most):
         speed, angle = math.exp(rng.uniform(math.log(least), math.log(most))), rng.uniform(0, 2 * math.pi)
         return speed * np.array([math.cos(angle), math.sin(angle)])
 
-    camera = velocity(0.3, 1) * t[:, None]                                           # (frames, 2)
+    camera = velocity(0.3, 1) * t[:, None]                                             # (frames, 2)
     v, u = np.mgrid[:SIZE, :SIZE] + 0.5
     x, y = (axis + path[:, None, None] for axis, path in zip((u, v), camera.T))        # (frames, SIZE, SIZE)
     image, turn = rng.uniform(0.3, 0.7, 3), rng.uniform(0, 2 * math.pi)
@@ -94,7 +94,7 @@ def simple_scene(seed, index, frames=T):
     apart = np.hypot(u - centre[:, 0, None, None], v - centre[:, 1, None, None])
     ball = torch.tensor([rng.uniform(0.7, 0.9), rng.uniform(0, 0.1), rng.uniform(0.7, 0.9)]).float()
     image = torch.lerp(image, ball, torch.from_numpy(1 / (1 + np.exp((apart - radius) / 1.5))).float()[..., None])
-    return (image * 255).round().to(torch.uint8), {"camera": torch.from_numpy(camera).float(), "centre": torch.from_numpy(centre).float()}
+    return (image * 255).round().to(torch.uint8), torch.from_numpy(camera).float()
 
 
 def scene(args):

@@ -144,8 +144,8 @@ def load(a, row):
 
 def scenes(n):
     """n held-out scenes: videos uint8 (n,40,H,W,3) and the camera's path (n,40,2)."""
-    videos, truths = zip(*(simple_scene(HELD_OUT, i, LONG) for i in range(n)))
-    return torch.stack(videos), torch.stack([truth["camera"] for truth in truths])
+    videos, cameras = zip(*(simple_scene(HELD_OUT, i, LONG) for i in range(n)))
+    return torch.stack(videos), torch.stack(cameras)
 
 
 def to_model(videos):
