@@ -2362,8 +2362,16 @@ def test_a_signal_to_every_process_saves_too(small, videos, tmp_path):
     assert int(state.name[6:]) == int(log_of(tmp_path)[-1]["step"])
 
 
-@pytest.mark.parametrize("precision", [[], pytest.param(["--fp16"], marks=pytest.mark.skipif(
-    not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="DeepSpeed refuses fp16 on this CPU"))], ids=["bf16", "fp16"])
+HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+@pytest.mark.skipif(HAS_FP16, reason="this machine has fp16")
+def test_train_refuses_fp16_where_there_is_none(small, tmp_path):
+    p = launch("--model", small, "--out", tmp_path / "run", "--fp16")
+    assert p.returncode == 1 and "no fp16 on this machine" in p.stderr.strip().splitlines()[-1] and not (tmp_path / "run").exists(), p.stderr
+
+
+@pytest.mark.parametrize("precision", [[], pytest.param(["--fp16"], marks=pytest.mark.skipif(not HAS_FP16, reason="no fp16 on this CPU"))], ids=["bf16", "fp16"])
 def test_gradients_that_stay_bad_stop_the_run_and_name_the_clips(small, tmp_path, precision):
     svd = exsvd.load(small)
     svd.unet.conv_out.bias.data[0] = math.nan

@@ -516,6 +516,8 @@ def main(argv=None):
     # behind, and every later one would wait for it without end. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = deepspeed_config(a)
+    if a.fp16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        sys.exit("train.py: --fp16: DeepSpeed finds no fp16 on this machine; leave it out to train in bf16")
     deepspeed.init_distributed(timeout=timedelta(hours=12))  # not its 10 minutes: rank 0 may index many videos, or sample a long one
     rank, world = dist.get_rank(), dist.get_world_size()
     master = rank == 0
