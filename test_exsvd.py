@@ -11,6 +11,7 @@ holding the same weights, are the reference. What needs a GPU skips and says so.
     3. data.py     videos to clips and latents
     4. sample.py   samplers, chunked decoding, the command
     5. train.py    runs with DeepSpeed, one and two ranks, killed and resumed
+    6. toy/        the study's measures, on clips whose truth is known
 """
 
 import argparse
@@ -2081,8 +2082,8 @@ def test_the_toy_that_ships(tmp_path):
     run(image, "--model", toy, "--extension", tuned, "--out", tmp_path / "frames", size=None)
     video = data.read_video(tmp_path / "frames")[0].permute(0, 3, 1, 2) / 127.5 - 1
     low = lambda x: F.avg_pool2d(x, 4)
-    error = low(video[:1]) - low(data.fit_image(data.read_image(image), *video.shape[:1:-1])[None])
-    assert len(video) == 40 and 10 * torch.log10(4 / error.square().mean()) >= 18
+    error = low(video) - low(data.fit_image(data.read_image(image), *video.shape[:1:-1])[None])
+    assert len(video) == 40 and (10 * torch.log10(4 / error.square().mean((1, 2, 3))) >= 18).all(), "a frame that does not look like the picture"
     assert ((video[1:] - video[:-1]).abs().mean((1, 2, 3)) * 127.5 > 0.5).all(), "frames that do not differ"
 
 
@@ -2414,3 +2415,68 @@ def test_deepspeed_config_is_merged_over_ours(tmp_path):
     config = train.deepspeed_config(a)
     assert config["optimizer"]["params"]["lr"] == a.lr == 1e-4 and a.accumulate == 3 and config["optimizer"]["type"] == "AdamW"
     assert config["zero_optimization"] == {"stage": 2, "round_robin_gradients": False, "reduce_bucket_size": 1000}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. toy/
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, os.path.join(HERE, "toy"))
+    import reproduce
+    return reproduce
+
+
+@pytest.fixture(scope="module")
+def clips(study):
+    return study.to_model(study.scenes(2)[0])                                             # (2,40,3,64,64)
+
+
+def test_the_measures_find_object_and_camera(study):
+    checks = study.check_measures(argparse.Namespace(scenes=4))
+    assert checks["found"] >= 0.99 and checks["object error"] < 1 and checks["camera error"] < 0.05 < checks["camera speed"] / 5
+
+
+def test_the_measures_tell_frozen_shaken_slowed_and_looped_clips_apart(study, clips):
+    true, frozen = study.measure(clips), study.measure(clips[:, :1].expand_as(clips))
+    assert frozen["flicker"] == 0 and frozen["object displacement"] == 0 and frozen["camera displacement"] < 0.01 and frozen["object jerk"] == 0
+    shifts = torch.randint(-1, 2, (40, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    shaken = study.measure(torch.stack([clips[:, 0].roll(s, (2, 3)) for s in shifts], 1))
+    assert shaken["object jerk"] > 5 * true["object jerk"] and shaken["camera jerk"] > 5 * true["camera jerk"]
+    assert shaken["object displacement"] < 0.5 * true["object displacement"] and shaken["camera displacement"] < 0.5 * true["camera displacement"]
+    slowed = torch.cat([clips[:, :20], clips[:, 19:20].expand(-1, 20, -1, -1, -1)], 1)
+    assert study.measure(slowed)["late"] < 0.05 and 0.8 < true["late"] < 1.25
+    assert study.measure(torch.cat([clips[:, :20], clips[:, :20]], 1))["return"] == 0 < true["return"]
+    assert study.measure(torch.rand_like(clips[:1]) * 2 - 1)["found"] < 0.1
+
+
+def test_alternatives_make_forty_frames_of_eight(study, clips, monkeypatch):
+    windows = []
+    monkeypatch.setattr(study, "generate", lambda svd, first, score, frames, steps, seed=0: windows.append(first) or first[:, None] + torch.arange(frames).view(-1, 1, 1, 1) * 0.1)
+    first = clips[:, 0]
+    t = ((study.imitate(None, "blend", first, None, 40, 1) - first[:, None]) / 0.1).mean((2, 3, 4))
+    assert torch.allclose(t, torch.linspace(0, 7, 40).expand(2, -1), atol=1e-3)
+    t = ((study.imitate(None, "nearest", first, None, 40, 1) - first[:, None]) / 0.1).mean((2, 3, 4))
+    assert torch.allclose(t, torch.linspace(0, 7, 40).round().expand(2, -1), atol=1e-3)
+    windows.clear()
+    video = study.imitate(None, "sliding", first, None, 40, 1)
+    assert video.shape == clips.shape and len(windows) == 6 and torch.allclose(((video - first[:, None]) / 0.1).mean((2, 3, 4)), torch.arange(40.).expand(2, -1), atol=1e-3)
+    assert all(torch.equal(w, video[:, 7 * k]) for k, w in enumerate(windows))
+
+
+def test_the_report_is_a_table(study, tmp_path, monkeypatch):
+    """Of made-up rows: every line of a Markdown table has as many cells as its head."""
+    a = argparse.Namespace(out=str(tmp_path), steps=40, seeds=3, scenes=1, hardware="none")
+    (tmp_path / "rows").mkdir()
+    samples = {T: study.measure(study.to_model(study.scenes(1)[0])[:, :T]) for T in (8, 40)}
+    for row in study.all_rows(a):
+        losses = {} if row in ("true", *study.ALTERNATIVES) else {f"loss {T}": {str(s): 1.0 for s in study.SIGMAS} for T in (8, 40)}
+        with open(study.row_path(a, row, ".json"), "w") as f:
+            json.dump(losses | {f"samples {T}": samples[T] for T in (8, 40)}, f)
+    monkeypatch.setattr(study, "strip", lambda *_: None)
+    monkeypatch.setattr(study, "figure", lambda *_: None)
+    study.report(a)
+    blocks = [block.splitlines() for block in (tmp_path / "tables.md").read_text().split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 5 and all(line.count("|") == block[0].count("|") for block in blocks for line in block)
+    assert "| flicker | 1.000 | 0.9 to 1.1 | met |" in blocks[3]

@@ -67,10 +67,10 @@ def soften(video, blur):
     return x.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def simple_scene(seed, index, frames=T):
+def simple_scene(seed, index, frames):
     """A world that small models learn in some hundred steps: waves of colour, over which the camera pans at constant speed, and a
-    magenta ball that bounces off the edges of the frame. uint8 (frames, SIZE, SIZE, 3), and the camera's path in
-    pixels, float32 (frames, 2)."""
+    magenta ball that bounces off the edges of the frame. uint8 (frames, SIZE, SIZE, 3); the camera's path and the ball's in
+    the frame, in pixels, float32 (frames, 2) each."""
     rng, t = np.random.default_rng([seed, index]), np.arange(frames)
 
     def velocity(least, most):
@@ -94,7 +94,7 @@ def simple_scene(seed, index, frames=T):
     apart = np.hypot(u - centre[:, 0, None, None], v - centre[:, 1, None, None])
     ball = torch.tensor([rng.uniform(0.7, 0.9), rng.uniform(0, 0.1), rng.uniform(0.7, 0.9)]).float()
     image = torch.lerp(image, ball, torch.from_numpy(1 / (1 + np.exp((apart - radius) / 1.5))).float()[..., None])
-    return (image * 255).round().to(torch.uint8), torch.from_numpy(camera).float()
+    return (image * 255).round().to(torch.uint8), torch.from_numpy(camera).float(), torch.from_numpy(centre).float()
 
 
 def scene(args):
@@ -184,6 +184,7 @@ def init(network):
             zero(m.proj_out)
     if isinstance(network, exsvd.UNet):
         zero(network.conv_out)
+        network.down[0].conv.weight.data[:, 4:] *= exsvd.VAE_SCALE                     # image latents come unscaled
     if isinstance(network, exsvd.VAE):
         # Colours get through from the first step on. Started at random, with L1 alone, it had learned only gray in 1,500 steps.
         through = ("conv_in", "skip", "downsample", "upsample", "coder.conv_out", "quant_conv")
@@ -221,12 +222,15 @@ def vae_psnr(vae, clips):
 
 
 def train_vae(clips, held_out, args):
-    """Encoder and decoder for half of the steps; then the encoder is left as it is and the decoder gets better at it."""
+    """Encoder and decoder for half of the steps; then the encoder is left as it is, its latents get mean 0 and variance 1, and
+    the decoder gets better at them."""
     torch.manual_seed(args.seed)
     vae = init(exsvd.VAE(VAE))
     half = args.vae_steps // 2
-    start, average = time.time(), 0
+    start, average, noise = time.time(), 0, LATENT_NOISE
     for step in range(args.vae_steps):
+        if step == half:
+            noise = normalise(vae, clips)
         if step in (0, half):
             torch.manual_seed(args.seed + step)
             vae.encoder.requires_grad_(step == 0)
@@ -239,8 +243,8 @@ def train_vae(clips, held_out, args):
             group["lr"] = cosine(step, args.vae_steps, args.vae_lr)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             z = vae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()          # (B, t, 4, 8, 8)
-            y = vae.decode(z + LATENT_NOISE * torch.randn_like(z)).float()
-        loss = reconstruction_loss(y.flatten(0, 1), x.flatten(0, 1)) + 1e-3 * z.square().mean()
+            y = vae.decode(z + noise * torch.randn_like(z)).float()
+        loss = reconstruction_loss(y.flatten(0, 1), x.flatten(0, 1)) + (1e-3 * z.square().mean() if step < half else 0)
         opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -249,23 +253,24 @@ def train_vae(clips, held_out, args):
         if step % 100 == 99:
             print(f"vae {step + 1}/{args.vae_steps}  loss {average:.4f}  held-out PSNR {vae_psnr(vae, held_out[:16]):.2f} dB"
                   f"  {time.time() - start:.0f} s", flush=True)
-    normalise(vae, clips)
     return vae
 
 
 @torch.no_grad()
 def normalise(vae, clips):
-    """Fold mean and deviation of the latents into the layers around them: latents * VAE_SCALE get mean 0 and variance 1."""
+    """Fold mean and deviation of the latents into the layers around them: latents * VAE_SCALE get mean 0 and variance 1.
+    Returns what LATENT_NOISE then is, (4,1,1)."""
     z = torch.cat([vae.encode(v.float() / 127.5 - 1) for v in clips[:512, ::4]])
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3)) * exsvd.VAE_SCALE                  # (4,) each; new latents: (z - mean) / std
     quant, conv_in = vae.quant_conv, vae.decoder.conv_in
-    # A border of zeros is a border of `mean` after folding, which conv_in's bias can't express: the error is on the rim.
+    # Zeros around the latents now mean `mean`, which conv_in's bias can't express: the decoder learns its rim anew.
     conv_in.bias += (conv_in.weight.sum((2, 3)) * mean).sum(1)
     conv_in.weight *= std[:, None, None]
     quant.weight[:4] /= std[:, None, None, None]
     quant.bias[:4] = (quant.bias[:4] - mean) / std
     quant.weight[4:] = 0                                                               # log variance: the noise of training
     quant.bias[4:] = 2 * (LATENT_NOISE / std).log()
+    return (LATENT_NOISE / std)[:, None, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -293,6 +298,8 @@ if __name__ == "__main__":
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 in training")
     p.add_argument("--seed", type=int, default=0, help="of everything; held-out scenes have seed + 1")
     args = p.parse_args()
+    if args.simple and args.like_photos:
+        p.error("--like-photos shuffles colours, and the ball of --simple is found by its own: use one of them")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     if args.pack:
         file = exsvd.Tensors(args.pack)
@@ -313,7 +320,5 @@ if __name__ == "__main__":
     clips, held_out = (make_clips(seed, n, args.threads, args.simple) for seed, n in ((args.seed, args.clips), (args.seed + 1, 128)))
     print(f"{args.clips} scenes  {time.time() - start:.0f} s", flush=True)
     vae = train_vae(clips, held_out, args)
-    unet = init(exsvd.UNet(UNET(args.channels)))
-    unet.down[0].conv.weight.data[:, 4:] *= exsvd.VAE_SCALE                            # image latents come unscaled
-    save(args.out, unet, vae, exsvd.ImageEncoder(CLIP))
+    save(args.out, init(exsvd.UNet(UNET(args.channels))), vae, exsvd.ImageEncoder(CLIP))
     print(f"VAE: held-out PSNR {vae_psnr(vae, held_out):.2f} dB  {time.time() - start:.0f} s; saved to {args.out}")
