@@ -427,7 +427,7 @@ def strip(a, names):
 
 
 def figure(a, loss, figure_of):
-    """Loss and flicker over post-tuning, from jitter to coherence."""
+    """Loss, and flicker, jerk and displacement of samples, over post-tuning."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -440,12 +440,12 @@ def figure(a, loss, figure_of):
     axes[0].set(xlabel="post-tuning steps", ylabel="loss", ylim=(0, None))
     axes[1].plot(steps, [figure_of(n, "flicker") for n in names], "o-", label="flicker")
     axes[1].plot(steps, [figure_of(n, "object jerk") for n in names], "^-", label="jerk of the object")
-    axes[1].plot(steps, [figure_of(n, "camera jerk") for n in names], "v-", label="jerk of the camera")
+    axes[1].plot(steps, [figure_of(n, "object displacement") for n in names], "v-", label="displacement of the object")
     axes[1].axhline(1, color="k", lw=1, ls=":", label="true clips")
-    axes[1].set(xlabel="post-tuning steps", ylabel="over that of true clips", yscale="log")
+    axes[1].set(xlabel="post-tuning steps", ylabel="over that of true clips", yscale="log", ylim=(0.2, 200))
     for ax in axes:
         ax.axvspan(0.75 * P, P, color="k", alpha=0.06, lw=0, label="learning rate over 5")
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(loc="upper right", frameon=False, fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
     fig.savefig(os.path.join(a.out, "figure.png"), dpi=130)
