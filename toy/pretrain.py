@@ -11,7 +11,7 @@
 
     1. Scenes   short clips of data.synthetic_scene, their colours shuffled so that photographs look familiar; or (--simple) the
                 study's world
-    2. VAE      reconstruction of crops at many scales, then its latents are given mean 0 and variance 1
+    2. VAE      reconstruction of crops at many scales; halfway its latents are given mean 0 and variance 1
 
 These commands have not been run in one go. The shipped weights saw five kinds of scenes in turn, as their samples showed what was
 wrong with the last, each on one thread of a busy two-core Intel Xeon: VAE 9 min (held-out PSNR 24.3 dB); 600 steps at 64x64

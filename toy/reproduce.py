@@ -99,9 +99,11 @@ def together(a, function, jobs):
 
 def untrained(a, seed, frames):
     """A UNet that knows nothing, as one made for so many frames; beside the VAE and CLIP of all runs. Returns its file."""
-    path, svd = f"{a.out}/untrained-{seed}-{frames}.safetensors", exsvd.load(f"{a.out}/start.safetensors")
-    torch.manual_seed(seed)
-    exsvd.save_model(path, init(exsvd.UNet(replace(svd.unet.config, native_frames=frames))), svd.vae, svd.clip, family="toy")
+    path = f"{a.out}/untrained-{seed}-{frames}.safetensors"
+    if not os.path.exists(path):
+        svd = exsvd.load(f"{a.out}/start.safetensors")
+        torch.manual_seed(seed)
+        exsvd.save_model(path, init(exsvd.UNet(replace(svd.unet.config, native_frames=frames))), svd.vae, svd.clip, family="toy")
     return path
 
 
@@ -285,6 +287,13 @@ def measure(x):
     return {k: v.item() for k, v in out.items()}
 
 
+def write_json(path, value):
+    """Under a temporary name first: a run that is killed leaves no half of it."""
+    with open(path + ".tmp", "w") as f:
+        json.dump(value, f, indent=1)
+    os.replace(path + ".tmp", path)
+
+
 def row_path(a, row, ending):
     return os.path.join(a.out, "rows", row.translate({ord(" "): "-", ord("/"): "of"}) + ending)
 
@@ -314,9 +323,7 @@ def evaluate(job):
         made = svd.vae.decode(z[:, :T] / exsvd.VAE_SCALE).clamp(-1, 1) if name == "true" else imitate(svd, name, x[:, 0], score, T, a.sample_steps)
         result[f"samples {T}"] = measure(made)
     save_file({"video": torch.stack([sample.to_pixels(v) for v in made])}, row_path(a, row, ".safetensors"))
-    with open(path + ".tmp", "w") as f:
-        json.dump(result | {"settings": settings, "seconds": round(time.time() - begun)}, f, indent=1)
-    os.replace(path + ".tmp", path)
+    write_json(path, result | {"settings": settings, "seconds": round(time.time() - begun)})
     print(f"{row}: {time.time() - begun:.0f} s", flush=True)
 
 
@@ -470,8 +477,8 @@ def main():
             theirs = json.load(f)
         if theirs != settings:
             p.error(f"{a.out} holds a study with {theirs}, not {settings}: choose another --out")
-    with open(path, "w") as f:
-        json.dump(settings, f)
+    else:
+        write_json(path, settings)
     a.hardware = f"{a.jobs} processes of one thread on {os.cpu_count()} cores, torch {torch.__version__}"
     all_runs(a)
     with get_context("spawn").Pool(a.jobs) as pool:
