@@ -182,8 +182,8 @@ def parse(argv):
     p.add_argument("--eta", type=float, default=0.0, help="fresh noise per step of ddim, 0 to 1 [0]")
     p.add_argument("--cfg", type=float, nargs=2, metavar=("MIN", "MAX"), help=f"guidance on the first and last frame [{shown('cfg')}]")
     p.add_argument("--fps", type=float, help=f"frames per second, told to the model and written to the file [{shown('fps')}]")
-    p.add_argument("--motion", type=float, help="amount of motion. SVD's scale is 0..255; ExVideo's release and the toy were "
-                                                f"trained on 0..127 [{shown('motion')}]")
+    p.add_argument("--motion", type=float, help="amount of motion. SVD's scale is 0..255; ExVideo's release was trained on "
+                                                f"0..127, the toy on 20 alone [{shown('motion')}]")
     p.add_argument("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only where the noise level lies in (LOW, HIGH]; the "
                                                                                         "other steps cost half [all; noise falls from 700 to 0.002]")
     p.add_argument("--aug", type=float, help=f"noise added to the image, which frees the motion from it [{shown('aug')}]")

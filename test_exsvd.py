@@ -2076,15 +2076,27 @@ def test_other_containers(tiny_model, picture, tmp_path, out):
     assert data.read_video(tmp_path / out)[0].shape == (3, 64, 64, 3) and data.read_settings(tmp_path / out)["frames"] == 3
 
 
+def flown(picture, frames, speed):
+    """Picture (3,H,W) -> (frames,3,H,W): a camera that flies into its middle, at that speed (of the distance, per frame)."""
+    x = picture.expand(frames, -1, -1, -1)
+    window = torch.exp(-speed * torch.arange(frames)).view(-1, 1, 1) * torch.eye(2, 3)
+    return F.grid_sample(x, F.affine_grid(window, x.shape, align_corners=False), padding_mode="border", align_corners=False)
+
+
+def psnr_of_frames(a, b):
+    """Of (T,3,H,W) in [-1,1], without detail finer than four pixels, in dB: (T,)."""
+    return 10 * torch.log10(4 / F.avg_pool2d(a - b, 4).square().mean((1, 2, 3)))
+
+
 def test_the_toy_that_ships(tmp_path):
     toy, tuned, image = (os.path.join(HERE, "assets", name) for name in ("toy.safetensors", "toy-exvideo.safetensors", "img.png"))
     assert os.path.getsize(toy) + os.path.getsize(tuned) < 20e6
     run(image, "--model", toy, "--extension", tuned, "--out", tmp_path / "frames", size=None)
     video = data.read_video(tmp_path / "frames")[0].permute(0, 3, 1, 2) / 127.5 - 1
-    low = lambda x: F.avg_pool2d(x, 4)
-    error = low(video) - low(data.fit_image(data.read_image(image), *video.shape[:1:-1])[None])
-    assert len(video) == 40 and (10 * torch.log10(4 / error.square().mean((1, 2, 3))) >= 18).all(), "a frame that does not look like the picture"
-    assert ((video[1:] - video[:-1]).abs().mean((1, 2, 3)) * 127.5 > 0.5).all(), "frames that do not differ"
+    picture = data.fit_image(data.read_image(image), *video.shape[:1:-1])
+    true, still = psnr_of_frames(video, flown(picture, 40, 0.032 / 8)), psnr_of_frames(video, picture)
+    assert len(video) == 40 and (true >= 18).all(), "a frame that does not look like the picture"
+    assert (true > still)[10:].all(), "a camera that does not fly at least half as fast"
 
 
 def test_default_model(tmp_path, monkeypatch, capsys):
@@ -2463,6 +2475,19 @@ def test_alternatives_make_forty_frames_of_eight(study, clips, monkeypatch):
     video = study.imitate(None, "sliding", first, None, 40, 1)
     assert video.shape == clips.shape and len(windows) == 6 and torch.allclose(((video - first[:, None]) / 0.1).mean((2, 3, 4)), torch.arange(40.).expand(2, -1), atol=1e-3)
     assert all(torch.equal(w, video[:, 7 * k]) for k, w in enumerate(windows))
+
+
+def test_the_world_of_the_toy_is_a_flight_into_a_picture(study):
+    from pretrain import flight
+    rates = set()
+    for index in range(4, 9):
+        for frames in (8, 40):
+            x, fps = flight(0, index, frames, 128, 0.08)
+            x = x.permute(0, 3, 1, 2) / 127.5 - 1
+            assert x.shape == (frames, 3, 128, 128) and (psnr_of_frames(x, flown(x[0], frames, 0.08 / fps)) > 35).all()
+            assert psnr_of_frames(x, x[0])[-1] < 30
+            rates.add((frames, fps))
+    assert rates == {(8, 8), (8, 4), (8, 1.6), (40, 8)}
 
 
 def test_the_report_is_a_table(study, tmp_path, monkeypatch):

@@ -1,23 +1,31 @@
 """Makes the toy that ships, assets/toy.safetensors and assets/toy-exvideo.safetensors, from nothing but synthetic scenes:
 
-    python toy/pretrain.py                                                              # its VAE -> runs/toy-start.safetensors
-    python toy/pretrain.py --videos runs/scenes --clips 2000 --blur 3 --like-photos     # 40 frames of 128x128 each
-    python train.py --model runs/toy-start.safetensors --data runs/scenes --train all --frames 8 --batch 8 --lr 1e-3 --warmup 100 \\
-        --ema 0.98 --steps 2000 --checkpoint none --out runs/toy                        # its UNet and CLIP, together
-    python train.py --model runs/toy/model-002000.safetensors --data runs/scenes --lr 1e-3 --warmup 20 --ema 0.98 --steps 100 \\
-        --checkpoint none --out runs/toy-exvideo                                        # ExVideo: from 8 frames to 40
-    python toy/pretrain.py --pack runs/toy/model-002000.safetensors --out assets/toy.safetensors
-    python toy/pretrain.py --pack runs/toy-exvideo/exvideo-000100.safetensors --out assets/toy-exvideo.safetensors
+    python toy/pretrain.py --smooth --clips 4000 --vae-steps 1500                # its VAE -> runs/toy-start.safetensors
+    python toy/pretrain.py --videos runs/short --frames 8 --clips 2400           # flights into pictures, 128x128 pixels
+    python toy/pretrain.py --videos runs/long --speed 0.032 --clips 240 --seed 1 # the same, 40 frames each
 
-    1. Scenes   short clips of data.synthetic_scene, their colours shuffled so that photographs look familiar; or (--simple) the
-                study's world
+    train="deepspeed --num_accelerators 2 train.py --motion 20 --checkpoint none --workers 1"
+    base="--frames 8 --batch 4 --ema 0.98"                                       # CLIP, with a first UNet; then latents, once
+    $train --model runs/toy-start.safetensors --data runs/short --train all $base --lr 1e-3 --warmup 20 --steps 60 --out runs/clip
+    python data.py encode --model runs/clip/model-000060.safetensors --data runs/short --frames 8 --out runs/short-latents
+    python data.py encode --model runs/clip/model-000060.safetensors --data runs/long --frames 40 --out runs/long-latents
+
+    base="$base --model runs/clip/model-000060.safetensors --data runs/short-latents --train ^unet --warmup 50 --out runs/base"
+    $train $base --lr 2e-3 --steps 1500 && $train $base --lr 4e-4 --steps 1800
+    tune="--model runs/base/model-001800.safetensors --data runs/long-latents --frames 40 --batch 2 --ema 0.95 --warmup 10 --out runs/tuned"
+    $train $tune --lr 1e-3 --steps 90 && $train $tune --lr 3e-4 --steps 130      # ExVideo: from 8 frames to 40
+    python toy/pretrain.py --pack runs/base/model-001800.safetensors --out assets/toy.safetensors
+    python toy/pretrain.py --pack runs/tuned/exvideo-000130.safetensors --out assets/toy-exvideo.safetensors
+
+    1. Scenes   short clips of data.synthetic_scene, their colours shuffled so that photographs look familiar, and flights into
+                them; or (--simple) the study's world
     2. VAE      reconstruction of crops at many scales; halfway its latents are given mean 0 and variance 1
 
-These commands have not been run in one go. The shipped weights saw five kinds of scenes in turn, as their samples showed what was
-wrong with the last, each on one thread of a busy two-core Intel Xeon: VAE 9 min (held-out PSNR 24.3 dB); 600 steps at 64x64
-27 min, 200 at 128x128 14 min, 500 with shuffled colours 36 min, 150 with faded ones 9 min, 400 with --like-photos --blur 3
-(250 videos, seed 11) 25 min; post-tuning on the last, 100 steps, 5 min. Two hours in all. Expect something as good, not the
-same bytes.
+What ships was made by these commands on two cores of an Intel Xeon in an hour and three quarters: VAE 13 min on one core
+(held-out PSNR 24.8 dB), beside it the videos, 10 min; CLIP 3 min; latents 14 min and 3 min (each a process per core); base 49
+and 10 min (1.9 s a step); post-tuning 12 min (5.7 s a step). The speed of the long flights is what was learned: at 0.08 per
+second, 0.68 of the picture after 40 frames, 120 steps of post-tuning still let small things dissolve, and so did the base,
+whose own 8 frames are good down to 0.87 of it.
 
 The networks are SVD's, block for block, only narrower; 128 x 128 pixels are 16 x 16 latents.
 """
@@ -44,6 +52,7 @@ T, SIZE = 8, 64              # frames and pixels of a clip
 UNET = lambda C: exsvd.UNetConfig(channels=(C,) * 4, heads=(C // 16,) * 4, context_dim=64, groups=8, native_frames=T)
 VAE = exsvd.VAEConfig(channels=(16, 32, 64, 64), groups=2)  # few groups: normalising pairs of channels would lose colour
 CLIP = exsvd.CLIPConfig(width=64, layers=2, heads=4, patch=28, out_dim=64)
+BLUR = 1.5                   # pixels, of those pictures: this small a VAE has no finer texture to offer
 LATENT_NOISE = 0.1           # standard deviation added to latents in VAE training: errors this small will not show
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -57,14 +66,6 @@ def blurred(x, sigma, radius):
     for shape in ((1, 1, -1, 1), (1, 1, 1, -1)):
         x = F.conv2d(x, (taps / taps.sum()).view(shape).repeat(x.shape[1], 1, 1, 1), groups=x.shape[1])
     return x
-
-
-def soften(video, blur):
-    """Gaussian blur of that many pixels: uint8 (T,H,W,3) -> the same. A world without fine texture, which small models can learn."""
-    if not blur:
-        return video
-    x = blurred(video.permute(0, 3, 1, 2).float(), blur, math.ceil(3 * blur))
-    return x.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def simple_scene(seed, index, frames):
@@ -144,24 +145,32 @@ def crops(clips, B, frames):
     return torch.stack(out)
 
 
+def flight(seed, index, frames, size, speed):
+    """A still picture into whose middle a camera flies, at `speed` (of the distance, per second): nothing appears that was not there at the start,
+    so nothing has to be invented. uint8 (frames, size, size, 3), and its frames per second.
+
+    Pictures are synthetic scenes in colours of photographs. Clips short enough are also taken at a half or a fifth of
+    data.SYNTHETIC_FPS, and so get as far as 40 frames do: the networks are told the frame rate.
+    """
+    rng = np.random.default_rng([seed, index])
+    fps = data.SYNTHETIC_FPS / rng.choice([k for k in (1, 2, 5) if k * frames <= 40])
+    x = recolour(data.synthetic_scene(seed, index, 1, 256)[0].permute(0, 3, 1, 2)[None].float() / 127.5 - 1)[0]
+    x = torch.lerp(x.mean(1, keepdim=True), x, torch.rand(1))                          # photographs are paler
+    scale = rng.uniform(0.7, 1) * torch.exp(-speed / fps * torch.arange(frames))     # of the window, in pictures
+    scale, middle = scale.view(-1, 1, 1, 1), torch.from_numpy(rng.uniform(-1, 1, 2)).float() * (1 - scale[0])
+    v, u = torch.meshgrid(*[(2 * torch.arange(size) + 1) / size - 1] * 2, indexing="ij")
+    grid = torch.stack([u, v], -1) * scale + middle
+    x = F.grid_sample(x.expand(frames, -1, -1, -1), grid, mode="bicubic", padding_mode="border", align_corners=False)
+    return sample.to_pixels(blurred(x, BLUR, math.ceil(3 * BLUR))), fps
+
+
 def video(args):
-    """A simple scene of 48 frames, or a softened one of 40, as a video file. like_photos: the camera moves and nothing else, in
-    colours of photographs."""
+    """One file of --videos."""
     torch.set_num_threads(1)
-    folder, seed, index, size, blur, like_photos, simple = args
-    torch.manual_seed(seed * 1_000_003 + index)
-    if simple:
-        x = simple_scene(seed, index, 48)[0]
-    else:
-        x, truth = data.synthetic_scene(seed, index, 40, size)
-        while like_photos and truth["radii"].shape[1]:                                 # one of six has no objects
-            seed += 1
-            x, truth = data.synthetic_scene(seed, index, 40, size)
-        x = soften(x, blur)
-    if like_photos:
-        x = recolour(x.permute(0, 3, 1, 2)[None].float() / 127.5 - 1)[0]
-        x = sample.to_pixels(torch.lerp(x.mean(1, keepdim=True), x, torch.rand(1)))    # photographs are paler
-    with data.VideoWriter(os.path.join(folder, f"{index:05d}.mp4"), data.SYNTHETIC_FPS) as out:
+    folder, seed, index, frames, size, speed, simple = args
+    torch.manual_seed(seed * 1_000_003 + index)                                        # for recolour
+    x, fps = (simple_scene(seed, index, frames)[0], data.SYNTHETIC_FPS) if simple else flight(seed, index, frames, size, speed)
+    with data.VideoWriter(os.path.join(folder, f"{index:05d}.mp4"), fps) as out:
         out.write(x)
 
 
@@ -209,6 +218,15 @@ def reconstruction_loss(a, b):
     return loss
 
 
+def zoomed(x, scale, centre):
+    """Flies into images (B,T,C,H,W): windows of that scale (B,) around centre (B,2) in [-1,1] of what is left over."""
+    theta = torch.zeros(len(x), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = scale
+    theta[:, :, 2] = centre * (1 - scale[:, None])
+    grid = F.affine_grid(theta, (len(x), 1, *x.shape[-2:]), align_corners=False).repeat_interleave(x.shape[1], 0)
+    return F.grid_sample(x.flatten(0, 1), grid, padding_mode="border", align_corners=False).unflatten(0, x.shape[:2])
+
+
 def psnr(a, b):
     """Of images in [-1,1], in dB, averaged over the first axis."""
     return (10 * torch.log10(4 / (a.clamp(-1, 1) - b).square().flatten(1).mean(1))).mean().item()
@@ -243,6 +261,9 @@ def train_vae(clips, held_out, args):
             group["lr"] = cosine(step, args.vae_steps, args.vae_lr)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             z = vae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()          # (B, t, 4, 8, 8)
+            if args.smooth and step % 2:  # a picture that moves should be latents that move: EQ-VAE, arXiv:2502.09509
+                scale, centre = 1 - 0.4 * torch.rand(len(x)), 2 * torch.rand(len(x), 2) - 1
+                x, z = zoomed(x, scale, centre), zoomed(z, scale, centre)
             y = vae.decode(z + noise * torch.randn_like(z)).float()
         loss = reconstruction_loss(y.flatten(0, 1), x.flatten(0, 1)) + (1e-3 * z.square().mean() if step < half else 0)
         opt.zero_grad()
@@ -285,21 +306,22 @@ if __name__ == "__main__":
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default=os.path.join(ROOT, "runs", "toy-start.safetensors"), help="where the model goes")
     p.add_argument("--videos", metavar="FOLDER", help="train nothing: write --clips scenes there, as videos for train.py --data")
-    p.add_argument("--blur", type=float, default=0, help="of --videos: soften them by a Gaussian of so many pixels")
-    p.add_argument("--like-photos", action="store_true", help="of --videos: no objects, colours shuffled and faded")
+    p.add_argument("--frames", type=int, default=40, help="of --videos, at most 40 unless they are --simple")
     p.add_argument("--simple", action="store_true", help="the study's world instead of data.synthetic_scene: waves of colour and a ball, 64x64 pixels")
     p.add_argument("--size", type=int, default=128, help="pixels of --videos")
+    p.add_argument("--speed", type=float, default=0.08, help="of --videos: how fast the camera flies into the picture, per second")
     p.add_argument("--pack", metavar="FILE", help="train nothing: write this model or extension, as train.py saved it, to --out in float16")
     p.add_argument("--channels", type=int, default=48, help="of the UNet, a multiple of 16")
     p.add_argument("--clips", type=int, default=8000, help="synthetic scenes to train on")
     p.add_argument("--vae-steps", type=int, default=1000, help="of 8 frames each; the second half for the decoder alone")
+    p.add_argument("--smooth", action="store_true", help="VAE: latents that can be moved and enlarged like pictures")
     p.add_argument("--vae-lr", type=float, default=1e-3, help="peak learning rate of the VAE")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 in training")
     p.add_argument("--seed", type=int, default=0, help="of everything; held-out scenes have seed + 1")
     args = p.parse_args()
-    if args.simple and args.like_photos:
-        p.error("--like-photos shuffles colours, and the ball of --simple is found by its own: use one of them")
+    if args.frames < 1 or (args.frames > 40 and not args.simple):
+        p.error(f"--frames {args.frames}: from 1 to 40, or more with --simple")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     if args.pack:
         file = exsvd.Tensors(args.pack)
@@ -312,7 +334,7 @@ if __name__ == "__main__":
     if args.videos:
         os.makedirs(args.videos, exist_ok=True)
         with Pool(args.threads) as pool:
-            pool.map(video, ((args.videos, args.seed, i, args.size, args.blur, args.like_photos, args.simple) for i in range(args.clips)), chunksize=8)
+            pool.map(video, ((args.videos, args.seed, i, args.frames, args.size, args.speed, args.simple) for i in range(args.clips)), chunksize=8)
         sys.exit()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)                                                     # branches that start at zero make many

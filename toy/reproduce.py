@@ -111,7 +111,7 @@ def all_runs(a):
     N, P = a.steps, a.steps // 5
     begin, start, videos = (os.path.join(a.out, name) for name in ("begin.safetensors", "start.safetensors", "videos"))
     if not os.path.exists(videos):
-        run(a, "videos.txt", "toy/pretrain.py", "--simple", "--videos", f"{videos}.tmp", "--clips", str(a.clips), "--threads", str(a.jobs))
+        run(a, "videos.txt", "toy/pretrain.py", "--simple", "--videos", f"{videos}.tmp", "--frames", "48", "--clips", str(a.clips), "--threads", str(a.jobs))
         os.rename(f"{videos}.tmp", videos)
     if not os.path.exists(begin):
         run(a, "vae.txt", "toy/pretrain.py", "--simple", "--channels", str(CHANNELS), "--vae-steps", str(a.vae_steps), "--clips", str(4 * a.vae_steps), "--out", begin)
