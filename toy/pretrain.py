@@ -13,17 +13,17 @@
     base="$base --model runs/clip/model-000060.safetensors --data runs/short-latents --train ^unet --warmup 50 --out runs/base"
     $train $base --lr 2e-3 --steps 1500 && $train $base --lr 4e-4 --steps 1800
     tune="--model runs/base/model-001800.safetensors --data runs/long-latents --frames 40 --batch 2 --ema 0.95 --warmup 10 --out runs/tuned"
-    $train $tune --lr 1e-3 --steps 90 && $train $tune --lr 3e-4 --steps 130      # ExVideo: from 8 frames to 40
+    $train $tune --lr 1e-3 --steps 90 && $train $tune --lr 3e-4 --steps 130 && $train $tune --lr 2e-4 --steps 190   # ExVideo: 40 frames
     python toy/pretrain.py --pack runs/base/model-001800.safetensors --out assets/toy.safetensors
-    python toy/pretrain.py --pack runs/tuned/exvideo-000130.safetensors --out assets/toy-exvideo.safetensors
+    python toy/pretrain.py --pack runs/tuned/exvideo-000190.safetensors --out assets/toy-exvideo.safetensors
 
     1. Scenes   short clips of data.synthetic_scene, their colours shuffled so that photographs look familiar, and flights into
                 them; or (--simple) the study's world
     2. VAE      reconstruction of crops at many scales; halfway its latents are given mean 0 and variance 1
 
-What ships was made by these commands on two cores of an Intel Xeon in an hour and three quarters: VAE 13 min on one core
+What ships was made by these commands on two cores of an Intel Xeon in not quite two hours: VAE 13 min on one core
 (held-out PSNR 24.8 dB), beside it the videos, 10 min; CLIP 3 min; latents 14 min and 3 min (each a process per core); base 49
-and 10 min (1.9 s a step); post-tuning 12 min (5.7 s a step). The speed of the long flights is what was learned: at 0.08 per
+and 10 min (1.9 s a step); post-tuning 19 min (5.7 s a step). The speed of the long flights is what was learned: at 0.08 per
 second, 0.68 of the picture after 40 frames, 120 steps of post-tuning still let small things dissolve, and so did the base,
 whose own 8 frames are good down to 0.87 of it.
 
