@@ -22,7 +22,7 @@
     2. VAE      reconstruction of crops at many scales; halfway its latents are given mean 0 and variance 1
 
 What ships was made by these commands on two cores of an Intel Xeon in not quite two hours: VAE 13 min on one core
-(held-out PSNR 24.8 dB), beside it the videos, 10 min; CLIP 3 min; latents 14 min and 3 min (each a process per core); base 49
+(held-out PSNR 24.8 dB), beside it the videos, 10 min; CLIP 3 min; latents 14 min and 3 min (two encoders at a time); base 49
 and 10 min (1.9 s a step); post-tuning 19 min (5.7 s a step). The speed of the long flights is what was learned: at 0.08 per
 second, 0.68 of the picture after 40 frames, 120 steps of post-tuning still let small things dissolve, and so did the base,
 whose own 8 frames are good down to 0.87 of it.
