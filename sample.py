@@ -26,10 +26,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # What a run uses where no flag says otherwise. area: width x height, kept at the image's own aspect ratio.
 DEFAULTS = {
     # as diffusers and Stability's own script run SVD and SVD-XT; frames: the native length
-    "SVD": dict(area=1024 * 576, steps=25, cfg=(1.0, 3.0), fps=7, motion=127, aug=0.02, decode_chunk=14),
+    "SVD": dict(area=1024 * 576, steps=25, sampler="euler", eta=0.0, cfg=(1.0, 3.0), fps=7, motion=127, aug=0.02, decode_chunk=14),
     # as the ExVideo authors run their release; frames: the rows of its table
-    "ExVideo": dict(area=512 * 512, steps=50, cfg=(2.0, 2.0), fps=30, motion=127, aug=0.02, decode_chunk=16),
-    "toy": dict(area=128 * 128, steps=25, cfg=(1.0, 1.2), fps=8, motion=20, aug=0.02, decode_chunk=16),
+    "ExVideo": dict(area=512 * 512, steps=50, sampler="euler", eta=0.0, cfg=(2.0, 2.0), fps=30, motion=127, aug=0.02, decode_chunk=16),
+    # fresh noise at every step corrects earlier ones: the tint of frames trembles less
+    "toy": dict(area=128 * 128, steps=25, sampler="ddim", eta=1.0, cfg=(1.0, 1.2), fps=8, motion=20, aug=0.02, decode_chunk=16),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,8 +179,8 @@ def parse(argv):
     p.add_argument("--frames", type=int, help="frames to make [all rows of the extension's table, or the native length]")
     p.add_argument("--size", metavar="WxH", help="multiples of 64 [the family's area at the image's own aspect ratio]")
     p.add_argument("--steps", type=int, help=f"noise levels [{shown('steps')}]")
-    p.add_argument("--sampler", choices=("euler", "heun", "ddim"), default="euler", help="[euler]; ddim with --eta 0 is the same")
-    p.add_argument("--eta", type=float, default=0.0, help="fresh noise per step of ddim, 0 to 1 [0]")
+    p.add_argument("--sampler", choices=("euler", "heun", "ddim"), help=f"ddim with --eta 0 is the same as euler [{shown('sampler')}]")
+    p.add_argument("--eta", type=float, help=f"fresh noise per step of ddim, 0 to 1 [0 with --sampler, else {shown('eta')}]")
     p.add_argument("--cfg", type=float, nargs=2, metavar=("MIN", "MAX"), help=f"guidance on the first and last frame [{shown('cfg')}]")
     p.add_argument("--fps", type=float, help=f"frames per second, told to the model and written to the file [{shown('fps')}]")
     p.add_argument("--motion", type=float, help="amount of motion. SVD's scale is 0..255; ExVideo's release was trained on "
@@ -211,7 +212,7 @@ def parse(argv):
                 p.error(f"--{name.replace('_', '-')} {v}: must be at least {low}, and below 2^63")
     if a.cfg_interval and a.cfg_interval[0] >= a.cfg_interval[1]:
         p.error(f"--cfg-interval {a.cfg_interval[0]:g} {a.cfg_interval[1]:g}: LOW must be below HIGH")
-    if a.eta > 1 or (a.eta and a.sampler != "ddim"):
+    if a.eta and (a.eta > 1 or a.sampler != "ddim"):
         p.error(f"--eta {a.eta:g} needs --sampler ddim and a value of 0 to 1")
     if a.size:
         try:
@@ -327,7 +328,7 @@ def settings_of(a, family, extension, config, max_frames, img):
               "fades after those (--extension for longer videos, --native N if the model's length is another)", file=sys.stderr)
     width, height = a.size or data.default_size(img.shape[1], img.shape[0], default["area"])
     published = extension == {}  # names of the ExVideo release and none of our metadata: only that is corrected, see adjust()
-    return dict(family=family, frames=frames, width=width, height=height, steps=get("steps"), sampler=a.sampler, eta=a.eta,
+    return dict(family=family, frames=frames, width=width, height=height, steps=get("steps"), sampler=get("sampler"), eta=a.eta or 0.0 if a.sampler else get("eta"),
                 cfg=list(get("cfg")), cfg_interval=a.cfg_interval, fps=get("fps"), motion=get("motion"), aug=get("aug"), seed=a.seed, dtype=a.dtype,
                 decode_chunk=get("decode_chunk"), match_stats=published if a.match_stats is None else a.match_stats,
                 contrast=(1.2 if published else 1.0) if a.contrast is None else a.contrast)
