@@ -146,17 +146,17 @@ def crops(clips, B, frames):
 
 
 def flight(seed, index, frames, size, speed):
-    """A still picture into whose middle a camera flies, at `speed` (of the distance, per second): nothing appears that was not there at the start,
-    so nothing has to be invented. uint8 (frames, size, size, 3), and its frames per second.
+    """A still picture into whose middle a camera flies, at `speed` (of the distance, per second). Nothing appears that was not
+    there at the start, so nothing has to be invented. uint8 (frames, size, size, 3), and its frames per second.
 
-    Pictures are synthetic scenes in colours of photographs. Clips short enough are also taken at a half or a fifth of
-    data.SYNTHETIC_FPS, and so get as far as 40 frames do: the networks are told the frame rate.
+    Pictures are synthetic scenes in colours of photographs. Clips of 8 frames are also taken at a half or a fifth of
+    data.SYNTHETIC_FPS, and then get as far as 40 frames do: the networks are told the frame rate.
     """
     rng = np.random.default_rng([seed, index])
     fps = data.SYNTHETIC_FPS / rng.choice([k for k in (1, 2, 5) if k * frames <= 40])
     x = recolour(data.synthetic_scene(seed, index, 1, 256)[0].permute(0, 3, 1, 2)[None].float() / 127.5 - 1)[0]
     x = torch.lerp(x.mean(1, keepdim=True), x, torch.rand(1))                          # photographs are paler
-    scale = rng.uniform(0.7, 1) * torch.exp(-speed / fps * torch.arange(frames))     # of the window, in pictures
+    scale = rng.uniform(0.7, 1) * torch.exp(-speed / fps * torch.arange(frames))       # of the window, in pictures
     scale, middle = scale.view(-1, 1, 1, 1), torch.from_numpy(rng.uniform(-1, 1, 2)).float() * (1 - scale[0])
     v, u = torch.meshgrid(*[(2 * torch.arange(size) + 1) / size - 1] * 2, indexing="ij")
     grid = torch.stack([u, v], -1) * scale + middle
