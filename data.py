@@ -1,4 +1,4 @@
-"""Pixels in and out, the synthetic moving world the toy model is trained on, and videos as clips for training.
+"""Pixels in and out, the synthetic scenes the toy model is made from, and videos as clips for training.
 
     python data.py check videos/                                        # what would be used, and why not the rest
     python data.py encode --model svd_xt.safetensors --data videos/ --out latents/

@@ -328,7 +328,7 @@ def settings_of(a, family, extension, config, max_frames, img):
               "fades after those (--extension for longer videos, --native N if the model's length is another)", file=sys.stderr)
     width, height = a.size or data.default_size(img.shape[1], img.shape[0], default["area"])
     published = extension == {}  # names of the ExVideo release and none of our metadata: only that is corrected, see adjust()
-    return dict(family=family, frames=frames, width=width, height=height, steps=get("steps"), sampler=get("sampler"), eta=a.eta or 0.0 if a.sampler else get("eta"),
+    return dict(family=family, frames=frames, width=width, height=height, steps=get("steps"), sampler=get("sampler"), eta=(a.eta or 0.0) if a.sampler else get("eta"),
                 cfg=list(get("cfg")), cfg_interval=a.cfg_interval, fps=get("fps"), motion=get("motion"), aug=get("aug"), seed=a.seed, dtype=a.dtype,
                 decode_chunk=get("decode_chunk"), match_stats=published if a.match_stats is None else a.match_stats,
                 contrast=(1.2 if published else 1.0) if a.contrast is None else a.contrast)

@@ -2094,9 +2094,12 @@ def test_the_toy_that_ships(tmp_path):
     run(image, "--model", toy, "--extension", tuned, "--out", tmp_path / "frames", size=None)
     video = data.read_video(tmp_path / "frames")[0].permute(0, 3, 1, 2) / 127.5 - 1
     picture = data.fit_image(data.read_image(image), *video.shape[:1:-1])
-    true, still = psnr_of_frames(video, flown(picture, 40, 0.032 / 8)), psnr_of_frames(video, picture)
+    flight = flown(picture, 40, 0.032 / 8)
+    true, still = psnr_of_frames(video, flight), psnr_of_frames(video, picture)
     assert len(video) == 40 and (true >= 18).all(), "a frame that does not look like the picture"
-    assert (true > still)[10:].all(), "a camera that does not fly at least half as fast"
+    assert (true > still)[10:].all() and ((video[1:] - video[:-1]).abs().mean((1, 2, 3)) * 127.5 > 0.5).all()
+    arrived = [psnr_of_frames(flight, frame).argmax().item() for frame in video[[0, 10, 20, 30, 39]]]
+    assert arrived == sorted(set(arrived)) and arrived[-1] > 20, f"a camera that stands, or flies less than half as fast: {arrived}"
 
 
 def test_default_model(tmp_path, monkeypatch, capsys):

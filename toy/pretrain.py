@@ -21,11 +21,11 @@
                 them; or (--simple) the study's world
     2. VAE      reconstruction of crops at many scales; halfway its latents are given mean 0 and variance 1
 
-What ships was made by these commands on two cores of an Intel Xeon in not quite two hours: VAE 13 min on one core
-(held-out PSNR 24.8 dB), beside it the videos, 10 min; CLIP 3 min; latents 14 min and 3 min (two encoders at a time); base 49
-and 10 min (1.9 s a step); post-tuning 19 min (5.7 s a step). The speed of the long flights is what was learned: at 0.08 per
-second, 0.68 of the picture after 40 frames, 120 steps of post-tuning still let small things dissolve, and so did the base,
-whose own 8 frames are good down to 0.87 of it.
+What ships was made by these commands (bash) on two cores of an Intel Xeon in about two hours: VAE 13 min on one core (held-out
+PSNR 24.8 dB), beside it the videos, 9 min; CLIP 3 min; latents 14 min and 3 min, with two encoders at a time (the second list in
+halves); base 49 and 10 min (1.9 s a step); post-tuning 19 min (5.7 s a step). Before, 320 long flights at 0.08 per second, which
+end at 0.68 of the picture, had been tried and dropped: after 120 steps (lr 2e-3, EMA 0.98, so not a comparison of speed alone)
+small things dissolved. The base's own 8 frames are good down to about 0.87.
 
 The networks are SVD's, block for block, only narrower; 128 x 128 pixels are 16 x 16 latents.
 """
@@ -52,7 +52,7 @@ T, SIZE = 8, 64              # frames and pixels of a clip
 UNET = lambda C: exsvd.UNetConfig(channels=(C,) * 4, heads=(C // 16,) * 4, context_dim=64, groups=8, native_frames=T)
 VAE = exsvd.VAEConfig(channels=(16, 32, 64, 64), groups=2)  # few groups: normalising pairs of channels would lose colour
 CLIP = exsvd.CLIPConfig(width=64, layers=2, heads=4, patch=28, out_dim=64)
-BLUR = 1.5                   # pixels, of those pictures: this small a VAE has no finer texture to offer
+BLUR = 1.5                   # pixels, of the pictures of flights: this small a VAE has no finer texture to offer
 LATENT_NOISE = 0.1           # standard deviation added to latents in VAE training: errors this small will not show
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def flight(seed, index, frames, size, speed):
     """A still picture into whose middle a camera flies, at `speed` (of the distance, per second). Nothing appears that was not
     there at the start, so nothing has to be invented. uint8 (frames, size, size, 3), and its frames per second.
 
-    Pictures are synthetic scenes in colours of photographs. Clips of 8 frames are also taken at a half or a fifth of
+    Pictures are synthetic scenes in colours of photographs, drawn from torch's global generator. Clips of 8 frames are also taken at a half or a fifth of
     data.SYNTHETIC_FPS, and then get as far as 40 frames do: the networks are told the frame rate.
     """
     rng = np.random.default_rng([seed, index])
@@ -219,7 +219,7 @@ def reconstruction_loss(a, b):
 
 
 def zoomed(x, scale, centre):
-    """Flies into images (B,T,C,H,W): windows of that scale (B,) around centre (B,2) in [-1,1] of what is left over."""
+    """Flies into images (B,T,C,H,W): windows of that scale (B,), at centre (B,2): -1 and 1 touch the edges."""
     theta = torch.zeros(len(x), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = scale
     theta[:, :, 2] = centre * (1 - scale[:, None])
