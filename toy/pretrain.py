@@ -145,6 +145,13 @@ def crops(clips, B, frames):
     return torch.stack(out)
 
 
+def windows(x, scale, offset, size, mode="bilinear"):
+    """Windows onto images (n,C,H,W), of that scale (n,) and that far from the middle (n,2), where 1 is half an image: (n,C,*size)."""
+    theta = torch.cat([scale.view(-1, 1, 1) * torch.eye(2), offset[..., None]], -1)    # (n,2,3)
+    grid = F.affine_grid(theta, (len(x), 1, *size), align_corners=False)
+    return F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
+
+
 def flight(seed, index, frames, size, speed):
     """A still picture into whose middle a camera flies, at `speed` (of the distance, per second). Nothing appears that was not
     there at the start, so nothing has to be invented. uint8 (frames, size, size, 3), and its frames per second.
@@ -157,10 +164,8 @@ def flight(seed, index, frames, size, speed):
     x = recolour(data.synthetic_scene(seed, index, 1, 256)[0].permute(0, 3, 1, 2)[None].float() / 127.5 - 1)[0]
     x = torch.lerp(x.mean(1, keepdim=True), x, torch.rand(1))                          # photographs are paler
     scale = rng.uniform(0.7, 1) * torch.exp(-speed / fps * torch.arange(frames))       # of the window, in pictures
-    scale, middle = scale.view(-1, 1, 1, 1), torch.from_numpy(rng.uniform(-1, 1, 2)).float() * (1 - scale[0])
-    v, u = torch.meshgrid(*[(2 * torch.arange(size) + 1) / size - 1] * 2, indexing="ij")
-    grid = torch.stack([u, v], -1) * scale + middle
-    x = F.grid_sample(x.expand(frames, -1, -1, -1), grid, mode="bicubic", padding_mode="border", align_corners=False)
+    middle = torch.from_numpy(rng.uniform(-1, 1, 2)).float() * (1 - scale[0])
+    x = windows(x.expand(frames, -1, -1, -1), scale.float(), middle.expand(frames, -1), (size, size), "bicubic")
     return sample.to_pixels(blurred(x, BLUR, math.ceil(3 * BLUR))), fps
 
 
@@ -218,15 +223,6 @@ def reconstruction_loss(a, b):
     return loss
 
 
-def zoomed(x, scale, centre):
-    """Flies into images (B,T,C,H,W): windows of that scale (B,), at centre (B,2): -1 and 1 touch the edges."""
-    theta = torch.zeros(len(x), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = scale
-    theta[:, :, 2] = centre * (1 - scale[:, None])
-    grid = F.affine_grid(theta, (len(x), 1, *x.shape[-2:]), align_corners=False).repeat_interleave(x.shape[1], 0)
-    return F.grid_sample(x.flatten(0, 1), grid, padding_mode="border", align_corners=False).unflatten(0, x.shape[:2])
-
-
 def psnr(a, b):
     """Of images in [-1,1], in dB, averaged over the first axis."""
     return (10 * torch.log10(4 / (a.clamp(-1, 1) - b).square().flatten(1).mean(1))).mean().item()
@@ -262,8 +258,10 @@ def train_vae(clips, held_out, args):
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             z = vae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()          # (B, t, 4, 8, 8)
             if args.smooth and step % 2:  # a picture that moves should be latents that move: EQ-VAE, arXiv:2502.09509
-                scale, centre = 1 - 0.4 * torch.rand(len(x)), 2 * torch.rand(len(x), 2) - 1
-                x, z = zoomed(x, scale, centre), zoomed(z, scale, centre)
+                scale = 1 - 0.4 * torch.rand(len(x))
+                offset = (2 * torch.rand(len(x), 2) - 1) * (1 - scale[:, None])
+                x, z = (windows(v.flatten(0, 1), scale.repeat_interleave(frames), offset.repeat_interleave(frames, 0), v.shape[-2:])
+                        .unflatten(0, v.shape[:2]) for v in (x, z))
             y = vae.decode(z + noise * torch.randn_like(z)).float()
         loss = reconstruction_loss(y.flatten(0, 1), x.flatten(0, 1)) + (1e-3 * z.square().mean() if step < half else 0)
         opt.zero_grad()
