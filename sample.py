@@ -16,6 +16,7 @@ import time
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -26,28 +27,37 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # What a run uses where no flag says otherwise. area: width x height, kept at the image's own aspect ratio.
 DEFAULTS = {
     # as diffusers and Stability's own script run SVD and SVD-XT; frames: the native length
-    "SVD": dict(area=1024 * 576, steps=25, sampler="euler", eta=0.0, cfg=(1.0, 3.0), fps=7, motion=127, aug=0.02, decode_chunk=14),
+    "SVD": dict(area=1024 * 576, steps=25, sampler="euler", eta=0.0, share_noise=0, cfg=(1.0, 3.0), fps=7, motion=127, aug=0.02, decode_chunk=14),
     # as the ExVideo authors run their release; frames: the rows of its table
-    "ExVideo": dict(area=512 * 512, steps=50, sampler="euler", eta=0.0, cfg=(2.0, 2.0), fps=30, motion=127, aug=0.02, decode_chunk=16),
+    "ExVideo": dict(area=512 * 512, steps=50, sampler="euler", eta=0.0, share_noise=0, cfg=(2.0, 2.0), fps=30, motion=127, aug=0.02, decode_chunk=16),
     # fresh noise at every step corrects earlier ones: the tint of frames trembles less
-    "toy": dict(area=128 * 128, steps=25, sampler="ddim", eta=1.0, cfg=(1.0, 1.2), fps=8, motion=20, aug=0.02, decode_chunk=16),
+    "toy": dict(area=128 * 128, steps=25, sampler="ddim", eta=1.0, share_noise=8, cfg=(1.0, 1.2), fps=8, motion=20, aug=0.02, decode_chunk=16),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Samplers: pure functions of (denoise, x, sigmas). denoise(x, sigma) -> D, the clean latents it expects; x carries noise
-# of sigmas[0]; sigmas fall and end in 0. All arithmetic is in x's dtype and on its device; x is not changed.
+# Samplers: pure functions of (denoise, x, sigmas, eta, draw). denoise(x, sigma) -> D, the clean latents it expects; x
+# carries noise of sigmas[0]; sigmas fall and end in 0; draw() -> standard normal noise like x, needed where eta > 0.
+# All arithmetic is in x's dtype and on its device; x is not changed.
 
 
-def euler(denoise, x, sigmas):
-    """EDM, algorithm 1 without its correction: x moves on the line to D until the noise that is left is the next sigma's."""
+def ddim(denoise, x, sigmas, eta=0.0, draw=None):
+    """DDIM (Song et al. 2020, eq. 12 and 16) in EDM's variables, alpha-bar = 1/(1 + sigma^2).
+
+    eta 0 is Euler's method (EDM, algorithm 1 without its correction): x moves on the line to D until the noise that is
+    left is the next sigma's. eta 1 replaces as much of it by fresh noise as ancestral sampling does.
+    """
     for sigma, nxt in zip(sigmas[:-1], sigmas[1:]):
         D = denoise(x, sigma)
-        x = D + (x - D) * (nxt / sigma)
+        fresh = eta * nxt * (1 - (nxt / sigma) ** 2).sqrt()
+        remaining = (nxt**2 - fresh**2).sqrt()
+        x = D + (x - D) * (remaining / sigma)
+        if eta > 0:
+            x = x + fresh * draw()
     return x
 
 
-def heun(denoise, x, sigmas):
-    """EDM, algorithm 1: a second evaluation corrects each step but the last; twice the cost of Euler."""
+def heun(denoise, x, sigmas, eta=0.0, draw=None):
+    """EDM, algorithm 1 without fresh noise: a second evaluation corrects each step but the last; twice Euler's cost."""
     for sigma, nxt in zip(sigmas[:-1], sigmas[1:]):
         d = (x - denoise(x, sigma)) / sigma
         x_next = x + (nxt - sigma) * d
@@ -58,19 +68,23 @@ def heun(denoise, x, sigmas):
     return x
 
 
-def ddim(denoise, x, sigmas, eta=0.0, generator=None):
-    """DDIM (Song et al. 2020, eq. 12 and 16) in EDM's variables, alpha-bar = 1/(1 + sigma^2).
+SAMPLERS = {"euler": ddim, "ddim": ddim, "heun": heun}
 
-    eta 0 is Euler; eta 1 takes out as much noise and puts back as much of its own, from `generator`, as ancestral sampling.
+
+def shared_noise(noise, block):
+    """Noise (B,T,4,h,w) whose means over block x block latents are those of frame 0 in every frame; block 0: as it was.
+
+    A network that hardly tells tints apart keeps those it starts from, so frames that start alike do not tremble against
+    each other. Frames alone stay standard normal, exactly, since the mean of a block and what is left without it are
+    independent. Noise shared by frames: PYoCo (Ge et al. 2023, arXiv:2305.10474, section 4); in low spatio-temporal
+    frequencies alone: FreeInit (Wu et al. 2023, arXiv:2312.07537).
     """
-    for sigma, nxt in zip(sigmas[:-1], sigmas[1:]):
-        D = denoise(x, sigma)
-        fresh = eta * nxt * (1 - (nxt / sigma) ** 2).sqrt()
-        kept = (nxt**2 - fresh**2).sqrt()
-        x = D + (x - D) * (kept / sigma)
-        if eta > 0:
-            x = x + fresh * torch.randn(x.shape, generator=generator).to(x)  # drawn on the CPU: a seed means one video
-    return x
+    if block == 0:
+        return noise
+    means = F.avg_pool2d(noise.flatten(0, 1), block, ceil_mode=True)  # of what lies inside, where the last block sticks out
+    means = means.repeat_interleave(block, -1).repeat_interleave(block, -2)[..., :noise.shape[-2], :noise.shape[-1]]
+    means = means.unflatten(0, noise.shape[:2])
+    return noise - means + means[:, :1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,8 +193,10 @@ def parse(argv):
     p.add_argument("--frames", type=int, help="frames to make [all rows of the extension's table, or the native length]")
     p.add_argument("--size", metavar="WxH", help="multiples of 64 [the family's area at the image's own aspect ratio]")
     p.add_argument("--steps", type=int, help=f"noise levels [{shown('steps')}]")
-    p.add_argument("--sampler", choices=("euler", "heun", "ddim"), help=f"ddim with --eta 0 is the same as euler [{shown('sampler')}]")
+    p.add_argument("--sampler", choices=tuple(SAMPLERS), help=f"ddim with --eta 0 is euler [{shown('sampler')}]")
     p.add_argument("--eta", type=float, help=f"fresh noise per step of ddim, 0 to 1 [0 with --sampler, else {shown('eta')}]")
+    p.add_argument("--share-noise", type=int, metavar="BLOCK", help="noise whose means over BLOCK x BLOCK latents are the same "
+                                                                    f"in all frames, against tints that tremble; 0: off [{shown('share_noise')}]")
     p.add_argument("--cfg", type=float, nargs=2, metavar=("MIN", "MAX"), help=f"guidance on the first and last frame [{shown('cfg')}]")
     p.add_argument("--fps", type=float, help=f"frames per second, told to the model and written to the file [{shown('fps')}]")
     p.add_argument("--motion", type=float, help="amount of motion. SVD's scale is 0..255; ExVideo's release was trained on "
@@ -204,7 +220,7 @@ def parse(argv):
 
     if bool(a.images) == bool(a.decode_only):
         p.error("give at least one image, such as assets/img.png, or --decode-only FILE, and not both")
-    for name, low in (("frames", 1), ("steps", 1), ("decode_chunk", 1), ("native", 1), ("fps", 1), ("motion", 0), ("aug", 0), ("eta", 0),
+    for name, low in (("frames", 1), ("steps", 1), ("decode_chunk", 1), ("native", 1), ("fps", 1), ("motion", 0), ("aug", 0), ("eta", 0), ("share_noise", 0),
                       ("cfg", 0), ("cfg_interval", 0), ("contrast", 0), ("seed", 0)):
         value = getattr(a, name)
         for v in value if isinstance(value, list) else [] if value is None else [value]:
@@ -287,7 +303,12 @@ def make_latents(svd, img, s, device):
     """One image (3,H,W) in [-1,1] to scaled latents (1,T,4,H/8,W/8) on the device. s: the settings, all of them."""
     H, W = img.shape[1:]
     generator = torch.Generator().manual_seed(s["seed"])
-    noise = torch.randn(1, s["frames"], 4, H // 8, W // 8, generator=generator)
+
+    def draw():  # on the CPU: a seed means one video, whatever the device
+        noise = torch.randn(1, s["frames"], 4, H // 8, W // 8, generator=generator)
+        return shared_noise(noise, s["share_noise"]).to(device)
+
+    noise = draw()
     with on(device, svd.clip, svd.vae):
         image_latents, ctx = condition(svd, img, s["aug"], torch.randn(1, 3, H, W, generator=generator), device)
     ids = torch.tensor([[s["fps"] - 1, s["motion"], s["aug"]]], device=device)
@@ -299,10 +320,7 @@ def make_latents(svd, img, s, device):
             D = denoise(x, sigma)
             bar.update()
             return D
-        x = noise.to(device) * (sigmas[0] ** 2 + 1).sqrt()
-        if s["sampler"] == "ddim":
-            return ddim(step, x, sigmas, s["eta"], generator)
-        return {"euler": euler, "heun": heun}[s["sampler"]](step, x, sigmas)
+        return SAMPLERS[s["sampler"]](step, noise * (sigmas[0] ** 2 + 1).sqrt(), sigmas, s["eta"], draw)
 
 
 @torch.inference_mode()
@@ -328,7 +346,7 @@ def settings_of(a, family, extension, config, max_frames, img):
               "fades after those (--extension for longer videos, --native N if the model's length is another)", file=sys.stderr)
     width, height = a.size or data.default_size(img.shape[1], img.shape[0], default["area"])
     published = extension == {}  # names of the ExVideo release and none of our metadata: only that is corrected, see adjust()
-    return dict(family=family, frames=frames, width=width, height=height, steps=get("steps"), sampler=get("sampler"), eta=(a.eta or 0.0) if a.sampler else get("eta"),
+    return dict(family=family, frames=frames, width=width, height=height, steps=get("steps"), sampler=get("sampler"), eta=(a.eta or 0.0) if a.sampler else get("eta"), share_noise=get("share_noise"),
                 cfg=list(get("cfg")), cfg_interval=a.cfg_interval, fps=get("fps"), motion=get("motion"), aug=get("aug"), seed=a.seed, dtype=a.dtype,
                 decode_chunk=get("decode_chunk"), match_stats=published if a.match_stats is None else a.match_stats,
                 contrast=(1.2 if published else 1.0) if a.contrast is None else a.contrast)

@@ -387,7 +387,7 @@ def save_sample(a, step, ema_state, module, cond, ctx, ids):
     noise = torch.randn(1, a.frames, 4, a.height // 8, a.width // 8, generator=torch.Generator().manual_seed(a.seed)).to(cond.device)
     sigmas = exsvd.karras_sigmas(25).to(cond.device)
     denoise = sample.guided(module.unet, cond, ctx, ids, defaults["cfg"], a.frames)
-    latents = sample.euler(denoise, noise * (sigmas[0] ** 2 + 1).sqrt(), sigmas)
+    latents = sample.ddim(denoise, noise * (sigmas[0] ** 2 + 1).sqrt(), sigmas)
     for name, t in own.items():
         parameters[name].data.copy_(t)
     module.train()

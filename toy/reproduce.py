@@ -192,7 +192,7 @@ def generate(svd, first, score, frames, steps, seed=0):
     image_latents, ctx, ids = told(svd, first, score)
     noise = torch.randn(len(first), frames, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
     sigmas = exsvd.karras_sigmas(steps)
-    latents = sample.euler(sample.guided(svd.unet, image_latents, ctx, ids, (1.0, 1.0), frames), noise * (sigmas[0] ** 2 + 1).sqrt(), sigmas)
+    latents = sample.ddim(sample.guided(svd.unet, image_latents, ctx, ids, (1.0, 1.0), frames), noise * (sigmas[0] ** 2 + 1).sqrt(), sigmas)
     return svd.vae.decode(latents / exsvd.VAE_SCALE).clamp(-1, 1)
 
 
