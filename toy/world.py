@@ -1,0 +1,133 @@
+"""The toy's world: a still picture into which a camera flies. Everything the toy, its training and the study see is made here.
+
+    picture(seed, index)               a synthetic still in the colours of photographs
+    flight(image, scales, size)        a camera flies into an image: what it sees
+    clip(seed, index, frames, size)    a training clip, with its frame rate and its motion bucket
+
+The future of a first frame is determined: nothing appears that was not there at the start, and how fast the camera flies
+is told by the motion bucket, 1000 times its speed. At speed v the window that the camera sees of the picture shrinks by a
+factor of exp(-v) per second. So every sample can be compared with the truth, frame by frame (toy/measure.py).
+
+Pictures are "dead leaves", shapes of all sizes that hide each other, on 1/f noise: together they have the statistics of
+photographs (Lee, Mumford & Huang 2001). Images are float32 (3, H, W) in [-1, 1].
+"""
+
+import colorsys
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+FPS = 8                  # frames per second of long clips
+RATES = (8, 4, 1.6)      # of short ones: at 1.6 eight frames get as far as forty do at 8
+SHORT = 8                # frames; clips of at most that many are short
+MAX_MOTION = 80          # the fastest motion bucket: 40 frames at FPS end at a window of 0.68
+PICTURE = 256            # pixels of a picture; clips are 128 or less, so that flying in finds detail
+
+
+def log_uniform(rng, low, high):
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+def power_noise(rng, size, steepness):
+    """Two fields of mean 0 and variance 1 whose amplitude falls as 1 / frequency**steepness: float32 (2, size, size)."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])
+    frequency[0, 0] = np.inf
+    white = rng.standard_normal((2, size, size))
+    field = np.fft.ifft2((white[0] + 1j * white[1]) * frequency**-steepness)
+    fields = np.stack([field.real, field.imag])
+    return (fields / fields.std((1, 2), keepdims=True)).astype(np.float32)
+
+
+def outline(rng, x, y):
+    """Signed distance, negative inside, from a random convex shape of radius about 1 around the origin: like x and y."""
+    turn, flat = rng.uniform(0, 2 * math.pi), rng.uniform(0.4, 1)
+    u = math.cos(turn) * x + math.sin(turn) * y
+    v = math.cos(turn) * y - math.sin(turn) * x
+    kind = rng.integers(3)
+    if kind == 0:                                                                 # ellipse
+        return (np.hypot(u, v / flat) - 1) * flat
+    if kind == 1:                                                                 # box
+        return np.maximum(np.abs(u) - 0.9, np.abs(v) - 0.9 * flat)
+    sides = rng.integers(3, 8)                                                    # polygon
+    angles = (np.arange(sides) + rng.uniform(-0.1, 0.1, sides)) * 2 * math.pi / sides
+    return np.max([math.cos(a) * u + math.sin(a) * v - 0.8 for a in angles], axis=0)
+
+
+def picture(seed, index):
+    """A synthetic still, a function of (seed, index) alone: float32 (3, PICTURE, PICTURE) in [-1, 1]."""
+    rng, size = np.random.default_rng([seed, index]), PICTURE
+    smooth, rough = power_noise(rng, size, rng.uniform(1.3, 1.9)), power_noise(rng, size, rng.uniform(0.8, 1.4))
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+
+    vivid = rng.uniform(0.1, 0.9)                                                 # photographs are pale, and of few colours
+    palette = [colorsys.hsv_to_rgb(rng.uniform(), vivid * rng.beta(1.2, 1.5), rng.uniform(0.05, 1)**0.8)
+               for _ in range(rng.integers(2, 7))]
+
+    def colour():
+        return np.clip(palette[rng.integers(len(palette))] + rng.normal(0, 0.06, 3), 0, 1).astype(np.float32)
+
+    angle = rng.uniform(0, 2 * math.pi)                                           # the ground: a gradient and tinted noise
+    slope = (math.cos(angle) * (x - size / 2) + math.sin(angle) * (y - size / 2)) / (size * rng.uniform(0.4, 1.2))
+    ramp = np.clip(0.5 + slope, 0, 1)[..., None]
+    image = colour() * ramp + colour() * (1 - ramp)                               # (size, size, 3)
+    for field in (smooth[0], smooth[1], rough[0]):
+        image = image + field[..., None] * rng.uniform(0, 0.08, 3).astype(np.float32)
+
+    radii = [log_uniform(rng, 4, 100) for _ in range(rng.choice([0, 10, 25, 40, 60]))]
+    if rng.uniform() < 0.5:
+        radii.sort(reverse=True)                                                  # small things in front
+    focus = log_uniform(rng, 0.7, 3)                                              # pixels, the width of an edge
+    for radius in radii:
+        cx, cy = rng.uniform(0, size, 2)
+        left, top = max(0, int(cx - 1.5 * radius)), max(0, int(cy - 1.5 * radius))
+        part = np.s_[top:int(cy + 1.5 * radius) + 2, left:int(cx + 1.5 * radius) + 2]
+        u, v = (x[part] - np.float32(cx)) / radius, (y[part] - np.float32(cy)) / radius
+        distance = outline(rng, u, v)
+        if rng.uniform() < 0.4:                                                   # ragged: foliage, rock, cloud
+            distance = distance + smooth[0][part] * rng.uniform(0.05, 0.25)
+        cover = np.clip(0.5 - distance * (radius / focus), 0, 1)[..., None].astype(np.float32)
+        shade = rng.normal(0, 0.1) * u + rng.normal(0, 0.1) * v                   # light from one side, and texture
+        shade = shade + (rough if rng.uniform() < 0.5 else smooth)[1][part] * log_uniform(rng, 0.005, 0.1)
+        if rng.uniform() < 0.12:                                                  # stripes
+            waves = np.sin((math.cos(angle) * u + math.sin(angle) * v) * rng.uniform(3, 20))
+            shade = shade + rng.uniform(0.05, 0.3) * waves
+        image[part] += cover * (colour() + shade[..., None].astype(np.float32) - image[part])
+    image = (image - 0.5) * rng.uniform(0.6, 1.25) + 0.5 + rng.uniform(-0.12, 0.12)
+    return torch.from_numpy(np.ascontiguousarray(image)).float().permute(2, 0, 1).clamp(0, 1) * 2 - 1
+
+
+def windows(images, scales, offsets, size):
+    """Windows onto images (n,3,H,W), of scales (n,), 1 being all of it, whose middles lie at offsets (n,2) from the image's,
+    where 1 is half an image: (n,3,size,size). Each pixel is the mean of four samples, against aliasing."""
+    theta = torch.cat([scales.view(-1, 1, 1) * torch.eye(2), offsets[..., None]], dim=-1)   # (n,2,3)
+    grid = F.affine_grid(theta, (len(images), 3, 2 * size, 2 * size), align_corners=False)
+    return F.avg_pool2d(F.grid_sample(images, grid, padding_mode="border", align_corners=False), 2)
+
+
+def scales(motion, fps, frames):
+    """Of the window at each frame, (frames,): the camera's path. motion: a bucket, 1000 times the speed per second."""
+    return torch.exp(-motion / 1000 / fps * torch.arange(frames))
+
+
+def flight(image, scales, size, offset=(0.0, 0.0)):
+    """What a camera sees that flies into an image (3,H,W), H = W, at window scales (T,), towards the point at `offset` from
+    its middle: float32 (T,3,size,size). The point stays where it is in the first frame; see clip()."""
+    offsets = torch.as_tensor(offset).expand(len(scales), 2)
+    return windows(image.expand(len(scales), -1, -1, -1), scales, offsets, size)
+
+
+def clip(seed, index, frames, size):
+    """A clip to train on, a function of its arguments alone: uint8 (frames, size, size, 3), frames per second, motion bucket.
+
+    The camera starts at a window of 0.7 to 1 of a synthetic picture, flies into that window's middle, and stands still in
+    one of eight clips. Short clips come at each of RATES, as SVD's did, so that the model learns what the frame rate says.
+    """
+    rng = np.random.default_rng([seed, index, 1])
+    fps = float(rng.choice(RATES)) if frames <= SHORT else float(FPS)
+    motion = 0.0 if rng.uniform() < 1 / 8 else rng.uniform(0, MAX_MOTION)
+    start = rng.uniform(0.7, 1)
+    offset = rng.uniform(-1, 1, 2) * (1 - start)
+    video = flight(picture(seed, index), start * scales(motion, fps, frames), size, torch.from_numpy(offset).float())
+    return ((video + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), fps, motion
