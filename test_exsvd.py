@@ -11,7 +11,7 @@ holding the same weights, are the reference. What needs a GPU skips and says so.
     3. data.py     videos to clips and latents
     4. sample.py   samplers, chunked decoding, the command
     5. train.py    runs with DeepSpeed, one and two ranks, killed and resumed
-    6. toy/        the study's measures, on clips whose truth is known
+    6. toy/        its world, and the measures on clips whose truth is known
 """
 
 import argparse
@@ -45,6 +45,7 @@ import data
 import exsvd
 import sample
 import train
+from toy import measure, world
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -2460,75 +2461,49 @@ def test_deepspeed_config_is_merged_over_ours(tmp_path):
 # 6. toy/
 
 
-@pytest.fixture(scope="module")
-def study():
-    sys.path.insert(0, os.path.join(HERE, "toy"))
-    import reproduce
-    return reproduce
+def floats(frames):
+    """uint8 (T,H,W,3) -> float32 (T,3,H,W) in [-1,1]"""
+    return frames.permute(0, 3, 1, 2) / 127.5 - 1
 
 
-@pytest.fixture(scope="module")
-def clips(study):
-    return study.to_model(study.scenes(2)[0])                                             # (2,40,3,64,64)
-
-
-def test_the_measures_find_object_and_camera(study):
-    checks = study.check_measures(argparse.Namespace(scenes=4))
-    assert checks["found"] >= 0.99 and checks["object error"] < 1 and checks["camera error"] < 0.05 < checks["camera speed"] / 5
-
-
-def test_the_measures_tell_frozen_shaken_slowed_and_looped_clips_apart(study, clips):
-    true, frozen = study.measure(clips), study.measure(clips[:, :1].expand_as(clips))
-    assert frozen["flicker"] == 0 and frozen["object displacement"] == 0 and frozen["camera displacement"] < 0.01 and frozen["object jerk"] == 0
-    shifts = torch.randint(-1, 2, (40, 2), generator=torch.Generator().manual_seed(0)).tolist()
-    shaken = study.measure(torch.stack([clips[:, 0].roll(s, (2, 3)) for s in shifts], 1))
-    assert shaken["object jerk"] > 5 * true["object jerk"] and shaken["camera jerk"] > 5 * true["camera jerk"]
-    assert shaken["object displacement"] < 0.5 * true["object displacement"] and shaken["camera displacement"] < 0.5 * true["camera displacement"]
-    slowed = torch.cat([clips[:, :20], clips[:, 19:20].expand(-1, 20, -1, -1, -1)], 1)
-    assert study.measure(slowed)["late"] < 0.05 and 0.8 < true["late"] < 1.25
-    assert study.measure(torch.cat([clips[:, :20], clips[:, :20]], 1))["return"] == 0 < true["return"]
-    assert study.measure(torch.rand_like(clips[:1]) * 2 - 1)["found"] < 0.1
-
-
-def test_alternatives_make_forty_frames_of_eight(study, clips, monkeypatch):
-    windows = []
-    monkeypatch.setattr(study, "generate", lambda svd, first, score, frames, steps, seed=0: windows.append(first) or first[:, None] + torch.arange(frames).view(-1, 1, 1, 1) * 0.1)
-    first = clips[:, 0]
-    t = ((study.imitate(None, "blend", first, None, 40, 1) - first[:, None]) / 0.1).mean((2, 3, 4))
-    assert torch.allclose(t, torch.linspace(0, 7, 40).expand(2, -1), atol=1e-3)
-    t = ((study.imitate(None, "nearest", first, None, 40, 1) - first[:, None]) / 0.1).mean((2, 3, 4))
-    assert torch.allclose(t, torch.linspace(0, 7, 40).round().expand(2, -1), atol=1e-3)
-    windows.clear()
-    video = study.imitate(None, "sliding", first, None, 40, 1)
-    assert video.shape == clips.shape and len(windows) == 6 and torch.allclose(((video - first[:, None]) / 0.1).mean((2, 3, 4)), torch.arange(40.).expand(2, -1), atol=1e-3)
-    assert all(torch.equal(w, video[:, 7 * k]) for k, w in enumerate(windows))
-
-
-def test_the_world_of_the_toy_is_a_flight_into_a_picture(study):
-    from pretrain import flight
-    rates = set()
-    for index in range(4, 9):
+def test_the_world_is_a_flight_whose_speed_the_bucket_tells():
+    seen = set()
+    for index in range(16):
         for frames in (8, 40):
-            x, fps = flight(0, index, frames, 128, 0.08)
-            x = x.permute(0, 3, 1, 2) / 127.5 - 1
-            assert x.shape == (frames, 3, 128, 128) and (psnr_of_frames(x, flown(x[0], frames, 0.08 / fps)) > 35).all()
-            assert psnr_of_frames(x, x[0])[-1] < 30
-            rates.add((frames, fps))
-    assert rates == {(8, 8), (8, 4), (8, 1.6), (40, 8)}
+            video, fps, motion = world.clip(0, index, frames, 128)
+            assert torch.equal(video, world.clip(0, index, frames, 128)[0]) and video.shape == (frames, 128, 128, 3)
+            video = floats(video)
+            path = measure.camera_path(video, video[0])
+            assert (path - world.scales(motion, fps, frames)).abs().max() < 0.02, (index, frames, motion)
+            seen.add((frames, fps, motion == 0))
+    assert {(frames, fps) for frames, fps, _ in seen} == {(8, 8), (8, 4), (8, 1.6), (40, 8)}
+    assert (40, 8, True) in seen, "a camera that stands is never seen"
 
 
-def test_the_report_is_a_table(study, tmp_path, monkeypatch):
-    """Of made-up rows: every line of a Markdown table has as many cells as its head."""
-    a = argparse.Namespace(out=str(tmp_path), steps=40, seeds=3, scenes=1, hardware="none")
-    (tmp_path / "rows").mkdir()
-    samples = {T: study.measure(study.to_model(study.scenes(1)[0])[:, :T]) for T in (8, 40)}
-    for row in study.all_rows(a):
-        losses = {} if row in ("true", *study.ALTERNATIVES) else {f"loss {T}": {str(s): 1.0 for s in study.SIGMAS} for T in (8, 40)}
-        with open(study.row_path(a, row, ".json"), "w") as f:
-            json.dump(losses | {f"samples {T}": samples[T] for T in (8, 40)}, f)
-    monkeypatch.setattr(study, "strip", lambda *_: None)
-    monkeypatch.setattr(study, "figure", lambda *_: None)
-    study.report(a)
-    blocks = [block.splitlines() for block in (tmp_path / "tables.md").read_text().split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 5 and all(line.count("|") == block[0].count("|") for block in blocks for line in block)
-    assert "| flicker | 1.000 | 0.9 to 1.1 | met |" in blocks[3]
+@pytest.fixture(scope="module")
+def flown_picture():
+    picture = world.picture(5, 2)
+    return picture, world.flight(picture, world.scales(60, 8, 40), 128)
+
+
+def test_the_measures_know_the_truth(flown_picture):
+    picture, video = flown_picture
+    m = measure.measure(video, picture, 60, 8)
+    assert abs(m["arrival"] - 1) < 0.01 and m["rms"] < 0.01 and m["back"] < 0.01
+    assert m["flicker"] == 1 and min(m["psnr"]) > 60
+
+
+@pytest.mark.parametrize("how, expected", [
+    ("frozen", dict(arrival=0, back=0, flicker=0)), ("half as fast", dict(arrival=0.5, back=0)),
+    ("to and fro", dict(arrival=0, back=1)), ("another tint in each frame", dict(arrival=1, back=0))])
+def test_the_measures_tell_bad_flights_from_good_ones(flown_picture, how, expected):
+    picture, video = flown_picture
+    tints = 0.2 * torch.randn(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    bad = {"frozen": video[:1].expand_as(video), "half as fast": video[torch.arange(40) // 2],
+           "to and fro": torch.cat([video[::2], video[::2].flip(0)]), "another tint in each frame": video + tints}[how]
+    m = measure.measure(bad, picture, 60, 8)
+    assert all(abs(m[name] - value) < 0.03 for name, value in expected.items()), m
+    if how == "another tint in each frame":
+        assert m["flicker"] > 2 and m["rms"] < 0.02 and max(m["psnr"]) < 40
+    else:
+        assert m["rms"] > 0.2 and m["psnr"][-1] < 25

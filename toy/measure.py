@@ -1,0 +1,90 @@
+"""How a sample of the toy compares with the true flight into its first picture.
+
+    python toy/measure.py out/img.mp4 assets/img.png             # a line per video and picture, two arguments each
+
+Videos are float32 (T, 3, S, S) and pictures (3, P, P), P = S or more, in [-1, 1]; the first frame shows all of the picture.
+"""
+
+import math
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from toy import world
+
+LOW = 4             # pixels: what "low-passed" averages over, in each direction
+FIT = 64            # pixels at which windows are compared
+
+
+def flatten(images):
+    """Images (n,3,h,w) as vectors of length 1 without the mean of each channel: what is left does not depend on tint."""
+    x = (images - images.mean((2, 3), keepdim=True)).flatten(1)
+    return x / x.norm(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+def camera_path(video, picture):
+    """The window of the picture that each frame shows, as its scale: 1 is all of it, 0.5 the middle half; float (T,).
+
+    The scale with the highest correlation, tried from 0.5 to 1.1 in steps of 0.01 and refined by a parabola. Colours
+    that drift as a whole do not matter; what the frames have no room for, another motion than into the middle, is not seen.
+    """
+    tried = torch.arange(0.5, 1.105, 0.01)
+    frames = flatten(F.interpolate(video, (FIT, FIT), mode="bilinear", antialias=True, align_corners=False))
+    score = frames @ flatten(world.flight(picture, tried, FIT)).T                 # (T, tried)
+    best = score.argmax(1).clamp(1, len(tried) - 2)
+    left, middle, right = (score.gather(1, (best + i)[:, None])[:, 0] for i in (-1, 0, 1))
+    shift = 0.5 * (left - right) / (left - 2 * middle + right).clamp(max=-1e-9)
+    return tried[best] + 0.01 * shift.clamp(-1, 1)
+
+
+def way(path, motion, fps):
+    """Camera path (T,) -> the share of the way to the true flight's last frame that is behind the camera at each frame."""
+    return -path.log() / (motion / 1000 / fps * (len(path) - 1))
+
+
+def psnr(a, b):
+    """Of each low-passed image in [-1, 1], (n,3,H,W) twice -> dB, (n,)"""
+    error = F.avg_pool2d(a.clamp(-1, 1) - b, LOW).square().flatten(1).mean(1)
+    return 10 * (4 / error.clamp(min=1e-8)).log10()
+
+
+def change(video):
+    """Mean difference of neighbouring frames, in 255ths."""
+    return (video[1:] - video[:-1]).abs().mean().item() * 127.5
+
+
+def measure(video, picture, motion, fps):
+    """{name: value} of a sample at a motion bucket above 0. The camera's way, in shares of the true one: "path" at every
+    frame, "arrival" at the last, "rms" its distance from the straight path, "back" its longest step back. "flicker": change
+    from frame to frame, over that of the true flight. "psnr": low-passed, against the true flight, at every frame, in dB."""
+    T, S = len(video), video.shape[-1]
+    truth = world.flight(picture, world.scales(motion, fps, T), S)
+    path = way(camera_path(video, picture), motion, fps)
+    straight = torch.linspace(0, 1, T)
+    return dict(path=path.tolist(), arrival=path[-1].item(), rms=(path - straight).square().mean().sqrt().item(),
+                back=(path.cummax(0).values - path).max().item(), flicker=change(video) / change(truth),
+                psnr=psnr(video, truth).tolist())
+
+
+def show(m):
+    """A measurement as one line."""
+    T = len(m["psnr"])
+    early, middle, late = (m["psnr"][t] for t in (min(7, T - 1), T // 2, T - 1))
+    return (f"arrival {m['arrival']:.2f}, RMS {m['rms']:.2f}, back {m['back']:.2f}, flicker {m['flicker']:.2f}, "
+            f"PSNR {early:.1f} / {middle:.1f} / {late:.1f} dB")
+
+
+if __name__ == "__main__":
+    import data
+    if len(sys.argv) < 3 or len(sys.argv) % 2 == 0:
+        sys.exit("measure.py: give a video that sample.py made, and the picture it was made from")
+    for name, source in zip(sys.argv[1::2], sys.argv[2::2]):
+        frames, fps = data.read_video(name)
+        video = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+        picture = data.fit_image(data.read_image(source), world.PICTURE, world.PICTURE)
+        motion = (data.read_settings(name) or {}).get("motion", world.MAX_MOTION)
+        print(f"{name}: {show(measure(video, picture, motion, fps))}")
