@@ -2,21 +2,21 @@
 
     1. Configurations         sizes of the three networks; SVD-XT is the default of each
     2. Primitives             sinusoid, attention, feed-forward
-    3. Spatio-temporal blocks residual and transformer blocks, and the learned mix of their two branches
-    4. ExVideo                folded frame positions, trainable frame table, identity 3D convolution, extend(), freeze()
+    3. Spatio-temporal blocks slices of long videos; residual blocks over pixels, over frames, and the mix of the two
+    4. ExVideo                transformer block over frames, its positions and convolution, extend(), freeze()
     5. UNet                   (B,T,8,H,W) noisy and image latents -> (B,T,4,H,W)
     6. VAE                    image encoder, temporal decoder
     7. CLIP image encoder     ViT-H/14 and its antialiased preprocessing
     8. EDM                    preconditioning, Karras sigmas, training loss
     9. Checkpoints            every published weight file, by name rules; load(), load_weights(), save()
 
-Shapes: B videos, T frames, C channels, H W size of the latents (image size / 8), N = H*W pixels, D width of the context.
+Shapes: B videos, T frames, C channels, H W size of latents (image size / 8), N = H*W pixels, D width of the context.
 Public functions speak (B, T, C, H, W). Inside there are three layouts, and every line that changes one says so:
 spatial (B*T, C, H, W), temporal convolution (B, C, T, H, W), temporal attention (B*N, T, C).
 
 Sources. Method: ExVideo (Duan et al. 2024, arXiv:2406.14130), sections 3.2 and 3.3. Base model: Stable Video Diffusion
-(Blattmann et al. 2023, arXiv:2311.15127). Diffusion: EDM (Karras et al. 2022, arXiv:2206.00364). Facts that no paper
-states (orders, epsilons, names) were read off Stability-AI/generative-models, diffusers 0.42 and DiffSynth-Studio 1.1.7.
+(Blattmann et al. 2023, arXiv:2311.15127). Diffusion: EDM (Karras et al. 2022, arXiv:2206.00364). Facts no paper states
+(orders, epsilons, names) were read off Stability-AI/generative-models, diffusers 0.42 and DiffSynth-Studio 1.1.9.
 """
 
 import json
@@ -26,6 +26,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ EPS_LAYER_NORM = 1e-5        # every LayerNorm, CLIP's too
 EPS_VAE = 1e-6               # every VAE norm ...
 EPS_VAE_TEMPORAL = 1e-5      # ... but the decoder's temporal residual blocks
 
-VAE_SCALE = 0.18215  # the UNet's video latents are VAE latents times this (unit variance); its image latents are not scaled
+VAE_SCALE = 0.18215  # the UNet's video latents are VAE latents times this (unit variance); its image latents are not
 ID_DIM = 256         # sinusoid width of each added id (fps - 1, motion bucket, noise augmentation)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,16 +86,17 @@ ID_DIM = 256         # sinusoid width of each added id (fps - 1, motion bucket, 
 
 
 def sinusoid(t, dim):
-    """Sinusoidal features of any scalar (Vaswani et al. 2017), cosines first as in SVD: (...) -> (..., dim), float32."""
+    """Sinusoidal features of scalars (Vaswani et al. 2017), cosines first as in SVD: (...) -> (..., dim), float32."""
     freqs = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, dtype=torch.float32, device=t.device))
     angles = t.float()[..., None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def flash_fits(q):
-    """Whether flash-attn can take q (b, n, h, d): installed, CUDA half precision, and a head size it has kernels for."""
+    """Whether flash-attn can take q (b, n, h, d): installed, CUDA half precision, a head size it has kernels for."""
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-    return flash_attn_func is not None and half and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0  # the VAE's 512 does not fit
+    head_size = q.shape[-1]  # 64 in the UNet, 80 in CLIP; the VAE's 512 does not fit
+    return flash_attn_func is not None and half and head_size <= 256 and head_size % 8 == 0
 
 
 def attention(q, k, v, heads):
@@ -140,16 +142,17 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(4 * C, C)
 
     def forward(self, x):
-        (w_value, w_gate), (b_value, b_gate) = self.proj_in.weight.chunk(2), self.proj_in.bias.chunk(2)
+        w_value, w_gate = self.proj_in.weight.chunk(2)
+        b_value, b_gate = self.proj_in.bias.chunk(2)
         h = F.gelu(F.linear(x, w_gate, b_gate))  # two products instead of one cut in two: less is alive at once
-        return self.proj_out(h * F.linear(x, w_value, b_value) if torch.is_grad_enabled() else h.mul_(F.linear(x, w_value, b_value)))
+        if torch.is_grad_enabled():
+            h = h * F.linear(x, w_value, b_value)
+        else:
+            h.mul_(F.linear(x, w_value, b_value))
+        return self.proj_out(h)
 
 
 LayerNorm = partial(nn.LayerNorm, eps=EPS_LAYER_NORM)
-
-
-def silu(x):
-    return F.silu(x, inplace=not torch.is_grad_enabled())  # always called on a fresh norm
 
 
 class Upsample(nn.Conv2d):
@@ -160,15 +163,14 @@ class Upsample(nn.Conv2d):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Spatio-temporal blocks: (B*T, C, H, W) -> (B*T, C', H, W). A spatial branch sees each frame alone, a temporal branch
+# 3. Spatio-temporal blocks: (B*T, C, H, W) -> (B*T, C', H, W). A spatial branch sees each frame alone, a temporal one
 #    sees all frames, and a learned alpha = sigmoid(mix) blends them. T is known from B, the number of videos.
 #
 #    Long videos do not fit in memory, but hardly any layer needs all of one: spatial layers treat frames independently,
-#    temporal ones pixels. So the layers below hand Slices a function, and it is applied to a slice of frames or pixels at
-#    a time; only the results are ever whole. What fits in one slice is computed as if none of this were here.
+#    temporal ones pixels. So the layers below hand Slices a function, and it is applied to some frames or pixels at a
+#    time; only the results are ever whole. What fits in one slice is computed as if none of this were here.
 
-
-CPU_SLICES = 4  # on a CPU transformers take slices this many times smaller, which its cache holds: 14 % less time for a UNet pass
+CPU_SLICES = 4  # on a CPU transformers take slices so many times smaller, which its cache holds: 14 % less time a pass
 
 
 @dataclass
@@ -176,40 +178,47 @@ class Slices:
     """Applies functions slice by slice.
 
     size: elements of the activation per slice, None: never cut. 16k tokens of 320 channels keep a GPU busy (below 8k,
-    launching kernels dominates) and make what is alive inside a slice small. checkpointed: with gradients, keep a slice's
-    inputs only and compute it again on the way back; without it gradients mean no slicing, which would save nothing.
+    launching kernels dominates) and make what is alive inside a slice small. checkpointed: with gradients, keep only a
+    slice's inputs and compute it again on the way back; without it gradients mean no slicing, which would save nothing.
     """
     size: int | None = 16384 * 320
     checkpointed: bool = False
 
     def count(self, *xs):
+        """Slices that tensors are to be cut into, the largest of them deciding."""
         if self.size is None or (torch.is_grad_enabled() and not self.checkpointed):
             return 1
-        return max(1, -(-max(x.numel() for x in xs) // self.size))
+        largest = max(x.numel() for x in xs if x is not None)
+        return max(1, math.ceil(largest / self.size))
 
     def length(self, dim, *xs):
-        """Of a slice along a dimension: a divisor if one is near, since a short last slice makes torch.compile compile again."""
+        """Of a slice along a dimension: a divisor if one is near, as torch.compile compiles again for a shorter one."""
         n = xs[0].shape[dim]
-        most = -(-n // min(n, self.count(*xs)))
-        if torch.is_grad_enabled():  # the checkpoint around it need not compute the last slice again: large ones save work
+        most = math.ceil(n / min(n, self.count(*xs)))
+        if torch.is_grad_enabled():  # the checkpoint around it computes all but the last again: large slices save work
             return most
         return next((m for m in range(most, most // 2, -1) if n % m == 0), most)
 
     def __call__(self, f, *xs, dim=0, out=None):
-        """f(*xs), where f treats the entries of one dimension independently. out: may be overwritten where autograd is off."""
-        length = self.length(dim, *xs)
-        if length == xs[0].shape[dim]:
+        """f(*xs), where f treats the entries of one dimension independently. A None among xs is passed on as it is.
+
+        out: a tensor of the result's shape that may be overwritten where autograd is off; xs[0] itself may be it.
+        """
+        n, length = xs[0].shape[dim], self.length(dim, *xs)
+        if length == n:
             return f(*xs)
-        return self.join(f, zip(*(x.split(length, dim) for x in xs)), xs[0].shape[dim], dim, out)
+        pieces = [repeat(None) if x is None else x.split(length, dim) for x in xs]
+        return self.join(f, zip(*pieces), n, dim, out)
 
     def join(self, f, slices, n, dim, out=None):
         """f of every tuple in slices, concatenated to length n along dim."""
         if torch.is_grad_enabled():
-            return torch.cat([checkpoint(f, *x, use_reentrant=False) for x in slices], dim)
+            return torch.cat([checkpoint(f, *xs, use_reentrant=False) for xs in slices], dim)
         begin = 0
-        for x in slices:
-            y = f(*x)
-            out = y.new_empty([*y.shape[:dim], n, *y.shape[dim + 1:]]) if out is None else out
+        for xs in slices:
+            y = f(*xs)
+            if out is None:
+                out = y.new_empty([*y.shape[:dim], n, *y.shape[dim + 1:]])
             out.narrow(dim, begin, y.shape[dim]).copy_(y)
             begin += y.shape[dim]
             del y  # or it would live through the next slice
@@ -221,28 +230,36 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, emb_dim=None, temporal=False, groups=32, eps=EPS_UNET_RES):
         super().__init__()
-        Conv = partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0)) if temporal else \
-            partial(nn.Conv2d, kernel_size=3, padding=1)
+        if temporal:
+            Conv = partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0))
+        else:
+            Conv = partial(nn.Conv2d, kernel_size=3, padding=1)
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=eps), Conv(c_in, c_out)
         self.emb = nn.Linear(emb_dim, c_out) if emb_dim else None
         self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=eps), Conv(c_out, c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, e=None):
-        """x (b, c_in, ...), e (b, c_out, 1, ...), what embed() gives -> (b, c_out, ...)"""
-        h = self.conv1(silu(self.norm1(x)))
-        h = silu(self.norm2(h if e is None else h + e))  # on lines of their own, so that what is consumed is free
+        """x (b, c_in, H, W), e (b, c_out, 1, 1), what embed() gives -> (b, c_out, H, W)"""
+        inplace = not torch.is_grad_enabled()  # each SiLU has a fresh tensor, which only autograd still needs
+        h = self.conv1(F.silu(self.norm1(x), inplace=inplace))
+        if e is not None:
+            h = h + e
+        h = F.silu(self.norm2(h), inplace=inplace)  # on lines of their own, so that what is consumed is free
         h = self.conv2(h)
         return self.skip(x) + h
 
     def embed(self, emb, n, ndim):
-        """The noise embedding (B, emb_dim) for n entries of ndim dimensions, one noise level per video: (n, c_out, 1, ...)."""
+        """The noise embedding (B, emb_dim), one per video, for n entries of ndim dimensions: (n, c_out, 1, ...)."""
         e = self.emb(F.silu(emb)).repeat_interleave(n // len(emb), 0)
         return e.reshape(e.shape + (1,) * (ndim - 2))
 
 
 class SpatioTemporalRes(nn.Module):
-    """A residual block per frame, one over frames on its output, blended. Without emb_dim it is the VAE decoder's."""
+    """A residual block per frame, one over frames on its output, blended. Without emb_dim it is the VAE decoder's.
+
+    Two calls, one for each half, instead of a forward(): what goes into the first is free before the second begins.
+    """
 
     def __init__(self, c_in, c_out, emb_dim=None, groups=32, eps=EPS_UNET_RES, eps_temporal=EPS_UNET_RES):
         super().__init__()
@@ -250,63 +267,68 @@ class SpatioTemporalRes(nn.Module):
         self.temporal = ResBlock(c_out, c_out, emb_dim, temporal=True, groups=groups, eps=eps_temporal)
         self.mix = nn.Parameter(torch.tensor([0.5 if emb_dim else 0.0]))
 
-    def forward(self, inputs, B, emb=None, before=None, each=Slices()):
-        """inputs: [x] or [x, skip], each (B*T, c, H, W), to be concatenated; the list is emptied, so that they can be freed
-        early. before: applied to x first, a slice at a time (the upsampling that ends the previous level)."""
-        n = len(inputs[0])
-        e = () if emb is None else (self.spatial.embed(emb, n, 4),)
+    def over_pixels(self, x, skip=None, emb=None, before=None, slices=Slices()):
+        """x (B*T, c, H, W), and skip (B*T, c', H, W) where c + c' = c_in, to (B*T, c_out, H, W).
 
-        def per_frame(x, *rest):
+        before: applied to x first, a slice at a time (the upsampling that ends the previous level)."""
+        e = None if emb is None else self.spatial.embed(emb, len(x), 4)
+
+        def per_frame(x, skip, e):
             x = x if before is None else before(x)
-            x = x if len(rest) == len(e) else torch.cat([x, rest[0]], dim=1)
-            return self.spatial(x, *rest[len(rest) - len(e):])
+            return self.spatial(x if skip is None else torch.cat([x, skip], dim=1), e)
 
-        x = each(per_frame, *inputs, *e)                                                  # (B*T, C, H, W)
-        inputs.clear()
-        # The temporal block adds to its input, so blending means weighting what it adds. Trap: alpha weights the spatial
-        # branch in the UNet, but the temporal branch in the VAE decoder.
-        alpha = self.mix.float().sigmoid().to(x.dtype)
-        return self.over_frames(x, B, emb, alpha if emb is None else 1 - alpha, each)
+        return slices(per_frame, x, skip, e)
 
-    def over_frames(self, x, B, emb, weight, each):
-        """x + weight * (what the temporal block adds to x)"""
-        block = self.temporal
+    def over_frames(self, x, B, emb=None, slices=Slices()):
+        """(B*T, C, H, W) -> (B*T, C, H, W); x may be overwritten where autograd is off.
+
+        The norms see all frames and all pixels (cutting a clip in time changes the result, see VAE.decode), the
+        convolutions all frames of a pixel: statistics are taken in slices of frames, the rest in slices of rows.
+        """
+        block, inplace = self.temporal, not torch.is_grad_enabled()
         e = 0 if emb is None else block.embed(emb, B, 5)
-        split, join = partial(rearrange, pattern="(b t) c h w -> b c t h w", b=B), partial(rearrange, pattern="b c t h w -> (b t) c h w")
-        if each.count(x) == 1:
-            h = block.conv1(silu(block.norm1(split(x)))) + e
-            return torch.addcmul(x, join(block.conv2(silu(block.norm2(h)))), weight)
+        # The block adds to its input, so blending means weighting what it adds. Trap: alpha weights the spatial branch
+        # in the UNet, but the temporal branch in the VAE decoder.
+        alpha = self.mix.float().sigmoid().to(x.dtype)
+        weight = alpha if emb is None else 1 - alpha
 
-        def first(x, scale, shift):
-            return join(block.conv1(silu(split(x) * scale + shift)) + e)
+        def first(x):
+            x = rearrange(x, "(b t) c h w -> b c t h w", b=B)
+            h = block.conv1(F.silu(norm1(x), inplace=inplace)) + e
+            return rearrange(h, "b c t h w -> (b t) c h w")
 
-        def second(x, h, scale, shift):
-            return torch.addcmul(x, join(block.conv2(silu(split(h) * scale + shift))), weight)
+        def second(x, h):
+            h = rearrange(h, "(b t) c h w -> b c t h w", b=B)
+            h = block.conv2(F.silu(norm2(h), inplace=inplace))
+            return torch.addcmul(x, rearrange(h, "b c t h w -> (b t) c h w"), weight)
 
-        # The norms see all frames and all pixels (cutting a clip in time changes the result, see VAE.decode), the
-        # convolutions all frames of a pixel: statistics over slices of frames, the rest over slices of rows.
-        norm = norm_over_frames(block.norm1, x, B, each)
-        h = each(partial(first, **norm), x, dim=2)
-        norm = norm_over_frames(block.norm2, h, B, each)
-        return each(partial(second, **norm), x, h, dim=2, out=x)
+        norm1 = norm_over_frames(block.norm1, x, B, slices)
+        h = slices(first, x, dim=2)
+        norm2 = norm_over_frames(block.norm2, h, B, slices)
+        return slices(second, x, h, dim=2, out=x)
 
 
-def norm_over_frames(norm, x, B, each):
-    """GroupNorm with statistics over whole videos, of x (B*T, C, H, W), as factors: {"scale", "shift"}, (B, C, 1, 1, 1)."""
-
+def norm_over_frames(norm, x, B, slices):
+    """GroupNorm with the statistics of whole videos x (B*T, C, H, W), as a function of slices (B, C, T, h, W)."""
+    if slices.count(x) == 1:
+        return norm
     wide = torch.promote_types(x.dtype, torch.float32)
 
     def moments(x):
-        var, mean = torch.var_mean(x.to(wide).unflatten(1, (norm.num_groups, -1)).flatten(2), dim=2, correction=0)
+        groups = x.to(wide).unflatten(1, (norm.num_groups, -1)).flatten(2)
+        var, mean = torch.var_mean(groups, dim=2, correction=0)
         return torch.stack([mean, var], dim=1)                                            # (frames, 2, groups)
 
-    means, variances = each(moments, x).unflatten(0, (B, -1)).unbind(2)                   # (B, T, groups)
+    def per_channel(v):
+        return v.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)                  # (B, groups) -> (B, C)
+
+    means, variances = slices(moments, x).unflatten(0, (B, -1)).unbind(2)                 # (B, T, groups)
     mean = means.mean(1, keepdim=True)
     var = (variances + (means - mean) ** 2).mean(1)
-    per_channel = lambda v: v.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)     # (B, groups) -> (B, C)
     scale = per_channel((var + norm.eps).rsqrt()) * norm.weight.to(wide)
     shift = norm.bias.to(wide) - per_channel(mean[:, 0]) * scale
-    return {k: v.to(x.dtype)[..., None, None, None] for k, v in (("scale", scale), ("shift", shift))}
+    scale, shift = (v[..., None, None, None] for v in (scale, shift))                     # (B, C, 1, 1, 1)
+    return lambda x: torch.addcmul(shift, x, scale).to(x.dtype)  # computed in float32, rounded once, as in GroupNorm
 
 
 class SpatialBlock(nn.Module):
@@ -324,6 +346,13 @@ class SpatialBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. ExVideo (section 3.2, Figure 1). Each temporal transformer block gets, in front of everything else it does, a
+#    trainable table of frame positions in place of the sinusoid, and a 3D convolution that starts as the identity.
+#    The table starts by walking the positions the base knows to and fro, so that neighbouring frames always have
+#    neighbouring positions, and an extended model computes exactly what the base did on up to native_frames frames.
+
+
 class TemporalBlock(nn.Module):
     """Transformer block over the frames at each pixel. What ExVideo extends and trains."""
 
@@ -337,16 +366,6 @@ class TemporalBlock(nn.Module):
         self.norm2, self.attn2 = LayerNorm(C), ContextAttention(C, context_dim)
         self.norm3, self.ff = LayerNorm(C), FeedForward(C)
 
-    def forward(self, x, c):
-        """x (B, T, n, C) with its frame positions, n any number of pixels; c (B, 1, C): the context -> (B, T, n, C)"""
-        B = len(x)
-        x = rearrange(x, "b t n c -> (b n) t c").contiguous()
-        x = x + self.ff_in(self.norm_in(x))
-        x = x + self.attn1(self.norm1(x))
-        x = (x.unflatten(0, (B, -1)) + c[:, None]).flatten(0, 1)  # the video's context, whatever pixel
-        x = x + self.ff(self.norm3(x))
-        return rearrange(x, "(b n) t c -> b t n c", b=B)
-
     def frame_positions(self, T, like):
         """Embedding of the frame indices 0..T-1: (T, 1, C)."""
         if self.frame_table is None:
@@ -355,68 +374,22 @@ class TemporalBlock(nn.Module):
             table = self.frame_table[:T]
         return self.frame_embed(table)[:, None]
 
-
-class SpatioTemporalTransformer(nn.Module):
-    """(B*T, C, H, W) -> (B*T, C, H, W)"""
-
-    def __init__(self, C, heads, context_dim, groups):
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, C, eps=EPS_UNET_TRANSFORMER)
-        self.proj_in = nn.Linear(C, C)
-        self.spatial = SpatialBlock(C, heads, context_dim)
-        self.temporal = TemporalBlock(C, heads, context_dim)
-        self.mix = nn.Parameter(torch.tensor([0.5]))
-        self.proj_out = nn.Linear(C, C)
-
-    def forward(self, x, ctx, each=Slices()):
-        B, H, temporal = len(ctx), x.shape[2], self.temporal
-        alpha = self.mix.float().sigmoid().to(x.dtype)
-
-        def per_frame(x, c):
-            return self.spatial(self.proj_in(rearrange(self.norm(x), "bt c h w -> bt (h w) c")), c)
-
-        def per_pixel(h, y=None):
-            y = h + positions if y is None else y
-            y = torch.lerp(temporal(y, context), h, alpha)    # alpha weights the spatial branch, which has no frame positions
-            return self.proj_out(y)
-
-        if x.is_cpu and each.size and not torch.is_grad_enabled():
-            each = replace(each, size=-(-each.size // CPU_SLICES))
-        context = self.spatial.attn2(ctx).repeat_interleave(len(x) // B, 0)               # (B*T, 1, C)
-        h = each(per_frame, x, context).unflatten(0, (B, -1))                             # (B, T, N, C)
-        context = temporal.attn2(ctx)                                                     # (B, 1, C)
-        positions = temporal.frame_positions(h.shape[1], h)
-        if temporal.frame_conv is None:
-            h = each(per_pixel, h, dim=2, out=h)
-        else:
-            h = each(per_pixel, h, temporal.frame_conv(h, positions, H, each), dim=2, out=h)
-        return x + rearrange(h, "b t (h w) c -> (b t) c h w", h=H)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. ExVideo (section 3.2, Figure 1). Each temporal transformer block gets, in front of everything else it does, a
-#    trainable table of frame positions in place of the sinusoid, and a 3D convolution that starts as the identity.
-#    The table starts by walking the positions the base knows to and fro, so that neighbouring frames always have
-#    neighbouring positions, and an extended model computes exactly what the base did on up to native_frames frames.
-
-
-def fold_positions(native, num_frames):
-    """The "cyclic pattern" of section 3.2: frame index -> position known to the base, a list of num_frames ints.
-
-    Up through all native positions, then swings of 4/5 of them: for native = 25 it is 0 1 ... 24 23 ... 4 5 ... 24 23 ...
-    (the 25 and 20 of the released model; the paper gives no formula, and the fraction is how we carry it to other lengths).
-    """
-    swing, positions = native * 4 // 5, []
-    for t in range(num_frames):
-        back = (t - native + 1) % (2 * swing) if t >= native and swing else 0  # steps since position native - 1 was passed
-        positions.append(min(t, native - 1) - min(back, 2 * swing - back))
-    return positions
+    def forward(self, x, c):
+        """x (B, T, n, C), frame positions added and convolved, n any number of pixels; c (B, 1, C): what attn2 makes of
+        the context -> (B, T, n, C)"""
+        B = len(x)
+        x = rearrange(x, "b t n c -> (b n) t c").contiguous()
+        x = x + self.ff_in(self.norm_in(x))
+        x = x + self.attn1(self.norm1(x))
+        x = (x.unflatten(0, (B, -1)) + c[:, None]).flatten(0, 1)  # the video's context, whatever pixel
+        x = x + self.ff(self.norm3(x))
+        return rearrange(x, "(b n) t c -> b t n c", b=B)
 
 
 class FrameConv(nn.Conv3d):
-    """3x3x3 convolution over frames and pixels, initialised to the identity: (B, C, T, H, W) -> (B, C, T, H, W).
+    """3x3x3 convolution over frames and pixels, initialised to the identity.
 
-    Borders reflect, as in the released model. Along an axis of length 1, where reflection is undefined (and the official
+    Borders reflect, as in the released model. Along an axis of length 1, where reflection is undefined (the official
     code fails), the border replicates: one frame and images of 64 pixels work.
     """
 
@@ -428,37 +401,54 @@ class FrameConv(nn.Conv3d):
         self.bias.zero_()
         self.weight.zero_()[:, :, 1, 1, 1] = torch.eye(len(self.bias), device=self.bias.device, dtype=self.bias.dtype)
 
-    def forward(self, x, positions, H, each=Slices()):
-        """Tokens (B, T, H*W, C) plus their frame positions (T, 1, C), convolved: (B, T, H*W, C). In slabs of frames, which
-        take along the frame before and the frame after."""
-        T, length = x.shape[1], each.length(1, x)
-        parts = x.split(length, 1)
-        frame = lambda t: parts[t // length][:, t % length:t % length + 1]  # not x[:, t]: its gradient would be all of x
+    def forward(self, x, positions, H, slices=Slices()):
+        """Tokens (B, T, H*W, C) plus their frame positions (T, 1, C), convolved: (B, T, H*W, C).
 
-        def slab(before, inside, after, positions):
-            x = torch.cat([before, inside, after], dim=1) + positions
+        In slabs of frames, which take along the frame before and the frame after."""
+        T, length = x.shape[1], slices.length(1, x)
+        order = [min(1, T - 1), *range(T), max(T - 2, 0)]  # of frames: reflected at both ends
+        positions = reflect(positions, 0)
+        frames = x.unbind(1)  # not x[:, t], the gradient of which is as large as x
+
+        def slab(positions, *frames):
+            x = torch.stack(frames, dim=1) + positions
             x = rearrange(x, "b t (h w) c -> b c t h w", h=H)
-            for axis in (3, 4):  # cat, since padding with reflection has no deterministic gradient on CUDA
-                n = x.shape[axis]
-                x = torch.cat([x.narrow(axis, min(1, n - 1), 1), x, x.narrow(axis, max(n - 2, 0), 1)], axis)
+            x = reflect(x, 3)
+            x = reflect(x, 4)
             x = super(FrameConv, self).forward(x)
             return rearrange(x, "b c t h w -> b t (h w) c").contiguous()  # as it is without: kernels choose by layout
 
-        slabs = []
-        for i, part in enumerate(parts):
-            begin, end = i * length, i * length + part.shape[1]
-            before, after = begin - 1 if begin else min(1, T - 1), end if end < T else max(T - 2, 0)
-            rows = torch.cat([positions[before:before + 1], positions[begin:end], positions[after:after + 1]])
-            slabs.append((frame(before), part, frame(after), rows))
-        return slab(*slabs[0]) if len(slabs) == 1 else each.join(slab, slabs, T, 1)
+        slabs = [(positions[begin:begin + length + 2], *(frames[t] for t in order[begin:begin + length + 2]))
+                 for begin in range(0, T, length)]
+        return slab(*slabs[0]) if len(slabs) == 1 else slices.join(slab, slabs, T, dim=1)
+
+
+def reflect(x, axis):
+    """x with one entry more at both ends of an axis. F.pad's reflection has no deterministic gradient on CUDA."""
+    n = x.shape[axis]
+    return torch.cat([x.narrow(axis, min(1, n - 1), 1), x, x.narrow(axis, max(n - 2, 0), 1)], axis)
+
+
+def fold_positions(native, num_frames):
+    """The "cyclic pattern" of section 3.2: frame index -> position known to the base, a list of num_frames ints.
+
+    Up through all native positions, then swings of 4/5 of them: for native = 25 it is 0 1 ... 24 23 ... 4 5 ... 24 ...
+    (the 25 and 20 of the released model; the paper gives no formula, the fraction is how we carry it to other lengths).
+    """
+    swing = native * 4 // 5
+    positions = list(range(min(native, num_frames)))
+    for t in range(native, num_frames):
+        steps = (t - native + 1) % (2 * swing) if swing else 0  # since position native - 1 was last passed
+        positions.append(native - 1 - min(steps, 2 * swing - steps))
+    return positions
 
 
 @torch.no_grad()
 def extend(unet, num_frames=128):
-    """Extend a UNet to num_frames frames, in place (ExVideo section 3.2); returns it.
+    """Extend a UNet to num_frames frames, in place (ExVideo section 3.2); returns it. ValueError below one frame.
 
     Works from a sinusoidal base (native length: unet.config.native_frames) and from a learned table, that of a model
-    which was extended before (native length: its rows). On up to the native length the output stays bit for bit the same
+    which was extended before (native length: its rows). Up to the native length the output stays bit for bit the same
     (on CUDA in fp32 only with TF32 switched off, which would round what the identity convolution passes on).
     """
     if num_frames < 1:
@@ -479,9 +469,9 @@ IDLE = re.compile(r"\.attn\.(spatial|temporal)\.(attn2\.to_[qk]|norm2)\.")
 
 
 def freeze(unet):
-    """Freeze all but the temporal transformer blocks (section 3.3, "parameter freezing"); returns the trainable names."""
+    """Freeze all but the temporal transformer blocks (section 3.3, "parameter freezing"); returns what is trainable."""
     for name, p in unet.named_parameters():
-        p.requires_grad_(".temporal." in name and ".attn." in name)
+        p.requires_grad_(".attn.temporal." in name)
     return [name for name, p in unet.named_parameters() if p.requires_grad]
 
 
@@ -490,44 +480,90 @@ def freeze(unet):
 #    published single file; a block is an optional residual, transformer and resampling (or input) convolution.
 
 
+class SpatioTemporalTransformer(nn.Module):
+    """A transformer block over the pixels of each frame, one over the frames at each pixel, blended:
+    (B*T, C, H, W) -> (B*T, C, H, W)"""
+
+    def __init__(self, C, heads, context_dim, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, C, eps=EPS_UNET_TRANSFORMER)
+        self.proj_in = nn.Linear(C, C)
+        self.spatial = SpatialBlock(C, heads, context_dim)
+        self.temporal = TemporalBlock(C, heads, context_dim)
+        self.mix = nn.Parameter(torch.tensor([0.5]))
+        self.proj_out = nn.Linear(C, C)
+
+    def forward(self, x, ctx, slices=Slices()):
+        B, H, temporal = len(ctx), x.shape[2], self.temporal
+        alpha = self.mix.float().sigmoid().to(x.dtype)
+        if x.is_cpu and slices.size and not torch.is_grad_enabled():
+            slices = replace(slices, size=math.ceil(slices.size / CPU_SLICES))
+
+        def per_frame(x, context):
+            x = self.proj_in(rearrange(self.norm(x), "bt c h w -> bt (h w) c"))
+            return self.spatial(x, context)
+
+        context = self.spatial.attn2(ctx).repeat_interleave(len(x) // B, 0)               # (B*T, 1, C)
+        h = slices(per_frame, x, context).unflatten(0, (B, -1))                           # (B, T, N, C)
+
+        context = temporal.attn2(ctx)                                                     # (B, 1, C)
+        positions = temporal.frame_positions(h.shape[1], h)                               # (T, 1, C)
+        convolved = None if temporal.frame_conv is None else temporal.frame_conv(h, positions, H, slices)
+
+        def per_pixel(h, convolved):
+            y = temporal(h + positions if convolved is None else convolved, context)
+            return self.proj_out(torch.lerp(y, h, alpha))  # alpha weights the spatial branch, without frame positions
+
+        h = slices(per_pixel, h, convolved, dim=2, out=h)                                 # (B, T, N, C)
+        del convolved  # before the sum needs as much
+        return x + rearrange(h, "b t (h w) c -> (b t) c h w", h=H)
+
+
 class Block(nn.Module):
     def __init__(self, res=None, attn=None, conv=None):
         super().__init__()
         self.res, self.attn, self.conv = res, attn, conv
 
-    def forward(self, inputs, emb, ctx, before=None, each=Slices()):
-        """res and attn; conv is left to UNet.forward. inputs and before: see SpatioTemporalRes."""
-        h = inputs[0] if self.res is None else self.res(inputs, len(ctx), emb, before, each)
-        return h if self.attn is None else self.attn(h, ctx, each)
+    def forward(self, inputs, emb, ctx, before=None, slices=Slices()):
+        """res and attn; conv is left to UNet.forward. inputs: [x, skip], see SpatioTemporalRes.over_pixels.
+
+        The list hands them over, and is empty afterwards: the call of a module keeps its arguments alive to the end,
+        and these are the largest tensors there are, of no use once the residual block has read them.
+        """
+        h = self.res.over_pixels(*inputs, emb, before, slices)
+        inputs.clear()
+        h = self.res.over_frames(h, len(ctx), emb, slices)
+        return h if self.attn is None else self.attn(h, ctx, slices)
 
 
 class UNet(nn.Module):
     """SVD's spatio-temporal UNet (SVD-XT: 1,524,623,082 parameters).
 
-    Long videos are worked on in slices; `unet.slice = None` switches that off (see Slices). In training mode activations
-    are checkpointed, in residual and transformer blocks alike: per slice, and per block around that. `unet.checkpointing`
-    is "memory" (default: every block that has a transformer), "speed" (blocks of the finest level only: a sixth less work,
-    twice the memory) or None (keep everything).
+    Long videos are worked on in slices; `unet.slice_size = None` switches that off (see Slices). In training mode
+    activations are checkpointed, in residual and transformer blocks alike: per slice, and per block around that.
+    `unet.checkpointing` is "memory" (default: every block that has a transformer), "speed" (blocks of the finest level
+    only: a sixth less work, twice the memory) or None (keep everything).
     """
 
     def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
         self.checkpointing = "memory"
-        self.slice = Slices.size
+        self.slice_size = Slices.size
         C, emb_dim = config.channels, 4 * config.channels[0]
         res = partial(SpatioTemporalRes, emb_dim=emb_dim, groups=config.groups)
         attn = partial(SpatioTemporalTransformer, context_dim=config.context_dim, groups=config.groups)
-        mlp = lambda n: nn.Sequential(nn.Linear(n, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.time_embed = mlp(C[0])        # noise level
-        self.cond_embed = mlp(3 * ID_DIM)  # fps - 1, motion bucket, noise augmentation
-        last = len(C) - 1                  # the coarsest level has no transformers
+        # of the noise level, and of fps - 1, motion bucket, noise augmentation
+        self.time_embed = nn.Sequential(nn.Linear(C[0], emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.cond_embed = nn.Sequential(nn.Linear(3 * ID_DIM, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        last = len(C) - 1  # the coarsest level has no transformers
 
         self.down = nn.ModuleList([Block(conv=nn.Conv2d(8, C[0], 3, padding=1))])
         widths = [C[0]]  # of the skips
         for level, c in enumerate(C):
             for _ in range(2):
-                self.down.append(Block(res(widths[-1], c), attn(c, config.heads[level]) if level < last else None))
+                transformer = attn(c, config.heads[level]) if level < last else None
+                self.down.append(Block(res(widths[-1], c), transformer))
                 widths.append(c)
             if level < last:
                 self.down.append(Block(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))
@@ -538,9 +574,9 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         for level, c_out in reversed(list(enumerate(C))):
             for i in range(3):
-                self.up.append(Block(res(c + widths.pop(), c_out),
-                                     attn(c_out, config.heads[level]) if level < last else None,
-                                     Upsample(c_out, c_out, 3, padding=1) if i == 2 and level > 0 else None))
+                transformer = attn(c_out, config.heads[level]) if level < last else None
+                upsample = Upsample(c_out, c_out, 3, padding=1) if i == 2 and level > 0 else None
+                self.up.append(Block(res(c + widths.pop(), c_out), transformer, upsample))
                 c = c_out
 
         self.norm_out = nn.GroupNorm(config.groups, C[0], eps=EPS_UNET_RES)
@@ -552,7 +588,7 @@ class UNet(nn.Module):
 
     @property
     def max_frames(self):
-        """Rows of the frame table, the most frames the model can make; None for a base model, whose sinusoid has no end."""
+        """Rows of the frame table, the most frames the model can make; None for a base, whose sinusoid has no end."""
         table = self.temporal_blocks()[0].frame_table
         return None if table is None else len(table)
 
@@ -566,7 +602,8 @@ class UNet(nn.Module):
         """
         B, T, _, H, W = x.shape
         if H % 8 or W % 8 or ctx.shape[:2] != (B, 1):
-            raise ValueError(f"latents must be multiples of 8 and ctx (B,1,D) with B={B}: got {H}x{W}, {tuple(ctx.shape)}")
+            raise ValueError(f"latents must be multiples of 8 and ctx (B,1,D) with B={B}: "
+                             f"got {H}x{W}, {tuple(ctx.shape)}")
         if self.max_frames and T > self.max_frames:
             raise ValueError(f"{T} frames asked of a model extended to {self.max_frames}: use extend() for more")
         dtype = self.conv_out.weight.dtype
@@ -574,34 +611,44 @@ class UNet(nn.Module):
         emb = self.time_embed(sinusoid(c_noise, self.config.channels[0]).to(dtype))      # (B, emb_dim)
         emb = emb + self.cond_embed(sinusoid(ids, ID_DIM).flatten(1).to(dtype))
 
-        each = Slices(self.slice, checkpointed=self.training and bool(self.checkpointing) and torch.is_grad_enabled())
+        checkpointing = self.checkpointing if self.training and torch.is_grad_enabled() else None
+        slices = Slices(self.slice_size, checkpointed=bool(checkpointing))
 
         def run(block, inputs, before=None):
             finest = block.res.spatial.conv2.out_channels == self.config.channels[0]
-            if not each.checkpointed or block.attn is None or (self.checkpointing == "speed" and not finest):
-                return block(inputs, emb, ctx, before, each)
-            return checkpoint(lambda *inputs: block(list(inputs), emb, ctx, before, each), *inputs, use_reentrant=False)
+            if not checkpointing or block.attn is None or (checkpointing == "speed" and not finest):
+                return block(inputs, emb, ctx, before, slices)
 
-        stack = [self.down[0].conv(x.to(dtype).flatten(0, 1))]                            # (B*T, C, H, W), of all blocks so far
+            def again(*inputs):
+                return block(list(inputs), emb, ctx, before, slices)
+
+            return checkpoint(again, *inputs, use_reentrant=False)
+
+        h = self.down[0].conv(x.to(dtype).flatten(0, 1))                                  # (B*T, C, H, W)
+        skips = [h]
         for block in self.down[1:]:
-            stack.append(run(block, [stack[-1]]) if block.conv is None else block.conv(stack[-1]))
-        h = stack[-1]
+            h = run(block, [h, None]) if block.conv is None else block.conv(h)
+            skips.append(h)
         for block in self.mid:
-            h = run(block, [h])
-        before = None
-        stack.append(h)
-        del h
+            h = run(block, [h, None])
+        upsample = None
         for block in self.up:
-            stack.append(run(block, [stack.pop(), stack.pop()], before))
-            before = block.conv  # upsampling waits for the next block, which does it slice by slice
-        h = each(lambda h: self.conv_out(silu(self.norm_out(h))), stack.pop())
-        return h.unflatten(0, (B, T)).to(x.dtype)                                         # (B, T, 4, H, W)
+            inputs = [h, skips.pop()]
+            del h  # the list alone holds it, see Block.forward
+            h = run(block, inputs, upsample)
+            upsample = block.conv  # waits for the next block, which does it slice by slice
+
+        def out(h):
+            return self.conv_out(F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled()))
+
+        return slices(out, h).unflatten(0, (B, T)).to(x.dtype)                            # (B, T, 4, H, W)
 
 
 def compile_blocks(unet):
-    """torch.compile in place, per repeated block: transformer blocks and residual blocks over pixels. Loops over slices stay
-    in Python, and with them the residual blocks over frames, whose norms span slices. The first pass takes minutes."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # sizes differ between the levels
+    """torch.compile in place, per repeated block: transformer blocks and residual blocks over pixels. Loops over slices
+    stay in Python, and with them the residual blocks over frames, whose norms span slices. It takes the first pass
+    minutes."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # sizes differ between levels
     blocks = [m for m in unet.modules() if isinstance(m, (SpatialBlock, TemporalBlock))]
     blocks += [m.spatial for m in unet.modules() if isinstance(m, SpatioTemporalRes)]
     for block in blocks:
@@ -610,7 +657,7 @@ def compile_blocks(unet):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. VAE: images (N,3,8h,8w) in [-1,1] -> latents (N,4,h,w), latents (B,T,4,h,w) -> video (B,T,3,8h,8w).
-#    The encoder is Stable Diffusion's image encoder. The decoder has a temporal residual block behind every spatial one.
+#    The encoder is Stable Diffusion's image encoder. The decoder has a temporal residual block behind each spatial one.
 
 
 class PixelAttention(nn.Module):
@@ -623,7 +670,8 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b (h w) c").contiguous() for f in (self.q, self.k, self.v))  # else no fused kernel
+        # contiguous: fused kernels take nothing else
+        q, k, v = (rearrange(f(h), "b c h w -> b (h w) c").contiguous() for f in (self.q, self.k, self.v))
         h = rearrange(attention(q, k, v, heads=1), "b (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
 
@@ -694,15 +742,24 @@ class Decoder(nn.Module):
         self.time_conv_out = nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 0, 0))  # over the frames of the finished RGB video
 
     def forward(self, z):
-        B, each, before = len(z), Slices(), None
-        h = self.mid.block_1([self.conv_in(z.flatten(0, 1))], B, each=each)               # (B*T, C, h, w)
-        h = [self.mid.block_2([each(self.mid.attn_1, h)], B, each=each)]
+        B, slices, upsample = len(z), Slices(), None
+
+        def out(h):
+            return self.conv_out(F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled()))
+
+        h = self.conv_in(z.flatten(0, 1))                                                 # (B*T, C, h, w)
+        h = self.mid.block_1.over_pixels(h, slices=slices)
+        h = self.mid.block_1.over_frames(h, B, slices=slices)
+        h = slices(self.mid.attn_1, h)
+        h = self.mid.block_2.over_pixels(h, slices=slices)
+        h = self.mid.block_2.over_frames(h, B, slices=slices)
         for level in reversed(self.up):
             for block in level.block:
-                h = [block(h, B, before=before, each=each)]
-                before = None
-            before = level.upsample
-        h = each(lambda h: self.conv_out(silu(self.norm_out(h))), h.pop())
+                h = block.over_pixels(h, before=upsample, slices=slices)
+                h = block.over_frames(h, B, slices=slices)
+                upsample = None
+            upsample = level.upsample  # waits for the next block, which does it slice by slice
+        h = slices(out, h)                                                                # (B*T, 3, 8h, 8w)
         h = self.time_conv_out(rearrange(h, "(b t) c h w -> b c t h w", b=B))
         return rearrange(h, "b c t h w -> b t c h w")
 
@@ -723,7 +780,7 @@ class VAE(nn.Module):
     def decode(self, z):
         """Video of unscaled latents, the whole clip at once: (B,T,4,h,w) -> (B,T,3,8h,8w), about [-1,1], not clamped.
 
-        Normalisation in the temporal blocks spans all frames, so decoding a clip in pieces gives (slightly) other pixels.
+        Normalisation in the temporal blocks spans all frames: decoding a clip in pieces gives (slightly) other pixels.
         """
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).to(z.dtype)
 
@@ -738,17 +795,20 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def preprocess_clip(img, size=224):
     """Images for the ImageEncoder: (N,3,H,W) in [-1,1] -> (N,3,size,size), float32, normalised with CLIP's statistics.
 
-    As SVD was trained: Gaussian blur against aliasing, bicubic resize with aligned corners; the aspect ratio is not kept
-    and nothing is cropped.
+    As SVD was trained: Gaussian blur against aliasing, bicubic resize with aligned corners; the aspect ratio is not
+    kept and nothing is cropped.
     """
     x = img.float()
     for axis, n in ((2, img.shape[2]), (3, img.shape[3])):
         sigma = max((n / size - 1) / 2, 0.001)
         k = int(max(4 * sigma, 3)) | 1  # made odd
         taps = torch.exp(-0.5 * ((torch.arange(k, device=img.device) - k // 2) / sigma) ** 2)
-        taps = (taps / taps.sum()).reshape((1, 1, k, 1) if axis == 2 else (1, 1, 1, k)).repeat(3, 1, 1, 1)
-        pad = (0, 0, k // 2, k // 2) if axis == 2 else (k // 2, k // 2, 0, 0)
-        x = F.conv2d(F.pad(x, pad, mode="reflect"), taps, groups=3)
+        taps = taps / taps.sum()
+        if axis == 2:
+            taps, pad = taps.view(1, 1, k, 1), (0, 0, k // 2, k // 2)
+        else:
+            taps, pad = taps.view(1, 1, 1, k), (k // 2, k // 2, 0, 0)
+        x = F.conv2d(F.pad(x, pad, mode="reflect"), taps.repeat(3, 1, 1, 1), groups=3)
     x = F.interpolate(x, (size, size), mode="bicubic", align_corners=True)
     mean, std = (torch.tensor(v, device=img.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return ((x + 1) / 2 - mean) / std
@@ -774,8 +834,10 @@ class ImageEncoder(nn.Module):
         self.config = config
         width, tokens = config.width, (config.image // config.patch) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, config.patch, stride=config.patch, bias=False)
-        # as nn.Linear starts; drawing normal numbers on the meta device would import a second's worth of modules in load()
-        random = lambda *shape: nn.Parameter(nn.init.uniform_(torch.empty(*shape), -width**-0.5, width**-0.5))
+
+        def random(*shape):  # as nn.Linear starts; normal numbers on the meta device cost load() a second of imports
+            return nn.Parameter(nn.init.uniform_(torch.empty(*shape), -width**-0.5, width**-0.5))
+
         self.class_embedding = random(width)
         self.positional_embedding = random(tokens, width)
         self.ln_pre = LayerNorm(width)
@@ -834,15 +896,15 @@ def edm_loss(unet, x, sigma, noise, image_latents, ctx, ids):
 
 
 def exvideo_loss(unet, x, sigma, noise, image_latents, ctx, ids):
-    """The loss of ExVideo's released training script instead, (B,): the weight is sqrt(sigma^2 + 1) / sigma and the target
-    1.01 x, against videos that turn grey. Its sigmas are draw_sigmas("exvideo", ...)."""
+    """The loss of ExVideo's released training script instead, (B,): the weight is sqrt(sigma^2 + 1) / sigma and the
+    target 1.01 x, against videos that turn grey. Its sigmas are draw_sigmas("exvideo", ...)."""
     s = sigma.float().view(-1, 1, 1, 1, 1)
     D = denoise(unet, x + s * noise, sigma, image_latents, ctx, ids)
     return ((s**2 + 1).sqrt() / s * (D - 1.01 * x) ** 2).mean(dim=(1, 2, 3, 4))
 
 
 def draw_sigmas(kind, n, generator):
-    """Noise levels to train on, (n,): "edm", ln sigma ~ N(0.7, 1.6^2), or "exvideo", uniform on its 1000 Karras sigmas."""
+    """Noise levels to train on, (n,): "edm", ln sigma ~ N(0.7, 1.6^2), or "exvideo", uniform on 1000 Karras sigmas."""
     if kind == "edm":
         return (0.7 + 1.6 * torch.randn(n, generator=generator)).exp()
     return karras_sigmas(1000)[torch.randint(1000, (n,), generator=generator)]
@@ -862,7 +924,9 @@ def _number(template, per_level, offset=0):
     return lambda m: template.format(*divmod(int(m[1]) - offset, per_level))
 
 
-_FF = [(r"\.(ff|ff_in)\.proj_in", r".\1.net.0.proj"), (r"\.(ff|ff_in)\.proj_out", r".\1.net.2"), (r"to_out", "to_out.0")]
+_FF = [
+    (r"\.(ff|ff_in)\.proj_in", r".\1.net.0.proj"), (r"\.(ff|ff_in)\.proj_out", r".\1.net.2"), (r"to_out", "to_out.0"),
+]
 _EXTENSION = [(r"frame_table$", "positional_embedding.embeddings"), (r"frame_conv", "positional_conv")]
 
 UNET_SGM = [
@@ -874,7 +938,8 @@ UNET_SGM = [
     (r"^mid\.0\.res", "middle_block.0"), (r"^mid\.0\.attn", "middle_block.1"), (r"^mid\.1\.res", "middle_block.2"),
     (r"^down\.0\.conv", "input_blocks.0.0"), (r"^down\.(\d+)\.conv", r"input_blocks.\1.0.op"),
     (r"^up\.2\.conv", "output_blocks.2.1.conv"), (r"^up\.(\d+)\.conv", r"output_blocks.\1.2.conv"),
-    (r"^down\.", "input_blocks."), (r"^up\.", "output_blocks."), (r"(\d)\.res\.", r"\1.0."), (r"(\d)\.attn\.", r"\1.1."),
+    (r"^down\.", "input_blocks."), (r"^up\.", "output_blocks."),
+    (r"(\d)\.res\.", r"\1.0."), (r"(\d)\.attn\.", r"\1.1."),
     (r"^cond_embed", "label_emb.0"), (r"^norm_out", "out.0"), (r"^conv_out", "out.2"), (r"^", "model.diffusion_model."),
 ]
 UNET_DIFFUSERS = [
@@ -882,14 +947,17 @@ UNET_DIFFUSERS = [
     (r"^down\.(\d+)\.res", _number("down_blocks.{}.resnets.{}", 3, 1)),
     (r"^down\.(\d+)\.attn", _number("down_blocks.{}.attentions.{}", 3, 1)),
     (r"^mid\.(\d+)\.res", r"mid_block.resnets.\1"), (r"^mid\.(\d+)\.attn", r"mid_block.attentions.\1"),
-    (r"^up\.(\d+)\.res", _number("up_blocks.{}.resnets.{}", 3)), (r"^up\.(\d+)\.attn", _number("up_blocks.{}.attentions.{}", 3)),
+    (r"^up\.(\d+)\.res", _number("up_blocks.{}.resnets.{}", 3)),
+    (r"^up\.(\d+)\.attn", _number("up_blocks.{}.attentions.{}", 3)),
     (r"^up\.(\d+)\.conv", _number("up_blocks.{}.upsamplers.0.conv", 3)),
-    (r"(resnets\.\d+)\.(spatial|temporal)", r"\1.\2_res_block"), (r"\.emb\.", ".time_emb_proj."), (r"\.skip\.", ".conv_shortcut."),
-    (r"\.mix$", ".time_mixer.mix_factor"), (r"\.temporal\.frame_embed\.0", ".time_pos_embed.linear_1"),
+    (r"(resnets\.\d+)\.(spatial|temporal)", r"\1.\2_res_block"), (r"\.emb\.", ".time_emb_proj."),
+    (r"\.skip\.", ".conv_shortcut."), (r"\.mix$", ".time_mixer.mix_factor"),
+    (r"\.temporal\.frame_embed\.0", ".time_pos_embed.linear_1"),
     (r"\.temporal\.frame_embed\.2", ".time_pos_embed.linear_2"), *_EXTENSION,
     (r"\.spatial\.", ".transformer_blocks.0."), (r"\.temporal\.", ".temporal_transformer_blocks.0."), *_FF,
     (r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
-    (r"^cond_embed\.0", "add_embedding.linear_1"), (r"^cond_embed\.2", "add_embedding.linear_2"), (r"^norm_out", "conv_norm_out"),
+    (r"^cond_embed\.0", "add_embedding.linear_1"), (r"^cond_embed\.2", "add_embedding.linear_2"),
+    (r"^norm_out", "conv_norm_out"),
 ]
 VAE_SGM = [
     (r"temporal\.norm1", "time_stack.in_layers.0"), (r"temporal\.conv1", "time_stack.in_layers.2"),
@@ -900,19 +968,23 @@ VAE_SGM = [
 ]
 VAE_DIFFUSERS = [
     (r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{3 - int(m[1])}"),  # the decoder is listed in reverse there
-    (r"^encoder\.down\.", "encoder.down_blocks."), (r"\.block\.", ".resnets."), (r"(down|up)sample\.", r"\1samplers.0.conv."),
-    (r"mid\.block_1", "mid_block.resnets.0"), (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
-    (r"(attentions\.0)\.norm", r"\1.group_norm"), (r"(attentions\.0)\.([qkv])\.", r"\1.to_\2."), (r"proj_out", "to_out.0"),
+    (r"^encoder\.down\.", "encoder.down_blocks."), (r"\.block\.", ".resnets."),
+    (r"(down|up)sample\.", r"\1samplers.0.conv."), (r"mid\.block_1", "mid_block.resnets.0"),
+    (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
+    (r"(attentions\.0)\.norm", r"\1.group_norm"), (r"(attentions\.0)\.([qkv])\.", r"\1.to_\2."),
+    (r"proj_out", "to_out.0"),
     (r"(resnets\.\d+)\.(spatial|temporal)", r"\1.\2_res_block"), (r"\.skip\.", ".conv_shortcut."),
     (r"\.mix$", ".time_mixer.mix_factor"), (r"norm_out", "conv_norm_out"),
 ]
 CLIP_SGM = [
     (r"^blocks", "transformer.resblocks"), (r"\.qkv\.", ".attn.in_proj_"), (r"\.out\.", ".attn.out_proj."),
-    (r"\.ln(\d)", r".ln_\1"), (r"fc1", "mlp.c_fc"), (r"fc2", "mlp.c_proj"), (r"^", "conditioner.embedders.0.open_clip.model.visual."),
+    (r"\.ln(\d)", r".ln_\1"), (r"fc1", "mlp.c_fc"), (r"fc2", "mlp.c_proj"),
+    (r"^", "conditioner.embedders.0.open_clip.model.visual."),
 ]
 CLIP_DIFFUSERS = [
     (r"^blocks", "encoder.layers"), (r"\.qkv\.", ".self_attn.{qkv}_proj."), (r"\.out\.", ".self_attn.out_proj."),
-    (r"\.ln(\d)", r".layer_norm\1"), (r"(fc\d)", r"mlp.\1"), (r"^ln_pre", "pre_layrnorm"), (r"^ln_post", "post_layernorm"),
+    (r"\.ln(\d)", r".layer_norm\1"), (r"(fc\d)", r"mlp.\1"),
+    (r"^ln_pre", "pre_layrnorm"), (r"^ln_post", "post_layernorm"),
     (r"^class_embedding", "embeddings.class_embedding"), (r"^conv1", "embeddings.patch_embedding"),
     (r"^positional_embedding", "embeddings.position_embedding.weight"), (r"^(?!proj)", "vision_model."),
     (r"^proj", "visual_projection.weight"),
@@ -921,36 +993,42 @@ EXVIDEO = [  # names inside one temporal block of the ExVideo release
     (r"^ff_in\.proj_in", "act_fn_in.proj"), (r"^ff_in\.proj_out", "ff_in"), (r"^ff\.proj_in", "act_fn_out.proj"),
     (r"^ff\.proj_out", "ff_out"), (r"^norm3", "norm_out"), (r"^frame_embed", "positional_embedding_proj"), *_EXTENSION,
 ]
-# The release numbers the blocks of a flat list in which pushes and pops count too; these are its temporal ones, in order.
+# The release numbers the blocks of a flat list in which pushes and pops count too; these are its temporal ones.
 EXVIDEO_BLOCKS = (7, 17, 29, 39, 51, 61, 83, 113, 123, 133, 144, 154, 164, 175, 185, 195)
 
 # In svd_xt.safetensors but part of no network of ours: a second encoder, a second decoder, CLIP's text side.
-SGM_IGNORED = re.compile(r"first_stage_model\.encoder\.|conditioner\.embedders\.3\.encoder\.(decoder|post_quant_conv)\.|"
-                         r"conditioner\.embedders\.0\.open_clip\.model\.(logit_scale|token_embedding|positional_embedding|"
-                         r"text_projection|ln_final)")
-
+SGM_IGNORED = re.compile(
+    r"first_stage_model\.encoder\.|conditioner\.embedders\.3\.encoder\.(decoder|post_quant_conv)\.|"
+    r"conditioner\.embedders\.0\.open_clip\.model\."
+    r"(logit_scale|token_embedding|positional_embedding|text_projection|ln_final)")
 
 # What belongs to each network in the single file; together with SGM_IGNORED, all of it.
-SGM_PART = {UNet: r"model\.diffusion_model\.", ImageEncoder: r"conditioner\.embedders\.0\.open_clip\.model\.visual\.",
-            VAE: r"first_stage_model\.(decoder|post_quant_conv)\.|conditioner\.embedders\.3\.encoder\.(encoder|quant_conv)\."}
+SGM_PART = {
+    UNet: r"model\.diffusion_model\.",
+    ImageEncoder: r"conditioner\.embedders\.0\.open_clip\.model\.visual\.",
+    VAE: r"first_stage_model\.(decoder|post_quant_conv)\.|conditioner\.embedders\.3\.encoder\.(encoder|quant_conv)\.",
+}
 RULES = {"sgm": {UNet: UNET_SGM, VAE: VAE_SGM, ImageEncoder: CLIP_SGM},
          "diffusers": {UNet: UNET_DIFFUSERS, VAE: VAE_DIFFUSERS, ImageEncoder: CLIP_DIFFUSERS}}
 
 
 def file_names(module, layout):
-    """Where a layout keeps each parameter of a module: {our name: [name in the file]}, three names where it splits q, k, v.
+    """Where a layout keeps each parameter of a module: {our name: [name in the file]}, three where it splits q, k, v.
 
-    layout: "ours" (state_dict), "sgm" (the published single file), "diffusers" (its folders), or "exvideo" (UNet only: the
-    33 tensors of each temporal block).
+    layout: "ours" (state_dict), "sgm" (the published single file), "diffusers" (its folders), or "exvideo" (UNet only:
+    the 33 tensors of each temporal block).
     """
     if layout == "ours":
         return {name: [name] for name in module.state_dict()}
     if layout == "exvideo":
-        blocks = {n: m for n, m in module.named_modules() if isinstance(m, TemporalBlock)}
+        blocks = [(n, m) for n, m in module.named_modules() if isinstance(m, TemporalBlock)]
         return {f"{block}.{name}": [f"blocks.{number}.{rename(name, EXVIDEO)}"]
-                for number, block in zip(EXVIDEO_BLOCKS, blocks) for name in blocks[block].state_dict()}
-    names = {ours: rename(ours, RULES[layout][type(module)]) for ours in module.state_dict()}
-    return {ours: [name.replace("{qkv}", c) for c in "qkv"] if "{qkv}" in name else [name] for ours, name in names.items()}
+                for number, (block, m) in zip(EXVIDEO_BLOCKS, blocks) for name in m.state_dict()}
+    names = {}
+    for ours in module.state_dict():
+        name = rename(ours, RULES[layout][type(module)])
+        names[ours] = [name.replace("{qkv}", c) for c in "qkv"] if "{qkv}" in name else [name]
+    return names
 
 
 def rename(name, rules):
@@ -983,62 +1061,82 @@ class Tensors:
             self.meta = dict(json.loads((file.metadata() or {}).get("exsvd", "{}")))
         except (SafetensorError, ValueError, TypeError) as e:
             with open(source, "rb") as f:  # only now: the length a good file begins with can look like either
-                if re.match(rb"PK\x03\x04|\x80\x02[^\0]", f.read(4)):  # zip or pickle: loading one can run any code
-                    raise WeightsError(f"{self.label} is a pickled checkpoint, which is never opened: use its .safetensors version") from None
-            raise WeightsError(f"{self.label} is not a complete safetensors file ({e}): download or save it again") from None
-        self.names, self.get, self.shape = set(file.keys()), file.get_tensor, lambda name: file.get_slice(name).get_shape()
+                is_pickle = re.match(rb"PK\x03\x04|\x80\x02[^\0]", f.read(4))  # or zip: runs any code when loaded
+            if is_pickle:
+                raise WeightsError(f"{self.label} is a pickled checkpoint, which is never opened: "
+                                   "use its .safetensors version") from None
+            raise WeightsError(f"{self.label} is not a complete safetensors file ({e}): "
+                               "download or save it again") from None
+        self.names = set(file.keys())
+        self.get, self.shape = file.get_tensor, lambda name: file.get_slice(name).get_shape()
 
     def table_rows(self):
         """Frames that the file's frame tables hold; None where it has none."""
         tables = sorted(n for n in self.names if n.endswith(("positional_embedding.embeddings", "frame_table")))
-        return (*self.shape(tables[0]), 0)[0] or None if tables else None
+        shape = self.shape(tables[0]) if tables else ()
+        return shape[0] if len(shape) > 0 and shape[0] > 0 else None
 
 
-def find(module, tensors):
-    """Where `tensors` keeps each parameter of the module: {our name: (tensors, names)}. Checked in full, nothing is read.
+def locate(module, tensors):
+    """Where `tensors` keeps each parameter of the module: {our name: (tensors, names)}. Nothing is read yet.
 
     Raises WeightsError with examples if anything is missing, mis-shaped or left over.
     """
-    state, kind = module.state_dict(), type(module).__name__
-    is_overlay = isinstance(module, UNet) and any(n.startswith("blocks.") for n in tensors.names)
-    layouts = ["exvideo"] if is_overlay else ["ours", "sgm", "diffusers"]
-    names = max((file_names(module, layout) for layout in layouts),
-                key=lambda names: sum(n in tensors.names for group in names.values() for n in group))
-    rows, max_frames = tensors.table_rows(), getattr(module, "max_frames", None)
-    if isinstance(module, UNet) and rows and rows != max_frames:
-        raise WeightsError(f"{tensors.label} is extended to {rows} frames, but the UNet {f'to {max_frames}' if max_frames else 'is not'}"
-                           f": call extend(unet, {rows}) before loading it")
-    if not rows and not is_overlay:  # a base file leaves what extend() added as it is
-        names = {ours: group for ours, group in names.items() if not re.search("frame_(table|conv)", ours)}
-    if any(n.startswith("first_stage_model.post_quant_conv") for n in tensors.names) and isinstance(module, VAE):
-        raise WeightsError(f"{tensors.label} is the image-decoder variant, whose VAE decoder has no temporal layers: "
-                           "use svd_xt.safetensors (or svd.safetensors) instead of svd_xt_image_decoder.safetensors")
-
+    names = choose_layout(module, tensors)
     expected = {n for group in names.values() for n in group}
-    others = "|".join([SGM_IGNORED.pattern] + [part for network, part in SGM_PART.items() if not isinstance(module, network)])
+    ignored = [SGM_IGNORED.pattern] + [part for network, part in SGM_PART.items() if not isinstance(module, network)]
     missing = sorted(expected - tensors.names)
-    unexpected = sorted(n for n in tensors.names - expected if not re.match(others, n))
-    misshaped = []
-    for ours, group in names.items():
-        if tensors.names.issuperset(group):
-            shapes, want = [tuple(tensors.shape(n)) for n in group], tuple(state[ours].shape)
-            try:
-                ok = convert(group, [torch.empty(s, device="meta") for s in shapes], want).shape == want
-            except (RuntimeError, IndexError):  # q, k, v that can't be joined
-                ok = False
-            if not ok:
-                misshaped.append(f"{', '.join(group)} {', '.join(map(str, shapes))} instead of {want}{' in all' if len(group) > 1 else ''}")
-    problems = [f"{len(found)} {what}, such as {'; '.join(found[:3])}" for what, found in
-                (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if found]
+    unexpected = sorted(n for n in tensors.names - expected if not re.match("|".join(ignored), n))
+    misshaped = [complaint for ours, group in names.items() if tensors.names.issuperset(group)
+                 if (complaint := compare_shapes(group, tensors, tuple(module.get_parameter(ours).shape)))]
+
+    problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
+    problems = [f"{len(found)} {what}, such as {'; '.join(found[:3])}" for what, found in problems.items() if found]
     if problems:
-        raise WeightsError(f"{tensors.label} does not fit {kind} ({len(expected)} tensors): {'. '.join(problems)}")
+        raise WeightsError(f"{tensors.label} does not fit {type(module).__name__} ({len(expected)} tensors): "
+                           f"{'. '.join(problems)}")
     return {ours: (tensors, group) for ours, group in names.items()}
 
 
+def choose_layout(module, tensors):
+    """The names that a file should have for the module, file_names() of the layout that most of its names are of.
+
+    Raises WeightsError if the file is known to be for something else.
+    """
+    if isinstance(module, VAE) and any(n.startswith("first_stage_model.post_quant_conv") for n in tensors.names):
+        raise WeightsError(f"{tensors.label} is the image-decoder variant, whose VAE decoder has no temporal layers: "
+                           "use svd_xt.safetensors (or svd.safetensors) instead of svd_xt_image_decoder.safetensors")
+    is_extension = isinstance(module, UNet) and any(n.startswith("blocks.") for n in tensors.names)
+    rows = tensors.table_rows()
+    if isinstance(module, UNet) and rows and rows != module.max_frames:
+        now = f"to {module.max_frames}" if module.max_frames else "is not"
+        raise WeightsError(f"{tensors.label} is extended to {rows} frames, but the UNet {now}: "
+                           f"call extend(unet, {rows}) before loading it")
+
+    layouts = [file_names(module, layout) for layout in (["exvideo"] if is_extension else ["ours", "sgm", "diffusers"])]
+    names = max(layouts, key=lambda names: sum(n in tensors.names for group in names.values() for n in group))
+    if rows or is_extension:
+        return names
+    # a base file leaves what extend() added as it is
+    return {ours: group for ours, group in names.items() if not re.search("frame_(table|conv)", ours)}
+
+
+def compare_shapes(group, tensors, want):
+    """What is wrong with the shapes of tensors that together make one parameter; None if nothing is."""
+    shapes = [tuple(tensors.shape(n)) for n in group]
+    try:
+        if convert(group, [torch.empty(s, device="meta") for s in shapes], want).shape == want:
+            return None
+    except (RuntimeError, IndexError):  # q, k, v that can't be joined
+        pass
+    in_all = " in all" if len(group) > 1 else ""
+    return f"{', '.join(group)} {', '.join(map(str, shapes))} instead of {want}{in_all}"
+
+
 @torch.no_grad()
-def fill(module, plan, dtype=None, device=None):
-    """Read what find() found, tensor by tensor, into a module. Parameters on the meta device become real ones."""
-    for ours, (tensors, names) in plan.items():
+def read_into(module, located, dtype=None, device=None):
+    """Read what locate() found, tensor by tensor, into a module. Parameters on the meta device become real ones."""
+    for ours, (tensors, names) in located.items():
         path, _, leaf = ours.rpartition(".")
         parent = module.get_submodule(path)
         p = getattr(parent, leaf)
@@ -1051,13 +1149,13 @@ def fill(module, plan, dtype=None, device=None):
 
 
 def load_weights(module, tensors_or_path):
-    """Load a UNet, VAE or ImageEncoder, in place, from a .safetensors file or a dict of tensors in any published naming:
-    the single file (other networks in it are passed over), diffusers, ours, and for an extended UNet the ExVideo release.
+    """Load a UNet, VAE or ImageEncoder, in place, from a .safetensors file or dict of tensors in any published naming:
+    the single file (other networks in it are passed over), diffusers, ours, and, if extended, the ExVideo release.
 
     A base file leaves the layers that extend() added as they are. Returns the module. Raises WeightsError if any tensor
     is missing, unexpected or mis-shaped, and has then changed nothing.
     """
-    fill(module, find(module, Tensors(tensors_or_path)))
+    read_into(module, locate(module, Tensors(tensors_or_path)))
     return module
 
 
@@ -1072,40 +1170,54 @@ class SVD:
 
 
 FOLDER = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "clip": "image_encoder/model"}
+FOLDER_CONFIG = {  # our names of what the config.json beside them says
+    "unet": {"block_out_channels": "channels", "num_attention_heads": "heads", "cross_attention_dim": "context_dim",
+             "num_frames": "native_frames"},
+    "vae": {"block_out_channels": "channels"},
+    "clip": {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+             "patch_size": "patch", "projection_dim": "out_dim", "image_size": "image"},
+}
 
 
 def open_model(path):
-    """Weights and configurations of a model: ({"unet", "vae", "clip": Tensors}, (UNetConfig, VAEConfig, CLIPConfig))."""
-    if not os.path.isdir(path):
+    """Weights and configurations of a model: ({"unet", "vae", "clip": Tensors}, (UNetConfig, VAEConfig, CLIPConfig)).
+
+    path as in load(). Only names and configurations are read. Raises WeightsError.
+    """
+    if os.path.isdir(path):
+        files, config = open_folder(path)
+    else:
         tensors = Tensors(path)
-        try:
-            config = {k: {f: tuple(v) if isinstance(v, list) else v for f, v in c.items()}
-                      for k, c in tensors.meta.get("config", {}).items()}
-            return dict.fromkeys(FOLDER, tensors), (UNetConfig(**config.get("unet", {})), VAEConfig(**config.get("vae", {})),
-                                                    CLIPConfig(**config.get("clip", {})))
-        except (TypeError, AttributeError) as e:
-            raise WeightsError(f"{tensors.label}: configuration not understood ({e}); was it written by a newer version?") from None
+        files, config = dict.fromkeys(FOLDER, tensors), tensors.meta.get("config", {})
+
+    def settings(part):  # JSON has no tuples
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in config.get(part, {}).items()}
+
+    try:
+        return files, (UNetConfig(**settings("unet")), VAEConfig(**settings("vae")), CLIPConfig(**settings("clip")))
+    except (TypeError, AttributeError) as e:
+        raise WeightsError(f"{path}: configuration not understood ({e}); was it written by a newer version?") from None
+
+
+def open_folder(path):
+    """The same of a folder in diffusers' layout: ({part: Tensors}, {part: {our name of a setting: value}})."""
     files, config = {}, {}
-    for name, stem in FOLDER.items():
-        found = [f for f in (f"{stem}.safetensors", f"{stem}.fp16.safetensors") if os.path.isfile(os.path.join(path, f))]
+    for part, stem in FOLDER.items():
+        found = [f"{stem}{kind}.safetensors" for kind in ("", ".fp16")
+                 if os.path.isfile(os.path.join(path, f"{stem}{kind}.safetensors"))]
         if not found:
-            raise WeightsError(f"{path}: no {stem}.safetensors (or .fp16.safetensors); a diffusers folder of SVD has one")
-        files[name] = Tensors(os.path.join(path, found[0]))
+            raise WeightsError(f"{path}: no {stem}.safetensors (or .fp16.safetensors); "
+                               "a diffusers folder of SVD has one")
+        files[part] = Tensors(os.path.join(path, found[0]))
         try:
             with open(os.path.join(path, os.path.dirname(stem), "config.json")) as f:
-                config[name] = json.load(f)
+                theirs = {key: value for key, value in json.load(f).items() if value is not None}
+            config[part] = {ours: theirs[key] for key, ours in FOLDER_CONFIG[part].items() if key in theirs}
         except FileNotFoundError:
-            config[name] = {}  # SVD-XT
-        except ValueError as e:
+            config[part] = {}  # SVD-XT
+        except (ValueError, AttributeError) as e:
             raise WeightsError(f"{f.name}: not readable as JSON ({e})") from None
-    pick = lambda part, **keys: {ours: tuple(v) if isinstance(v, list) else v
-                                 for ours, key in keys.items() if (v := config[part].get(key)) is not None}
-    return files, (
-        UNetConfig(**pick("unet", channels="block_out_channels", heads="num_attention_heads",
-                          context_dim="cross_attention_dim", native_frames="num_frames")),
-        VAEConfig(**pick("vae", channels="block_out_channels")),
-        CLIPConfig(**pick("clip", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads",
-                          patch="patch_size", out_dim="projection_dim", image="image_size")))
+    return files, config
 
 
 def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet", "vae", "clip")):
@@ -1121,7 +1233,8 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
         raise ValueError(f"load() knows the parts {', '.join(FOLDER)}, not {', '.join(unknown)}")
     files, configs = open_model(path)
     if any(n.startswith("blocks.") for n in files["unet"].names):
-        raise WeightsError(f"{path} is an extension, not a model: give SVD-XT's file as the model, and this one as the extension")
+        raise WeightsError(f"{path} is an extension, not a model: give SVD-XT's file as the model, "
+                           "and this one as the extension")
     overlay = None if extension is None else Tensors(extension)
     if overlay and not overlay.table_rows():
         raise WeightsError(f"{overlay.label} is not an extension: it has no positional_embedding.embeddings")
@@ -1129,23 +1242,26 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
         try:
             networks = {"unet": UNet(configs[0]), "vae": VAE(configs[1]), "clip": ImageEncoder(configs[2])}
         except Exception as e:  # sizes that no network can have
-            raise WeightsError(f"{path}: no network has the sizes of its configuration ({type(e).__name__}: {e})") from None
+            raise WeightsError(f"{path}: no network has the sizes of its configuration "
+                               f"({type(e).__name__}: {e})") from None
         rows = (overlay or files["unet"]).table_rows()
         if rows:
             extend(networks["unet"], rows)
-    plans = {name: find(networks[name], files[name]) for name in parts}
+    located = {part: locate(networks[part], files[part]) for part in parts}  # all, before anything is read
     if overlay and "unet" in parts:
-        plans["unet"] |= find(networks["unet"], overlay)
-    for name in parts:
-        network = networks[name].eval()
-        keep = {n: p for n, p in plans[name].items() if name == "vae" and dtype == torch.float16 and not n.startswith("decoder")}
-        fill(network, keep, torch.float32, device)
-        fill(network, {n: p for n, p in plans[name].items() if n not in keep}, dtype, device)
-    return SVD(*(networks[name] if name in parts else None for name in networks), files["unet"].meta, overlay and overlay.meta)
+        located["unet"] |= locate(networks["unet"], overlay)
+    for part in parts:
+        wide = {}
+        if part == "vae" and dtype == torch.float16:
+            wide = {n: where for n, where in located[part].items() if not n.startswith("decoder")}
+        read_into(networks[part].eval(), wide, torch.float32, device)
+        read_into(networks[part], {n: where for n, where in located[part].items() if n not in wide}, dtype, device)
+    unet, vae, clip = (networks[part] if part in parts else None for part in FOLDER)
+    return SVD(unet, vae, clip, files["unet"].meta, overlay.meta if overlay else None)
 
 
 def save(path, tensors, meta):
-    """Write tensors as .safetensors with our metadata: complete or not at all."""
+    """Write tensors as .safetensors with our metadata: complete or not at all. Raises OSError, on a full disk say."""
     partial_path = f"{path}.{os.getpid()}.tmp"
     try:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial_path,
@@ -1159,25 +1275,30 @@ def save(path, tensors, meta):
             os.remove(partial_path)
 
 
-def save_extension(path, unet, state=None, **meta):
+def save_extension(path, unet, state=None, dtype=None, **meta):
     """Write the temporal blocks of an extended UNet with the names and shapes of the ExVideo release.
 
-    state: {our name: tensor}, say an EMA, for those of unet's parameters that it holds. meta: kept in the file as JSON.
+    state: {our name: tensor}, say an EMA, for those of unet's parameters that it holds. dtype: of the file, float16 in
+    the release [as they are]. meta: kept in the file as JSON. Of 128 frames it is read by the official code, DiffSynth,
+    which knows the file by a hash of its names and shapes; other lengths it does not recognise.
     """
+    if unet.max_frames is None:
+        raise ValueError(f"{path}: nothing to save of a UNet that is not extended")
     own, state = unet.state_dict(), state or {}
-    if unet.max_frames is None or not own.keys() >= state.keys():
-        raise ValueError(f"{path}: nothing to save of a UNet that is not extended" if unet.max_frames is None else
-                         f"{path}: {min(state.keys() - own.keys())} is no parameter of the UNet")
+    if unknown := sorted(state.keys() - own.keys()):
+        raise ValueError(f"{path}: {unknown[0]} is no parameter of the UNet")
     state = own | state
-    save(path, {names[0]: state[ours] for ours, names in file_names(unet, "exvideo").items()},
-         {"native_frames": unet.config.native_frames} | meta)
+    tensors = {names[0]: state[ours] for ours, names in file_names(unet, "exvideo").items()}
+    tensors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}
+    save(path, tensors, {"native_frames": unet.config.native_frames} | meta)
 
 
 def save_model(path, unet, vae, clip, dtype=None, **meta):
     """Write a whole model as a single file in SGM names, with its configuration: load() needs nothing else."""
     parts = {"unet": unet, "vae": vae, "clip": clip}
     tensors = {}
-    for part in parts.values():
-        state = part.state_dict()
-        tensors |= {names[0]: state[ours].to(dtype or state[ours].dtype) for ours, names in file_names(part, "sgm").items()}
-    save(path, tensors, {"config": {name: asdict(part.config) for name, part in parts.items()}} | meta)
+    for network in parts.values():
+        state = network.state_dict()
+        for ours, names in file_names(network, "sgm").items():
+            tensors[names[0]] = state[ours].to(dtype or state[ours].dtype)
+    save(path, tensors, {"config": {part: asdict(network.config) for part, network in parts.items()}} | meta)

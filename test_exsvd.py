@@ -499,10 +499,10 @@ def test_checkpointing_is_one_switch(switch, slice, blocks, monkeypatch):
         return function(*args)
 
     monkeypatch.setattr(exsvd, "checkpoint", spy)
-    unet.checkpointing, unet.slice = switch, slice
+    unet.checkpointing, unet.slice_size = switch, slice
     unet.train()(*unet_inputs(2))
     assert calls == [False] * blocks
-    unet.slice = 1000
+    unet.slice_size = 1000
     unet(*unet_inputs(2))
     assert (len(calls) > 3 * blocks and not any(calls)) if switch else not calls
     del calls[:]
@@ -516,17 +516,17 @@ def test_slices_change_no_output(frames, size):
     unet, inputs = make_unet(num_frames=frames), unet_inputs(5, (8, 16))
     before = [x.clone() for x in inputs]
     with torch.no_grad():
-        sliced = setattr(unet, "slice", size) or unet(*inputs)
+        sliced = setattr(unet, "slice_size", size) or unet(*inputs)
         assert all(map(torch.equal, inputs, before)), "slicing changed its inputs"
-        close(sliced, setattr(unet, "slice", None) or unet(*inputs), 1e-5, f"slices of {size}")
+        close(sliced, setattr(unet, "slice_size", None) or unet(*inputs), 1e-5, f"slices of {size}")
 
 
 @pytest.mark.parametrize("switch", ["memory", "speed"])
 def test_slices_change_no_gradient(switch):
     unet = make_unet(num_frames=12).double().train()  # where rounding can't hide or fake anything
-    unet.slice = None
+    unet.slice_size = None
     whole = gradients(unet)
-    unet.slice, unet.checkpointing = 3000, switch
+    unet.slice_size, unet.checkpointing = 3000, switch
     sliced = gradients(unet)
     assert whole.keys() == sliced.keys()
     total = torch.stack([g.norm() for g in whole.values()]).norm()
@@ -540,6 +540,18 @@ def test_slices_change_no_pixel(monkeypatch):
     whole = vae.decode(z)
     monkeypatch.setattr(exsvd.Slices, "__init__", lambda self, size=2000, checkpointed=False: vars(self).update(size=size, checkpointed=checkpointed))
     close(vae.decode(z), whole, 1e-5, "sliced decoding")
+
+
+@torch.no_grad()
+def test_sliced_norm_is_as_exact_as_group_norm():
+    """In bf16, where only the result may be rounded: statistics, scale and shift may not."""
+    norm = randomize(torch.nn.GroupNorm(8, 32)).bfloat16()
+    x = (3 + torch.randn(2 * 5, 32, 16, 8)).bfloat16()
+    video = x.unflatten(0, (2, 5)).transpose(1, 2)                               # (B, C, T, H, W)
+    exact = F.group_norm(video.double(), 8, norm.weight.double(), norm.bias.double(), norm.eps)
+    sliced = exsvd.norm_over_frames(norm, x, 2, exsvd.Slices(4000))
+    assert sliced is not norm
+    close(torch.cat([sliced(rows) for rows in video.split(4, 3)], 3), exact, 1.05 * rel(norm(video), exact), "sliced norm")
 
 
 @torch.no_grad()
@@ -564,7 +576,7 @@ def test_blocks_compile_without_a_break(train, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, fullgraph: frames.append(self) or setattr(
         self, "_compiled_call_impl", torch.compile(self._call_impl, fullgraph=True, backend=backend)))
     unet = make_unet(num_frames=12).train(train)
-    unet.slice = 3000
+    unet.slice_size = 3000
     with torch.set_grad_enabled(train), torch._dynamo.config.patch(recompile_limit=8):
         eager = unet(*unet_inputs(9))
         exsvd.compile_blocks(unet)
@@ -706,7 +718,7 @@ def test_published_files_fill_the_networks(full):
     for file, networks in parts.items():
         used, filled = set(), {}
         for net in networks:
-            plan = exsvd.find(net, exsvd.Tensors(files[file]))
+            plan = exsvd.locate(net, exsvd.Tensors(files[file]))
             filled |= {(net, n): names for n, (_, names) in plan.items()}
             used |= {n for _, names in plan.values() for n in names}
         missing = {n for net in networks for n in net.state_dict()} - {n for _, n in filled}
@@ -721,20 +733,20 @@ def test_published_files_fill_the_networks(full):
 def test_image_decoder_variant_is_refused(full):
     unet, vae, _, files = full
     with pytest.raises(exsvd.WeightsError, match=r"image-decoder variant.*use svd_xt.safetensors"):
-        exsvd.find(vae, exsvd.Tensors(files["svd_xt_image_decoder.safetensors"]))
+        exsvd.locate(vae, exsvd.Tensors(files["svd_xt_image_decoder.safetensors"]))
 
 
 def test_one_tensor_more_or_less(full):
     unet, vae, clip, files = full
     for net, file in [(unet, "svd_xt.safetensors"), (vae, "svd_xt.safetensors"), (clip, "svd_xt.safetensors"),
                       (unet, "unet/diffusion_pytorch_model.safetensors"), (unet, "ExVideo-SVD-128f-v1")]:
-        names = list(exsvd.find(net, exsvd.Tensors(files[file])).values())
+        names = list(exsvd.locate(net, exsvd.Tensors(files[file])).values())
         for _, group in (names[0], names[len(names) // 2], names[-1]):
             without = {n: t for n, t in files[file].items() if n != group[0]}
             with pytest.raises(exsvd.WeightsError, match=rf"1 missing, such as {re.escape(group[0])}$"):
-                exsvd.find(net, exsvd.Tensors(without))
+                exsvd.locate(net, exsvd.Tensors(without))
             with pytest.raises(exsvd.WeightsError, match=rf"1 unexpected, such as {re.escape(group[0])}2$"):
-                exsvd.find(net, exsvd.Tensors(files[file] | {group[0] + "2": torch.empty(1, device="meta")}))
+                exsvd.locate(net, exsvd.Tensors(files[file] | {group[0] + "2": torch.empty(1, device="meta")}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
