@@ -1,17 +1,58 @@
-"""Post-tuning, ExVideo section 3.3: only the temporal blocks learn, DeepSpeed shards what they need (ZeRO-2), an EMA is kept.
+"""Post-tuning, ExVideo section 3.3: only the temporal blocks learn, DeepSpeed shards what they need (ZeRO-2), and an
+exponential moving average (EMA) of them is kept.
 
-    deepspeed train.py                                                  # the toy on synthetic scenes, 200 steps, CPU or GPU
-    deepspeed train.py --model svd_xt.safetensors --data videos/        # the paper's recipe, on all GPUs of this machine
-    deepspeed --num_accelerators 2 train.py                             # two ranks, on a machine without GPUs too
-    deepspeed --hostfile hosts train.py --model ... --data ...          # several nodes; --out on a file system they share
-    python train.py                                                     # one process, the same code
+    deepspeed train.py                                              # the toy, on clips made on the fly; CPU or GPU
+    deepspeed train.py --model svd_xt.safetensors --data videos/    # the paper's recipe, on all GPUs of this machine
+    deepspeed --num_accelerators 2 train.py                         # two ranks, on a machine without GPUs too
+    deepspeed --hostfile hosts train.py --model ... --data ...      # several nodes; --out on a file system they share
+    python train.py                                                 # one process, the same code
 
-The same command again resumes from the newest complete state in --out. What a step draws (clip, noise level, noise,
-dropout) depends on --seed and the number of the video alone, so a resumed run continues as if it had not stopped.
+The recipe. The paper (section 3.3, abstract, Figure 6): 8 A100 GPUs, 128 frames of 512x512, 40,258 clips, AdamW, lr
+1e-5, batch 1 per GPU, 64,000 steps shown, one week. What it leaves open was taken from SVD's formulation and public
+training codes, or decided here; the script released with the paper (in DiffSynth-Studio) differs in many rows:
+
+    choice               here                                    released script, and other sources
+    ------------------   -------------------------------------   -----------------------------------------------------
+    precision            bf16; fp32 masters, moments and EMA     fp16
+    clips                anywhere in a video, at its frame rate  always its first 128 frames
+    fps id               the clip's own rate - 1                 29 for every clip
+    loss                 EDM's, (s^2+1)/s^2 |D - x|^2; paper:    sqrt(s^2+1)/s |D - 1.01 x|^2 (--loss exvideo)
+                         "consistent with the original model"
+    noise levels         ln s ~ N(0.7, 1.6^2), as SVD_Xtend and  uniform on 1,000 Karras sigmas (--loss exvideo);
+                         animate-anything                        Vista: ln s ~ N(1.0, 1.6^2)
+    noise on the image   ln a ~ N(-3.0, 0.5^2), told as third    none
+                         id; SVD_Xtend's
+    dropout of the image 0.1, latents and CLIP together, so      none
+                         that guidance keeps working: ours
+    clipping             gradient norm 1.0: ours                 none
+    motion bucket        0..127 by deviation over time           the same
+    EMA                  0.9999 a step, warm-up (1+n)/(10+n):    0.9 per epoch file, averaged afterwards: about 0.9999
+                         ours; the paper gives no decay          per step at its 1,000 steps an epoch
+    weight decay         0.01 on matrices and convolutions only  0.01 on everything
+
+A run folder (--out) holds
+    state-<step>/               what resuming needs: each rank's part of masters, moments and EMA; position, checksums
+    exvideo-<step>.safetensors  the EMA in float16 with the names of the ExVideo release: for sample.py --extension and
+                                train.py --extension. DiffSynth recognises extensions of 128 rows alone. --train all and
+                                expressions that reach beyond the temporal blocks write whole models, model-<step>
+    log.csv                     loss, loss by noise level, gradient norm, lr, seconds, memory, every --log-every steps
+    progress.png                a row per sample: frames 0, T/8, ... T-1; sample-<step>.mp4 are the videos
+    data.log                    the files that are not used, and why
+    run.json, source/           settings, versions, commit, code
+States and weights are pruned to the last --keep; weights of every --keep-every steps stay for ever. When the disk is
+full the run goes on, both are tried again at the next interval, and nothing older goes before both are written.
+
+The same command resumes from the newest state that is undamaged. What a step draws (clip, noise level, noise, dropout)
+depends on --seed and the number of the video alone, so a run that was killed, in the middle of a save too, ends in the
+same bits as one that was not (on CUDA: with --deterministic). To stop early and lose nothing send SIGTERM to a training
+process (rank 0 prints its id) or to all of them, as Slurm does: the ranks agree, save and leave. Not to `deepspeed`
+itself: on one node it ends without telling its ranks, and its helper launch.py kills what is still alive after 30
+seconds per rank.
 """
 
 import argparse
 import csv
+import dataclasses
 import hashlib
 import json
 import math
@@ -23,13 +64,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -38,150 +80,230 @@ import exsvd
 import sample
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+TOY = os.path.join(HERE, "assets", "toy.safetensors")
 
-# The recipe of the paper (section 3.3: lr 1e-5, batch 1 per GPU, 128 frames, 512x512; Figure 6: 64,000 steps), and the toy's.
+# By family of the model: the recipe of the paper, and the toy's.
 DEFAULTS = {
-    "SVD": dict(frames=128, size="512x512", steps=64000, lr=1e-5, save_every=500),
-    "toy": dict(frames=40, size="128x128", steps=200, lr=3e-4, save_every=100),
+    "SVD": dict(frames=128, size=(512, 512), steps=64000, lr=1e-5, save_every=500, keep_every=5000, sample_every=0),
+    "toy": dict(frames=40, size=(128, 128), steps=200, lr=3e-4, save_every=100, keep_every=100, sample_every=50),
+}
+# Flags that --deepspeed_config may set too: the key there, and what holds if neither does (lr: see DEFAULTS).
+DEEPSPEED_KEYS = {
+    "lr": ("optimizer.params.lr", None),
+    "weight_decay": ("optimizer.params.weight_decay", 0.01),
+    "clip": ("gradient_clipping", 1.0),
+    "fp16": ("fp16.enabled", False),
+    "batch": ("train_micro_batch_size_per_gpu", 1),
+    "accumulate": ("gradient_accumulation_steps", 1),
+    "offload": ("zero_optimization.offload_optimizer.device", False),
 }
 SIGMA_BINS = (0.7, 2.0, 6.0)  # the loss is logged apart between these: about the quartiles of the default noise levels
+SAMPLING = {"SVD": sample.DEFAULTS["ExVideo"], "toy": sample.DEFAULTS["toy"]}  # settings of samples during training
 BAD_STEPS = 5                 # steps in a row with non-finite gradients that stop the run
 
 
-def parse(argv=None):
-    p = argparse.ArgumentParser(description="Post-tune SVD for long videos. Defaults depend on the model: SVD / toy.")
-    shown = lambda key: " / ".join(str(d[key]) for d in DEFAULTS.values())
-    g = p.add_argument_group("what")
-    g.add_argument("--model", default=os.path.join(HERE, "assets", "toy.safetensors"), help="single file or diffusers folder [the toy in assets/]")
-    g.add_argument("--extension", help="ExVideo release or own extension to continue from [none: extended afresh]")
-    g.add_argument("--data", default="synthetic", help="folder of videos, .txt/.csv/.json list, folder written by `data.py encode`, or synthetic")
-    g.add_argument("--out", default="runs/exvideo", help="run folder: states, weights, log; the same folder resumes [runs/exvideo]")
-    g.add_argument("--train", default="temporal", metavar="WHAT", help="temporal: the temporal attention blocks, as the paper does; all: UNet and CLIP; "
-                                                                       "or a regular expression on names such as unet.down.1.attn.temporal.attn1.to_q.weight")
-    g.add_argument("--frames", type=int, help=f"per clip [{shown('frames')}]; more than the model's native length extends it")
-    g.add_argument("--size", help=f"WIDTHxHEIGHT, multiples of 64 [{shown('size')}]")
-    g.add_argument("--short-clips", type=float, default=0.0, metavar="SHARE", help="share of passes on clips of the base's native length instead, so that what "
-                                                                                   "it could do is not forgotten [0: the paper's]")
-    g.add_argument("--stride", type=int, default=1, help="take every k-th frame of a video [1]")
-    g.add_argument("--fps", type=float, help="take frames at this rate instead of a stride")
-    g.add_argument("--motion", default="exvideo", help="exvideo: motion buckets 0..127 by the measure ExVideo's release was tuned with; or a number, the "
-                   "bucket of every clip. SVD's own scale runs to 255, and how it was measured was not published [exvideo]")
-    g.add_argument("--skip-static", type=float, default=0.0, metavar="CHANGE", help="leave out shots whose neighbouring frames differ by less, 0 to 1; 0.002 is "
-                   "about a still picture [0: keep all]")
-    g = p.add_argument_group("how")
-    g.add_argument("--steps", type=int, help=f"optimiser steps in all [{shown('steps')}]")
-    g.add_argument("--batch", type=int, default=1, help="videos per GPU and pass [1, the paper's]")
-    g.add_argument("--accumulate", type=int, default=1, help="passes per step; gradients add up in fp32, with --offload in 16 bits [1]")
-    g.add_argument("--lr", type=float, help=f"AdamW [{shown('lr')}]")
-    g.add_argument("--warmup", type=int, default=0, help="steps over which lr rises from 0 [0]")
-    g.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's [0.01, PyTorch's default and ExVideo's script's]")
-    g.add_argument("--clip", type=float, default=1.0, help="gradient norm limit [1.0: our choice, the sources clip nothing]")
-    g.add_argument("--ema", type=float, default=0.9999, help="decay of the moving average, reached by warm-up [0.9999: our choice; the paper gives none]")
-    g.add_argument("--loss", choices=("edm", "exvideo"), default="edm", help="edm: SVD's, section 3.3; exvideo: that of the released script [edm]")
-    g.add_argument("--drop", type=float, default=0.1, help="share of videos that lose image and CLIP latents, so that guidance keeps working [0.1]")
-    g.add_argument("--seed", type=int, default=0, help="of everything that is drawn [0]")
-    g = p.add_argument_group("machine")
-    g.add_argument("--fp16", action="store_true", help="fp16 with loss scaling instead of bf16")
-    g.add_argument("--offload", action="store_true", help="masters, moments and EMA in CPU memory, optimiser on the CPU")
-    g.add_argument("--deepspeed_config", metavar="FILE", help="JSON, merged over the settings in this file")
-    g.add_argument("--checkpoint", choices=("memory", "speed", "none"), default="memory", help="what is kept for the way back: least memory, a sixth less work "
-                   "at twice the memory, or everything [memory]")
-    g.add_argument("--workers", type=int, default=2, help="processes per rank that read clips [2]")
-    g.add_argument("--deterministic", action="store_true", help="bit-for-bit repeatable on CUDA too, slower")
-    g.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
-    g = p.add_argument_group("output")
-    g.add_argument("--save-every", type=int, help=f"steps between states [{shown('save_every')}]")
-    g.add_argument("--keep", type=int, default=2, help="states kept [2]")
-    g.add_argument("--log-every", type=int, default=10, help="steps per row of log.csv [10]")
-    g.add_argument("--sample-every", type=int, default=0, help="steps between sample videos from the EMA [0: none]")
-    a = p.parse_args(argv)
-    unset = object()
-    explicit = p.parse_args(argv, argparse.Namespace(**{k: unset for k in vars(a)}))
-    a.given = {k for k, v in vars(explicit).items() if v is not unset}
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
 
-    a.toy = exsvd.open_model(a.model)[0]["unet"].meta.get("family") == "toy"
-    for key, value in DEFAULTS["toy" if a.toy else "SVD"].items():
+
+def number(kind, low, high=math.inf):
+    """For argparse: an int or a float from low to high, both included."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"  # argparse: invalid ... value
+    return convert
+
+
+def size(text):
+    width, height = (int(n) for n in text.lower().split("x"))
+    if min(width, height) < 64 or width % 64 or height % 64:
+        raise argparse.ArgumentTypeError(f"{text}: both must be multiples of 64, as in 512x512")
+    return width, height
+
+
+def motion(text):
+    return text if text == "exvideo" else float(text)
+
+
+def expression(text):
+    try:
+        re.compile(text)
+    except re.error as e:
+        raise argparse.ArgumentTypeError(f"{text}: neither temporal nor all nor a regular expression ({e})") from None
+    return text
+
+
+def json_file(path):
+    try:
+        with open(path) as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError) as e:
+        raise argparse.ArgumentTypeError(f"{path}: not readable as JSON ({e})") from None
+
+
+def parse(argv=None):
+    """-> (arguments, "SVD" or "toy"). What neither a flag nor --deepspeed_config says is the default of that family."""
+    p = argparse.ArgumentParser(description="Post-tune SVD for long videos. Defaults depend on the model: SVD / toy.")
+
+    def shown(key):
+        values = [d[key] for d in DEFAULTS.values()]
+        return " / ".join("x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)
+
+    add = p.add_argument_group("what").add_argument
+    add("--model", default=TOY, help="single file or diffusers folder [the toy in assets/]")
+    add("--native", type=number(int, 1), metavar="N",
+        help="frames the model was trained on, which its file does not tell: 14 for svd.safetensors [SVD-XT: 25; a "
+             "model made here: as its file says]")
+    add("--extension", help="ExVideo release or own extension to continue from [none: extended afresh]")
+    add("--data", help="folder of videos, .txt/.csv/.json list, folder written by `data.py encode`, or synthetic "
+                       "[the toy: synthetic]")
+    add("--out", default="runs/exvideo", help="run folder: states, weights, log; the same one resumes [runs/exvideo]")
+    add("--train", default="temporal", type=expression, metavar="WHAT",
+        help="temporal: the temporal attention blocks, as the paper does; all: UNet and CLIP; or a regular expression "
+             "on names such as unet.down.1.attn.temporal.attn1.to_q.weight [temporal]")
+    add("--frames", type=number(int, 1),
+        help=f"per clip; more than the model's native length extends it [{shown('frames')}]")
+    add("--size", type=size, help=f"WIDTHxHEIGHT, multiples of 64 [{shown('size')}]")
+    add("--short-clips", type=number(float, 0, 1), default=0.0, metavar="SHARE",
+        help="share of passes on clips of the base's native length instead, so that what it could do is not "
+             "forgotten [0: the paper's]")
+    add("--stride", type=number(int, 1), default=1, help="take every k-th frame of a video [1]")
+    add("--fps", type=number(float, 1e-3), help="take frames at this rate instead of a stride")
+    add("--motion", type=motion, default="exvideo",
+        help="exvideo: motion buckets 0..127 by the measure ExVideo's release was tuned with; or a number, the bucket "
+             "of every clip. SVD's own scale runs to 255, and how it was measured was not published [exvideo]")
+    add("--skip-static", type=number(float, 0, 1), default=0.0, metavar="CHANGE",
+        help="leave out shots whose neighbouring frames differ by less, 0 to 1; 0.002 is about a still picture [0: "
+             "keep all]")
+
+    add = p.add_argument_group("how").add_argument
+    add("--steps", type=number(int, 1), help=f"optimiser steps in all [{shown('steps')}]")
+    add("--batch", type=number(int, 1), help="videos per GPU and pass [1, the paper's]")
+    add("--accumulate", type=number(int, 1),
+        help="passes per step; gradients add up in fp32, with --offload in 16 bits [1]")
+    add("--lr", type=number(float, 0, 1), help=f"AdamW's learning rate [{shown('lr')}]")
+    add("--warmup", type=number(int, 0), default=0, help="steps over which lr rises from 0 [0]")
+    add("--weight-decay", type=number(float, 0), help="AdamW's [0.01, PyTorch's default and ExVideo's script's]")
+    add("--clip", type=number(float, 0), help="gradient norm limit, 0: none [1.0: ours, the sources clip nothing]")
+    add("--ema", type=number(float, 0, 1), default=0.9999,
+        help="decay of the moving average, reached by warm-up [0.9999]")
+    add("--loss", choices=("edm", "exvideo"), default="edm",
+        help="edm: SVD's, section 3.3; exvideo: that of the released script [edm]")
+    add("--drop", type=number(float, 0, 1), default=0.1,
+        help="share of videos that lose image and CLIP latents, so that guidance keeps working [0.1]")
+    add("--seed", type=number(int, 0), default=0, help="of everything that is drawn [0]")
+
+    # what --deepspeed_config may say too has no default here: see DEEPSPEED_KEYS
+    add = p.add_argument_group("machine").add_argument
+    add("--fp16", action="store_true", default=None, help="fp16 with loss scaling instead of bf16")
+    add("--offload", action="store_true", default=None,
+        help="masters, moments and EMA in CPU memory, optimiser on the CPU")
+    add("--deepspeed_config", type=json_file, metavar="FILE", help="JSON, merged over the settings in this file")
+    add("--checkpoint", choices=("memory", "speed", "none"), default="memory",
+        help="what is kept for the way back: least memory, a sixth less work at twice the memory, or everything "
+             "[memory]")
+    add("--workers", type=number(int, 0), default=2, help="processes per rank that read clips [2]")
+    add("--deterministic", action="store_true", help="bit-for-bit repeatable on CUDA too, slower")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+
+    add = p.add_argument_group("output").add_argument
+    add("--save-every", type=number(int, 1), help=f"steps between states and weights [{shown('save_every')}]")
+    add("--keep", type=number(int, 1), default=2, help="how many of the last states and weights stay [2]")
+    add("--keep-every", type=number(int, 1), metavar="N",
+        help=f"weights of every N-th step stay too [{shown('keep_every')}]")
+    add("--log-every", type=number(int, 1), default=10, help="steps per row of log.csv [10]")
+    add("--sample-every", type=number(int, 0), metavar="N",
+        help="sample a video from the EMA before the first and after every N-th step, with the settings of sample.py, "
+             f"always from the same image and noise; 0: never [{shown('sample_every')}]")
+    add("--sample-image", metavar="FILE",
+        help="sample from this image [the first clip's first frame; of synthetic clips: assets/img.png]")
+    a = p.parse_args(argv)
+
+    for flag, (path, default) in DEEPSPEED_KEYS.items():
+        value = look_up(a.deepspeed_config, path)
+        if flag == "offload" and value is not None:
+            value = value == "cpu"
+        given = getattr(a, flag)
+        if value is None:
+            setattr(a, flag, default if given is None else given)
+        elif given in (None, value):
+            setattr(a, flag, value)
+        else:
+            p.error(f"--{flag.replace('_', '-')} {given} contradicts {path} in --deepspeed_config")
+    toy = exsvd.open_model(a.model)[0]["unet"].meta.get("family") == "toy"
+    family = "toy" if toy else "SVD"
+    for key, value in DEFAULTS[family].items():
         if getattr(a, key) is None:
             setattr(a, key, value)
-    if a.data == "synthetic" and not a.toy and "data" not in a.given:
+    if a.data is None and not toy:
         p.error("--data is needed with --model: a folder of videos, for example")
-    for key in ("frames", "stride", "steps", "batch", "accumulate", "save_every", "keep", "log_every"):
-        if getattr(a, key) < 1:
-            p.error(f"--{key.replace('_', '-')} {getattr(a, key)}: must be at least 1")
-    if not 0 <= a.drop <= 1 or not 0 <= a.short_clips <= 1 or not 0 <= a.ema < 1 or not 0 < a.lr < 1:
-        p.error("--drop and --short-clips must lie in 0..1, --ema in 0..1 (1 excluded), --lr between 0 and 1")
-    if a.motion != "exvideo":
-        try:
-            a.motion = float(a.motion)
-        except ValueError:
-            p.error(f"--motion {a.motion}: give exvideo or a number")
-    try:
-        re.compile(a.train)
-    except re.error as e:
-        p.error(f"--train {a.train}: neither temporal nor all nor a regular expression ({e})")
-    try:
-        a.width, a.height = (int(n) for n in a.size.lower().split("x"))
-        assert a.width > 0 and a.height > 0 and a.width % 64 == a.height % 64 == 0
-    except (ValueError, AssertionError):
-        p.error(f"--size {a.size}: write WIDTHxHEIGHT in multiples of 64, for example 512x512")
-    return a
+    a.data = a.data or "synthetic"
+    return a, family
+
+
+def look_up(tree, path):
+    """The value at a path such as "fp16.enabled" in nested dicts, or None."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def deepspeed_config(a):
-    """DeepSpeed's settings: ours, then the user's file merged over them. A flag that contradicts the file is an error."""
-    user = {}
-    if a.deepspeed_config:
-        try:
-            with open(a.deepspeed_config) as f:
-                user = json.load(f)
-        except (OSError, ValueError) as e:
-            sys.exit(f"train.py: --deepspeed_config {a.deepspeed_config}: {e}")
-
-    def theirs(path):
-        tree = user
-        for key in path.split("."):
-            tree = tree.get(key) if isinstance(tree, dict) else None
-        return tree
-
-    flags = {"lr": "optimizer.params.lr", "weight_decay": "optimizer.params.weight_decay", "clip": "gradient_clipping", "fp16": "fp16.enabled",
-             "batch": "train_micro_batch_size_per_gpu", "accumulate": "gradient_accumulation_steps", "offload": "zero_optimization.offload_optimizer.device"}
-    for flag, path in flags.items():
-        value = theirs(path)
-        if value is None:
-            continue
-        value = value == "cpu" if flag == "offload" else value
-        if flag in a.given and value != getattr(a, flag):
-            sys.exit(f"train.py: --{flag.replace('_', '-')} {getattr(a, flag)} contradicts {path} = {theirs(path)} in {a.deepspeed_config}")
-        setattr(a, flag, value)  # main() reads these
-    for path, allowed, why in (("zero_optimization.stage", (2,), "the sharded EMA is written for stage 2"),
-                               ("zero_optimization.round_robin_gradients", (False,), "the sharded EMA does not follow it"),
-                               ("zero_optimization.offload_optimizer.device", ("cpu", "none"), "the sharded EMA needs the masters in memory"),
-                               ("bf16.enabled", (not a.fp16,), "weights are bf16, or with --fp16 fp16")):
-        if theirs(path) is not None and theirs(path) not in allowed:
-            sys.exit(f"train.py: {path} = {theirs(path)} in {a.deepspeed_config}: {why}")
-
-    config = {
+    """DeepSpeed's settings: ours, and the user's merged over them. Exits at those that Shards can't follow."""
+    allowed = {
+        "zero_optimization.stage": ((2,), "the sharded EMA is written for stage 2"),
+        "zero_optimization.round_robin_gradients": ((False,), "the sharded EMA does not follow it"),
+        "zero_optimization.offload_optimizer.device": (("cpu", "none"), "the sharded EMA needs the masters in memory"),
+        "bf16.enabled": ((not a.fp16,), "weights are bf16, or with --fp16 fp16"),
+    }
+    for path, (values, why) in allowed.items():
+        found = look_up(a.deepspeed_config, path)
+        if found is not None and found not in values:
+            sys.exit(f"train.py: {path} = {found} in --deepspeed_config: {why}")
+    ours = {
         "train_micro_batch_size_per_gpu": a.batch,
         "gradient_accumulation_steps": a.accumulate,
         "gradient_clipping": a.clip,
-        # torch_adam: no compiler needed. On the CPU (--offload) DeepSpeed's own AdamW is several times faster.
-        "optimizer": {"type": "AdamW", "params": {"lr": a.lr, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": a.weight_decay,
-                                                  "torch_adam": not a.offload}},
-        "zero_optimization": {"stage": 2, "round_robin_gradients": False,
-                              **({"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if a.offload else {})},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": a.lr, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": a.weight_decay,
+                "torch_adam": not a.offload,  # no compiler needed. On the CPU DeepSpeed's own is several times faster
+            },
+        },
+        "zero_optimization": {"stage": 2, "round_robin_gradients": False},
         "data_types": {"grad_accum_dtype": "fp32"},
-        **({"fp16": {"enabled": True, "min_loss_scale": 1}} if a.fp16 else {"bf16": {"enabled": True}}),
+        "fp16" if a.fp16 else "bf16": {"enabled": True},
     }
+    if a.fp16:
+        ours["fp16"]["min_loss_scale"] = 1
+    if a.offload:
+        ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return merge(ours, a.deepspeed_config or {})
 
-    def merge(ours, theirs):
-        for key, value in theirs.items():
-            ours[key] = merge(ours[key], value) if isinstance(value, dict) and isinstance(ours.get(key), dict) else value
-        return ours
 
-    return merge(config, user)
+def merge(ours, theirs):
+    for key, value in theirs.items():
+        both = isinstance(value, dict) and isinstance(ours.get(key), dict)
+        ours[key] = merge(ours[key], value) if both else value
+    return ours
+
+
+def fixed_settings(a, model_id):
+    """What must not change within a run; lr, the number of ranks and where things are kept may."""
+    keys = ("native", "frames", "size", "stride", "fps", "train", "batch", "loss", "drop", "motion", "seed", "fp16",
+            "ema", "short_clips")
+    settings = {key: getattr(a, key) for key in keys} | {"model_id": model_id}
+    return json.loads(json.dumps(settings))  # as it will be read again: tuples become lists
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What trains
 
 
 class Loss(nn.Module):
@@ -193,39 +315,77 @@ class Loss(nn.Module):
         self.loss = {"edm": exsvd.edm_loss, "exvideo": exsvd.exvideo_loss}[kind]
 
     def forward(self, x, sigma, noise, cond, ctx, ids, keep):
-        """x and noise (B,T,4,h,w), cond (B,1,4,h,w), ctx (B,1,D) or CLIP's input (B,3,224,224), keep (B,) 0 or 1 -> (B,)"""
+        """x, noise (B,T,4,h,w), cond (B,1,4,h,w), ctx (B,1,D) or CLIP's input (B,3,224,224), keep (B,) 0, 1 -> (B,)"""
         if self.clip is not None:
             ctx = self.clip(ctx)[:, None]
         return self.loss(self.unet, x, sigma, noise, cond * keep.view(-1, 1, 1, 1, 1), ctx * keep.view(-1, 1, 1), ids)
 
 
-class ShardedEMA:
-    """Moving average of the trained parameters in fp32, sharded like the optimiser's state: each rank averages its own part
-    of DeepSpeed's fp32 master weights, 1/N of the work and memory.
+def trains_clip(what, clip):
+    """Whether --train reaches CLIP's parameters."""
+    return clip is not None and (what == "all" or any(re.search(what, f"clip.{name}") for name in clip.state_dict()))
+
+
+def choose(module, what):
+    """Sets requires_grad as --train says. -> ({name: parameter} that it names, the same of those that get gradients)"""
+    if what == "temporal":
+        exsvd.freeze(module.unet)
+    else:
+        for name, p in module.named_parameters():
+            p.requires_grad_(what == "all" or bool(re.search(what, name)))
+    chosen = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not chosen:
+        sys.exit(f"train.py: --train {what} names no parameter; names look like "
+                 "unet.down.1.attn.temporal.attn1.to_q.weight")
+    for name, p in chosen.items():
+        p.requires_grad_(not exsvd.IDLE.search(name))  # no gradient ever reaches these, nor must weight decay
+    return chosen, {name: p for name, p in chosen.items() if p.requires_grad}
+
+
+def parameter_groups(trained):
+    """For AdamW: what decays, and what does not. Decay pulls towards 0, which is neutral for matrices and convolutions,
+    but not for norms, biases, tables of positions and the identity convolution, whose neutral value is the identity."""
+    positions = re.compile(r"frame_table|frame_conv|positional_embedding")
+    decaying, exempt = [], []
+    for name, p in trained.items():
+        if p.ndim > 1 and not positions.search(name):
+            decaying.append(p)
+        else:
+            exempt.append(p)
+    groups = [{"params": decaying}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Shards:
+    """The part of the trained parameters that a rank keeps in fp32: DeepSpeed's master weights and moments, and our
+    moving average (EMA) of the masters, sharded alike: 1/N of the work and memory.
 
     The one place that knows DeepSpeed's insides. ZeRO-2 keeps every parameter group as one flat tensor (in the order of
-    round_robin_bit16_groups, each parameter at round_robin_bit16_offsets) cut into equal parts, one per rank; the fp32
-    master of our part is single_partition_of_fp32_groups. Not a documented API: hence the pinned minor version.
+    round_robin_bit16_groups, each parameter at round_robin_bit16_offsets, zeros at the end) cut into equal parts, one
+    per rank; the fp32 master of our part is single_partition_of_fp32_groups. Not a documented API: hence the pinned
+    minor version.
     """
 
     def __init__(self, engine, names, decay):
-        zero = engine.optimizer
+        self.engine, self.zero = engine, engine.optimizer
         name_of = {id(p): name for name, p in engine.module.named_parameters()}
-        self.masters = zero.single_partition_of_fp32_groups
-        self.layout = [[(name_of[id(p)], p.shape, offset) for p, offset in zip(params, offsets)]
-                       for params, offsets in zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets)]
+        self.masters = self.zero.single_partition_of_fp32_groups
+        groups = zip(self.zero.round_robin_bit16_groups, self.zero.round_robin_bit16_offsets)
+        self.layout = [[(name_of[id(p)], p.shape, offset) for p, offset in zip(*group)] for group in groups]
         self.rank, self.world, self.decay, self.device = dist.get_rank(), dist.get_world_size(), decay, engine.device
-        for master, flat, group in zip(self.masters, zero.bit16_groups_flat, self.layout):
+        for master, flat, group in zip(self.masters, self.zero.bit16_groups_flat, self.layout):
             _, shape, offset = group[-1]
-            assert master.dtype == torch.float32 and master.numel() * self.world == flat.numel() >= offset + shape.numel(), \
+            size = master.numel() * self.world
+            assert master.dtype == torch.float32 and size == flat.numel() >= offset + shape.numel(), \
                 f"DeepSpeed cut {flat.numel()} parameters into {self.world} parts of {master.numel()}"
         found = sorted(name for group in self.layout for name, _, _ in group)
         assert found == sorted(names), f"DeepSpeed trains {len(found)} tensors, {len(names)} were meant"
-        self.shards = [m.detach().clone() for m in self.masters]
+        self.elements = sum(shape.numel() for group in self.layout for _, shape, _ in group)
+        self.average = [m.detach().clone() for m in self.masters]
         self.updates = 0
 
     def pieces(self, rank):
-        """Where a rank's parts and whole parameters overlap: (group, slice of the part, name, slice of the flat parameter, shape)."""
+        """Where a rank's parts and parameters overlap: (group, slice of part, name, slice of parameter, shape)"""
         for i, group in enumerate(self.layout):
             size = self.masters[i].numel()
             for name, shape, offset in group:
@@ -235,32 +395,114 @@ class ShardedEMA:
 
     @torch.no_grad()
     def start_from(self, state):
-        """Set masters and average to fp32 weights. DeepSpeed made the masters from the model's half-precision copies."""
+        """Set masters and average to fp32 weights. DeepSpeed made its masters from the half-precision copies."""
         for i, part, name, whole, _ in self.pieces(self.rank):
             self.masters[i].data[part] = state[name].flatten()[whole].to(self.masters[i])
-        self.shards = [m.detach().clone() for m in self.masters]
+        self.average = [m.detach().clone() for m in self.masters]
 
     @torch.no_grad()
-    def update(self):
+    def update_average(self):
         """After a step that was applied. Half-life at decay d: ln 2 / (1 - d) steps, 6,931 of them at 0.9999."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.shards, [m.detach() for m in self.masters], 1 - decay)
+        torch._foreach_lerp_(self.average, [m.detach() for m in self.masters], 1 - decay)
         self.updates += 1
 
-    def gather(self):
+    def gather_average(self):
         """The whole average, {name: fp32 tensor on the CPU}, on rank 0 and {} elsewhere. Every rank must call it."""
         state = {}
         for rank in range(self.world):
-            parts = [(s if rank == self.rank else torch.empty_like(s)).to(self.device) for s in self.shards]
+            parts = [(s if rank == self.rank else torch.empty_like(s)).to(self.device) for s in self.average]
             for part in parts:
                 dist.broadcast(part, rank)
             for i, part, name, whole, shape in self.pieces(rank) if self.rank == 0 else ():
                 state.setdefault(name, torch.empty(shape)).view(-1)[whole] = parts[i][part].cpu()
         return state
 
+    def optimizer_state(self):
+        """Per group, what the optimiser keeps: ({key: tensor like the master}, {key: number}, AdamW's step for one)."""
+        for i, master in enumerate(self.masters):
+            state = self.zero.optimizer.state[master]
+            tensors = {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == master.shape}
+            yield tensors, {k: float(v) for k, v in state.items() if k not in tensors}
+
+    def save(self, path):
+        """Write this rank's parts. -> what resuming needs beside them, the same on all ranks, for JSON"""
+        tensors, numbers = {}, []
+        for i, (moments, others) in enumerate(self.optimizer_state()):
+            parts = {"master": self.masters[i].detach(), "average": self.average[i]} | moments
+            tensors |= {f"{i}.{key}": t.cpu().contiguous() for key, t in parts.items()}
+            numbers.append(others)
+        save_file(tensors, path)
+        return {
+            "updates": self.updates,
+            "numbers": numbers,
+            "loss_scaler": {k: v for k, v in vars(self.zero.loss_scaler).items() if type(v) in (bool, int, float)},
+            "engine": {key: getattr(self.engine, key) for key in ENGINE_COUNTERS},
+            "scheduler": self.engine.lr_scheduler.state_dict() if self.engine.lr_scheduler else None,
+        }
+
+    @torch.no_grad()
+    def load(self, paths, saved):
+        """Continue from the files of all ranks of a run, however many they were: the flat tensors are cut anew."""
+        files = [safe_open(path, "pt") for path in paths]
+        of_torch = type(self.zero.optimizer).__module__.startswith("torch.")  # steps: a tensor there, else a number
+        for i, master in enumerate(self.masters):
+            state = self.zero.optimizer.state[master]
+            for name in files[0].keys():
+                group, _, key = name.partition(".")
+                if group == str(i):
+                    own = {"master": master.data, "average": self.average[i]}
+                    target = own[key] if key in own else state.setdefault(key, torch.zeros_like(master.data))
+                    read_range(files, name, self.rank * master.numel(), target)
+            for key, value in saved["numbers"][i].items():
+                state[key] = torch.tensor(value) if of_torch else int(value)
+        self.updates = saved["updates"]
+        for target, values in ((self.zero.loss_scaler, saved["loss_scaler"]), (self.engine, saved["engine"])):
+            for key, value in values.items():
+                setattr(target, key, value)
+        if self.engine.lr_scheduler and saved["scheduler"]:
+            self.engine.lr_scheduler.load_state_dict(saved["scheduler"])
+        self.zero.update_lp_params()  # the model's half-precision weights, from the masters
+
+
+ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def read_range(files, name, begin, out):
+    """Read a flat tensor, of which each file has an equal part, from element `begin` on into `out`; 0 after its end."""
+    out.zero_()
+    end = begin + out.numel()
+    size = files[0].get_slice(name).get_shape()[0]
+    for r, file in enumerate(files):
+        lo, hi = max(begin, r * size), min(end, (r + 1) * size)
+        if lo < hi:
+            out[lo - begin:hi - begin] = file.get_slice(name)[lo - r * size:hi - r * size]
+
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The state to resume from: a folder that is complete or not there.
+# States and weights. A state is a folder that is complete or not there, and says itself whether it is undamaged.
+
+STATE = re.compile(r"state-(\d+)")
+WEIGHTS = re.compile(r"(?:exvideo|model)-(\d+)\.safetensors")
+
+
+def found(out, pattern):
+    """{step: path} of what a run folder holds of a kind, in order of steps."""
+    matches = [m for m in map(pattern.fullmatch, os.listdir(out)) if m]
+    return {int(m[1]): os.path.join(out, m[0]) for m in sorted(matches, key=lambda m: int(m[1]))}
+
+
+def remove(path):
+    """A file or folder; it gets another name first, so that a state is never half there, not even while it goes."""
+    os.rename(path, path + ".tmp")
+    discard(path + ".tmp")
+
+
+def discard(path):
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
 
 
 def sync(path):
@@ -269,142 +511,166 @@ def sync(path):
     os.close(fd)
 
 
-def room(a, ema):
-    """Whether a state and the weights fit on the disk: a full one must not end the run. Removes what killed saves left."""
-    if ema.rank == 0:
-        for name in os.listdir(a.out):
-            path = os.path.join(a.out, name)
-            if name.endswith(".tmp"):
-                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-    need = 22 * sum(s.numel() for s in ema.shards) * ema.world  # master, two moments, EMA twice: fp32; weights: 16 bits
-    enough = torch.tensor(shutil.disk_usage(a.out).free > 1.05 * need + 2**20, device=ema.device, dtype=torch.int)
-    dist.broadcast(enough, 0)
-    if not enough and ema.rank == 0:
-        print(f"warning: no room in {a.out} to save {need / 1e9:.1f} GB; nothing is saved until there is", file=sys.stderr)
-    return bool(enough)
+def checksum(path):
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as f:
+        while block := f.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def save_state(engine, ema, a, step, videos, data_id):
-    """Write --out/state-<step>: DeepSpeed's checkpoint without frozen parameters, each rank's part of the EMA, the position.
+def fingerprint(value):
+    return hashlib.blake2b(value if isinstance(value, bytes) else repr(value).encode(), digest_size=8).hexdigest()
 
-    Killed in the middle it leaves a .tmp folder, which nothing reads and the next save removes.
+
+def first_problem(problem):
+    """The first rank's problem that is not None; the same on all ranks."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, problem)
+    return next((p for p in everyone if p is not None), None)
+
+
+def bytes_to_save(elements):
+    """Of a state (master, two moments, average: fp32) and of the weights (fp16)."""
+    return 16 * elements, 2 * elements
+
+
+def has_disk_space(folder, need):
+    """Whether `need` bytes fit, once what killed saves left is removed."""
+    for name in os.listdir(folder):
+        if name.endswith(".tmp"):
+            discard(os.path.join(folder, name))
+    return shutil.disk_usage(folder).free > need
+
+
+def save(a, shards, position, settings, write_weights):
+    """Weights and state of a step. Every rank must call it. -> None, or why it failed; then what was there still is.
+
+    position: "step" and what else a resumed run must know. write_weights(average) is called on rank 0.
     """
-    final, part = os.path.join(a.out, f"state-{step:08d}"), os.path.join(a.out, f"saving-{step:08d}.tmp")
-    engine.save_checkpoint(part, tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
-    save_file({str(i): s for i, s in enumerate(ema.shards)}, os.path.join(part, f"ema-rank{ema.rank}.safetensors"))
-    dist.barrier()
-    for folder, _, files in os.walk(part):  # every rank, since each node must flush what it wrote
-        for name in [*files, "."]:
-            sync(os.path.join(folder, name))
-    dist.barrier()
-    if ema.rank == 0:
-        with open(os.path.join(part, "state.json"), "w") as f:
-            json.dump(dict(step=step, videos=videos, ema_updates=ema.updates, ranks=ema.world, data=data_id, settings=settings(a)), f, indent=1)
-        sync(f.name), sync(part)
-        os.rename(part, final)
-        sync(a.out)
-        for name in sorted(n for n in os.listdir(a.out) if re.fullmatch(r"state-\d+", n))[:-a.keep]:
-            old = os.path.join(a.out, name)
-            os.rename(old, old + ".tmp")  # so that a state is never half there, not even while it goes
-            shutil.rmtree(old + ".tmp")
-    dist.barrier()
+    master, problem = shards.rank == 0, None
+    need = 1.05 * sum(bytes_to_save(shards.elements)) + 2**20
+    if master and not has_disk_space(a.out, need):
+        problem = f"{a.out} has no room for {need / 1e9:.2f} GB"
+    problem = first_problem(problem)
+    if problem:
+        return problem
+    average = shards.gather_average()
+    try:
+        if master:  # before the state: a run that resumes from it does not write them again
+            write_weights(average)
+    except OSError as e:
+        problem = str(e)
+    del average
+    problem = first_problem(problem) or save_state(a, shards, position, settings)
+    if master and not problem:
+        for path in list(found(a.out, STATE).values())[:-a.keep]:
+            remove(path)
+        for step, path in list(found(a.out, WEIGHTS).items())[:-a.keep]:
+            if step % a.keep_every:
+                remove(path)
+    return problem
 
 
-def newest_state(a):
-    """(folder, its state.json) of the newest complete state, or (None, None); rank 0 looks, all get the same."""
-    found = [(None, None)]
-    if dist.get_rank() == 0:
-        names = sorted(name for name in os.listdir(a.out) if re.fullmatch(r"state-\d+", name))
-        if names:
-            folder = os.path.join(a.out, names[-1])
-            try:
-                with open(os.path.join(folder, "state.json")) as f:
-                    found = [(folder, json.load(f))]
-            except (OSError, ValueError) as e:
-                sys.exit(f"train.py: {folder} is damaged ({e}): remove it, and the same command resumes from the state before")
-    dist.broadcast_object_list(found)
-    return found[0]
+def save_state(a, shards, position, settings):
+    """Write --out/state-<step>. -> None, or why it failed. Killed in the middle it leaves a .tmp that nothing reads."""
+    final = os.path.join(a.out, f"state-{position['step']:08d}")
+    part = os.path.join(a.out, f"saving-{position['step']:08d}.tmp")
+    path, saved, problem = os.path.join(part, f"rank-{shards.rank}.safetensors"), None, None
+    try:
+        os.makedirs(part, exist_ok=True)
+        saved = shards.save(path)
+        sync(path)
+        sync(part)  # every rank, since each node must flush what it wrote
+    except (OSError, SafetensorError) as e:
+        problem = f"{path}: {e}"
+    problem = first_problem(problem)
+    sums = [None] * shards.world
+    dist.all_gather_object(sums, None if problem else checksum(path))
+    if shards.rank == 0 and not problem:
+        files = {f"rank-{r}.safetensors": c for r, c in enumerate(sums)}
+        info = json.loads(json.dumps(position | {"shards": saved, "settings": settings, "files": files}))
+        try:
+            with open(os.path.join(part, "state.json"), "w") as f:
+                json.dump(info | {"checksum": fingerprint(json.dumps(info))}, f, indent=1)
+            sync(f.name)
+            if os.path.exists(final):  # one that was passed over as damaged
+                remove(final)
+            os.rename(part, final)
+            sync(a.out)
+        except OSError as e:
+            problem = str(e)
+    problem = first_problem(problem)
+    if shards.rank == 0 and problem:
+        discard(part)
+    return problem
 
 
-def load_state(engine, ema, folder, info, a):
-    """Continue from a state; returns (step, videos). Exits with one line if it belongs to another run."""
-    ours = settings(a)
-    wrong = [f"{k} {v} (now {ours[k]})" for k, v in info["settings"].items() if ours[k] != v]
-    if info["ranks"] != ema.world:
-        wrong.insert(0, f"{info['ranks']} ranks (now {ema.world}; the shards of optimiser and EMA are per rank)")
-    if wrong:
-        sys.exit(f"train.py: {folder} was made with {', '.join(wrong)}: use the same settings, or another --out with --extension to start from its weights")
-    engine.load_checkpoint(folder, tag="deepspeed", load_module_strict=False)  # its frozen parameters come from --model
-    for group in engine.optimizer.param_groups:  # may change within a run
-        group.update(lr=a.lr, weight_decay=a.weight_decay)
-    shards = load_file(os.path.join(folder, f"ema-rank{ema.rank}.safetensors"))
-    for i, s in enumerate(ema.shards):
-        s.copy_(shards[str(i)])
-    ema.updates = info["ema_updates"]
-    return info["step"], info["videos"]
+def read_state(folder, rank, world):
+    """-> (its state.json, None) or (None, what is damaged), on all ranks alike; each checks its share of the files."""
+    info = problem = None
+    try:
+        with open(os.path.join(folder, "state.json")) as f:
+            info = json.load(f)
+        if info.pop("checksum") != fingerprint(json.dumps(info)):
+            raise ValueError("state.json is not as it was written")
+        for name in list(info["files"])[rank::world]:
+            if checksum(os.path.join(folder, name)) != info["files"][name]:
+                raise ValueError(f"{name} is not as it was written")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        problem = str(e)
+    problem = first_problem(problem)
+    return (None, problem) if problem else (info, None)
 
 
-def settings(a):
-    """What must not change within a run."""
-    return {k: getattr(a, k) for k in ("frames", "size", "stride", "fps", "train", "batch", "loss", "drop", "motion", "seed", "fp16", "ema", "short_clips",
-                                      "model_id")}
+def newest_state(a, rank, world, say):
+    """-> (folder, its state.json) of the newest undamaged state, or (None, None) where a run begins."""
+    candidates = [list(found(a.out, STATE).values())]
+    dist.broadcast_object_list(candidates)  # rank 0's: all ranks look at the same
+    for folder in reversed(candidates[0]):
+        info, problem = read_state(folder, rank, world)
+        if info:
+            return folder, info
+        say(f"warning: {folder} is damaged and passed over ({problem})", file=sys.stderr)
+    if candidates[0]:
+        sys.exit(f"train.py: no state in {a.out} is undamaged: remove {STATE.pattern} there to begin anew, "
+                 "with --extension to start from weights of this run")
+    return None, None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights to use: small, EMA only, loaded by sample.py, by the official code, and by --extension here.
+def save_weights(a, step, average, module, untrained, settings, family):
+    """In float16: the temporal blocks in the layout of the ExVideo release, or the whole model where more was trained.
 
-
-def save_weights(a, step, ema_state, unet, kept):
-    """On rank 0: the temporal blocks in the layout of the ExVideo release, or the whole model where more than they was trained.
-
-    kept: fp32 values of parameters of the temporal blocks that are not trained.
+    average: {name: fp32 tensor} of what is trained. untrained: the same of the other parameters of the temporal blocks.
     """
-    meta = dict(step=step, settings=settings(a))
-    if a.saves_extension:
+    unet, meta = module.unet, {"step": step, "settings": settings}
+    if unet.max_frames is not None and all(".attn.temporal." in name for name in average):
         path = os.path.join(a.out, f"exvideo-{step:06d}.safetensors")
-        exsvd.save_extension(path, unet, {n.removeprefix("unet."): t for n, t in (kept | ema_state).items()}, **meta)
+        blocks = {name.removeprefix("unet."): t.half() for name, t in (untrained | average).items()}
+        exsvd.save_extension(path, unet, blocks, **meta)
         return path
     path = os.path.join(a.out, f"model-{step:06d}.safetensors")
     svd = exsvd.load(a.model, a.extension)  # read again for the fp32 values of what was not trained
+    set_native(svd.unet, a.native)
     if unet.max_frames:
         exsvd.extend(svd.unet, unet.max_frames)
-    for name, t in ema_state.items():
+    for name, t in average.items():
         network, _, name = name.partition(".")
         getattr(svd, network).get_parameter(name).data.copy_(t)
-    exsvd.save_model(path, svd.unet, svd.vae, svd.clip, **({"family": "toy"} if a.toy else {}), **meta)
+    if family == "toy":
+        meta["family"] = family
+    exsvd.save_model(path, svd.unet, svd.vae, svd.clip, torch.float16, **meta)
     return path
 
 
-@torch.no_grad()
-def save_sample(a, step, ema_state, module, cond, ctx, ids):
-    """On rank 0: a video from the EMA, conditioned like a training clip; returns its motion score (0: nothing moves)."""
-    parameters = dict(module.named_parameters())
-    own = {name: parameters[name].detach().cpu() for name in ema_state}
-    for name, t in ema_state.items():
-        parameters[name].data.copy_(t)
-    module.eval()
-    defaults = sample.DEFAULTS["toy" if a.toy else "ExVideo"]
-    noise = torch.randn(1, a.frames, 4, a.height // 8, a.width // 8, generator=torch.Generator().manual_seed(a.seed)).to(cond.device)
-    sigmas = exsvd.karras_sigmas(25).to(cond.device)
-    denoise = sample.guided(module.unet, cond, ctx, ids, defaults["cfg"], a.frames)
-    latents = sample.ddim(denoise, noise * (sigmas[0] ** 2 + 1).sqrt(), sigmas)
-    for name, t in own.items():
-        parameters[name].data.copy_(t)
-    module.train()
-    vae = exsvd.load(a.model, parts=("vae",), device=cond.device).vae  # not kept: it would cost memory all the time
-    path = os.path.join(a.out, f"sample-{step:06d}.mp4")
-    frames = torch.cat(list(sample.decode(vae, latents / exsvd.VAE_SCALE, defaults["decode_chunk"])))
-    with data.VideoWriter(path, max(1, float(ids[0, 0]) + 1)) as video:
-        video.write(sample.to_pixels(frames))
-    return data.motion_score(frames.clamp(-1, 1))
+def set_native(unet, frames):
+    """Frames the base was trained on, where --native says what its file does not."""
+    if frames:
+        unet.config = dataclasses.replace(unet.config, native_frames=frames)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is kept of a run beside its weights
-
-
-def fingerprint(data):
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def keep_sources(a, config):
@@ -414,20 +680,22 @@ def keep_sources(a, config):
     for name in ("exsvd.py", "train.py", "data.py", "sample.py"):
         shutil.copy(os.path.join(HERE, name), folder)
     import deepspeed
-    git = shutil.which("git")
-    commit = git and subprocess.run([git, "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = None
+    if git := shutil.which("git"):
+        commit = subprocess.run([git, "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "deepspeed": deepspeed.__version__}
     with open(os.path.join(a.out, "run.json"), "w") as f:
-        json.dump(dict(arguments={k: v for k, v in vars(a).items() if k != "given"}, deepspeed=config, commit=commit,
-                       versions=dict(python=sys.version.split()[0], torch=torch.__version__, deepspeed=deepspeed.__version__)), f, indent=1)
+        json.dump({"arguments": vars(a), "deepspeed": config, "commit": commit, "versions": versions}, f, indent=1)
 
 
 class Log:
-    """log.csv: a row every --log-every steps. After a resume, rows beyond the state are dropped: those steps come again."""
-    COLUMNS = ["step", "videos", "loss", *(f"loss_sigma_{lo}_{hi}" for lo, hi in zip((0,) + SIGMA_BINS, SIGMA_BINS + ("inf",))),
-               "grad_norm", "lr", "seconds_per_step", "frames_per_second", "peak_memory_GB"]
+    """log.csv: a row every --log-every steps. Resuming drops rows beyond the state: those steps come again."""
+    BINS = [f"loss_sigma_{low}_{high}" for low, high in zip((0, *SIGMA_BINS), (*SIGMA_BINS, "inf"))]
+    COLUMNS = ["step", "videos", "loss", *BINS, "grad_norm", "lr", "seconds_per_step", "frames_per_second",
+               "peak_memory_GB"]
 
     def __init__(self, a, step):
-        self.a, self.last, self.path = a, step, os.path.join(a.out, "log.csv")
+        self.path = os.path.join(a.out, "log.csv")
         rows = []
         if os.path.exists(self.path):
             with open(self.path, newline="") as f:
@@ -436,28 +704,29 @@ class Log:
             csv.writer(f).writerows([self.COLUMNS, *rows])
         os.replace(self.path + ".tmp", self.path)
 
-    def row(self, step, videos, sums, grad_norm, lr, seconds, frames_per_second, device):
-        loss = [f"{s / n:.5f}" if n else "" for s, n in zip(*sums.tolist())]
+    def row(self, step, videos, sums, grad_norm, lr, seconds_per_step, frames_per_second, device):
+        """sums: (2, bins + 1), losses and how many they are, in all and per sigma bin."""
+        loss = [f"{total / n:.5f}" if n else "" for total, n in zip(*sums.tolist())]
+        norm = "" if grad_norm is None else f"{grad_norm:.4f}"
         memory = sample.peak_memory(device).split()[0]
+        speed = f"{seconds_per_step:.3f}", f"{frames_per_second:.1f}"
         with open(self.path, "a", newline="") as f:
-            csv.writer(f).writerow([step, videos, *loss, f"{grad_norm:.4f}" if grad_norm is not None else "", f"{lr:.3g}",
-                                    f"{seconds / max(1, step - self.last):.3f}", f"{frames_per_second:.1f}", memory])
-        self.last = step
+            csv.writer(f).writerow([step, videos, *loss, norm, f"{lr:.3g}", *speed, memory])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The videos of a pass, and what is drawn for them
 
 
-def videos_of(rank, world, a, videos):
+def videos_of(rank, world, batch, videos):
     """The numbers of the videos this rank sees from number `videos` on, a pass at a time, without end."""
     while True:
-        yield [videos + rank * a.batch + i for i in range(a.batch)]
-        videos += world * a.batch
+        yield [videos + rank * batch + i for i in range(batch)]
+        videos += world * batch
 
 
 class TwoLengths(torch.utils.data.Dataset):
-    """Item n is of `short` or of `long`, by a draw from (seed, number of its pass): the videos of a pass are of one length."""
+    """Item n is of `short` or of `long`, drawn from (seed, number of its pass): videos of a pass have one length."""
 
     def __init__(self, long, short, share, seed, per_pass):
         self.long, self.short, self.share, self.seed, self.per_pass = long, short, share, seed, per_pass
@@ -467,41 +736,126 @@ class TwoLengths(torch.utils.data.Dataset):
         return (self.short if drawn < self.share else self.long)[n]
 
 
-def ignore_sigterm(_):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in the readers: the launcher signals them too, and their rank still needs them
+def ignore_signals(_):
+    for number in STOP_SIGNALS:  # in the readers: launchers signal them too, and their rank still needs them
+        signal.signal(number, signal.SIG_IGN)
 
 
 def draw(a, n, shape):
-    """Of the n-th video: sigma, noise (T,4,h,w), and whether its conditioning stays. From (seed, n) alone, on the CPU."""
-    seed = np.random.SeedSequence([a.seed, n]).generate_state(1)[0]  # hashed: torch's CPU generator uses 32 bits of a seed
+    """Of the n-th video: sigma, noise (T,4,h,w), 1 if its conditioning stays or 0. From (seed, n), on the CPU."""
+    seed = np.random.SeedSequence([a.seed, n]).generate_state(1)[0]  # hashed: torch's generator uses 32 bits of a seed
     g = torch.Generator().manual_seed(int(seed))
-    return exsvd.draw_sigmas(a.loss, 1, g)[0], torch.randn(shape, generator=g), (torch.rand((), generator=g) >= a.drop).float()
+    sigma, noise = exsvd.draw_sigmas(a.loss, 1, g)[0], torch.randn(shape, generator=g)
+    return sigma, noise, (torch.rand((), generator=g) >= a.drop).float()
 
 
 @torch.no_grad()
-def encode(vae, clip, item, trains_clip):
-    """A batch of clips to latents (B,T,4,h,w) and cond (B,4,h,w), unscaled, and ctx (B,1,D), or CLIP's input if CLIP is trained."""
+def encode(vae, clip, item, clip_trains):
+    """Clips to latents (B,T,4,h,w), cond (B,4,h,w), both unscaled, and ctx (B,1,D), or CLIP's input if that trains."""
     device = next(vae.parameters()).device
     latents, conds, ctxs = [], [], []
     for video, aug, noise in zip(item["video"], item["aug"], item["aug_noise"]):
         latents.append(data.encode_frames(vae, video))
-        if trains_clip:
+        if clip_trains:
             conds.append(vae.encode((video[:1] + aug * noise).to(device))[0])
             ctxs.append(exsvd.preprocess_clip(video[:1].to(device), clip.config.image)[0])
         else:
             cond, ctx = data.encode_condition(vae, clip, video[0], aug, noise)
-            conds.append(cond), ctxs.append(ctx[None])
+            conds.append(cond)
+            ctxs.append(ctx[None])
     return torch.stack(latents), torch.stack(conds), torch.stack(ctxs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples during training
+
+
+def sample_start(a, family, dataset, networks):
+    """What samples start from: an image (3,H,W) in [-1,1], frames per second, motion bucket. networks() -> VAE, CLIP"""
+    s = SAMPLING[family]
+    path = a.sample_image
+    if path is None and a.data == "synthetic":
+        path = os.path.join(HERE, "assets", "img.png")
+    if path:
+        img = data.fit_image(data.read_image(path), *a.size)
+        fps, motion = s["fps"], s["motion"]
+    else:
+        item = dataset[0]
+        fps, motion = float(item["fps"]), float(item["motion"])
+        if dataset.pixels:
+            img = item["video"][0]
+        else:
+            vae, _ = networks()
+            img = vae.decode(item["latents"][None, :1].to(next(vae.parameters())))[0, 0].float().clamp(-1, 1).cpu()
+    return img, fps, motion if a.motion == "exvideo" else a.motion
+
+
+@torch.no_grad()
+def sample_video(a, s, unet, vae, clip, start, device):
+    """Frames (T,3,H,W), about -1 to 1, as sample.py makes them with settings s and --seed. start: see sample_start()"""
+    img, fps, motion = start
+    generator = torch.Generator().manual_seed(a.seed)
+
+    def noise():
+        fresh = torch.randn(1, a.frames, 4, a.size[1] // 8, a.size[0] // 8, generator=generator)
+        return sample.shared_noise(fresh, s["share_noise"]).to(device)
+
+    x, image_noise = noise(), torch.randn(1, *img.shape, generator=generator)
+    cond, ctx = sample.condition(exsvd.SVD(unet, vae, clip, {}, None), img, s["aug"], image_noise, device)
+    ids = torch.tensor([[fps - 1, motion, s["aug"]]], device=device)
+    sigmas = exsvd.karras_sigmas(s["steps"]).to(device)
+    denoise = sample.guided(unet, cond, ctx, ids, s["cfg"], a.frames)
+    latents = sample.SAMPLERS[s["sampler"]](denoise, x * (sigmas[0] ** 2 + 1).sqrt(), sigmas, s["eta"], noise)
+    return torch.cat(list(sample.decode(vae, latents / exsvd.VAE_SCALE, s["decode_chunk"])))
+
+
+@contextmanager
+def weights_replaced(module, state):
+    """The module with other values, {name: tensor}, in evaluation mode; then as it was."""
+    parameters = dict(module.named_parameters())
+    own = {name: parameters[name].detach().to("cpu", copy=True) for name in state}
+    for name, t in state.items():
+        parameters[name].data.copy_(t)
+    module.eval()
+    yield
+    for name, t in own.items():
+        parameters[name].data.copy_(t)
+    module.train()
+
+
+def add_progress(out, step, frames):
+    """Frames 0, T/8, ... T-1 of a sample, uint8 (T,H,W,3), as the last row of progress.png. A resumed run goes on from
+    rows that are kept apart."""
+    T = len(frames)
+    chosen = sorted({T * i // 8 for i in range(8)} | {T - 1})
+    every = math.ceil(frames.shape[1] / 256)  # small enough to look at
+    folder = os.path.join(out, "progress")
+    os.makedirs(folder, exist_ok=True)
+    row = torch.cat([frames[i, ::every, ::every] for i in chosen], dim=1)  # (H, 9 W, 3)
+    data.write_png(os.path.join(folder, f"{step:06d}.png"), row)
+    rows = [os.path.join(folder, name) for name in sorted(os.listdir(folder))
+            if re.fullmatch(r"\d+\.png", name) and int(name[:-4]) <= step]
+    data.write_png(os.path.join(out, "progress.png"), torch.cat([data.read_image(row) for row in rows]))
+
+
+def save_sample(a, family, step, frames, start):
+    """Write sample-<step>.mp4 and its row of progress.png. -> its motion score (0: nothing moves), a line to print"""
+    pixels, name = sample.to_pixels(frames), f"sample-{step:06d}.mp4"
+    with data.VideoWriter(os.path.join(a.out, name), start[1]) as video:
+        video.write(pixels)
+    add_progress(a.out, step, pixels)
+    score = data.motion_score(frames.clamp(-1, 1))
+    return score, f"step {step}: {name} and a row of progress.png, motion score {score:.4f}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-def main(argv=None):
-    a = parse(argv)
 
-    # One process is a world of one: what the launcher would have set is filled in, and the code below is the same.
+def join_ranks(a, family):
+    """Find the other ranks; a process without a launcher is a world of one. -> rank, how many there are, device"""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -512,103 +866,186 @@ def main(argv=None):
         torch.use_deterministic_algorithms(True)
     import deepspeed  # here, so that --help and wrong arguments answer at once
     deepspeed.utils.logger.setLevel("WARNING")
-    # An optional op for sums between CPU ranks, compiled at start under a lock file: a run killed there would leave the lock
-    # behind, and every later one would wait for it without end. gloo does the same work.
+    # An optional op for sums between CPU ranks, compiled at start under a lock file: a run killed there would leave the
+    # lock behind, and every later one would wait for it without end. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    config = deepspeed_config(a)
     if a.fp16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
         sys.exit("train.py: --fp16: DeepSpeed finds no fp16 on this machine; leave it out to train in bf16")
-    deepspeed.init_distributed(timeout=timedelta(hours=12))  # not its 10 minutes: rank 0 may index many videos, or sample a long one
+    # not its 10 minutes: rank 0 may index many videos, or sample a long one
+    deepspeed.init_distributed(timeout=timedelta(hours=12))
     rank, world = dist.get_rank(), dist.get_world_size()
-    master = rank == 0
-    say = print if master else lambda *_, **__: None
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        return rank, world, device
+    if family == "toy":
+        threads = 1  # networks this small lose more to threads that wait for each other than they gain
     else:
-        device = torch.device("cpu")
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() // world)))  # ranks share the cores
-    os.makedirs(a.out, exist_ok=True)
+        threads = max(1, min(torch.get_num_threads(), os.cpu_count() // world))  # ranks share the cores
+    torch.set_num_threads(threads)
+    return rank, world, torch.device("cpu")
 
-    # Data: rank 0 builds the index, the others then find it
-    options = dict(frames=a.frames, size=(a.width, a.height), stride=a.stride, fps=a.fps, seed=a.seed, motion=a.motion, skip_static=a.skip_static)
-    if master:
-        dataset = data.open_dataset(a.data, **options, log=os.path.join(a.out, "data.log"))
+
+def open_clips(a, rank, native):
+    """-> (clips of --frames, what to train on: these or, with --short-clips, a mixture)"""
+    options = dict(size=a.size, stride=a.stride, fps=a.fps, seed=a.seed, motion=a.motion, skip_static=a.skip_static)
+    if rank == 0:  # it builds the index, the others then find it
+        dataset = data.open_dataset(a.data, a.frames, **options, log=os.path.join(a.out, "data.log"))
     dist.barrier()
-    if not master:
-        dataset = data.open_dataset(a.data, **options)
-    say(dataset.describe())
-    data_id = fingerprint(repr(dataset.usable).encode())
+    if rank > 0:
+        dataset = data.open_dataset(a.data, a.frames, **options)
+    if not a.short_clips:
+        return dataset, dataset
+    return dataset, TwoLengths(dataset, data.open_dataset(a.data, native, **options), a.short_clips, a.seed, a.batch)
 
-    # Model, and what of it trains
-    parts = ("unet",) + (("vae", "clip") if dataset.pixels else ())
-    svd = exsvd.load(a.model, a.extension, parts=parts)
-    clips, native = dataset, svd.unet.config.native_frames
-    if a.short_clips:
-        clips = TwoLengths(dataset, data.open_dataset(a.data, **options | {"frames": native}), a.short_clips, a.seed, a.batch)
-        say(f"{a.short_clips:.0%} of the passes on clips of {native} frames")
-    a.model_id = fingerprint(svd.unet.conv_out.weight.detach().numpy().tobytes())
-    trains_clip = a.train == "all" or any(re.search(a.train, f"clip.{name}") for name in (svd.clip.state_dict() if svd.clip else ()))
+
+def load_model(a, dataset, native):
+    """SVD in fp32, extended to --frames; VAE and CLIP if clips are encoded on the fly. Exits if the data don't fit."""
+    svd = exsvd.load(a.model, a.extension, parts=("unet", "vae", "clip") if dataset.pixels else ("unet",))
+    set_native(svd.unet, a.native)
     if a.frames > (svd.unet.max_frames or native):
         exsvd.extend(svd.unet, a.frames)
-    if not dataset.pixels and (trains_clip or dataset.settings["ctx"] != svd.unet.config.context_dim):
-        sys.exit(f"train.py: {a.data} holds CLIP embeddings of {dataset.settings['ctx']} numbers, " +
-                 ("but to train CLIP needs the videos themselves" if trains_clip else f"this model takes {svd.unet.config.context_dim}: encode again with --model {a.model}"))
     svd.unet.checkpointing = None if a.checkpoint == "none" else a.checkpoint
-    module = Loss(svd.unet, svd.clip if trains_clip else None, a.loss)
-    if a.train == "temporal":
-        exsvd.freeze(svd.unet)
-    else:
-        for name, p in module.named_parameters():
-            p.requires_grad_(a.train == "all" or bool(re.search(a.train, name)))
-    chosen = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if not chosen:
-        sys.exit(f"train.py: --train {a.train} names no parameter; names look like unet.down.1.attn.temporal.attn1.to_q.weight")
-    a.saves_extension = svd.unet.max_frames is not None and all(".attn.temporal." in name for name in chosen)
-    for name, p in chosen.items():
-        p.requires_grad_(not exsvd.IDLE.search(name))  # no gradient ever reaches these, and weight decay must not either
-    trained = [name for name, p in chosen.items() if p.requires_grad]
-    million = lambda names: f"{sum(chosen[n].numel() for n in names) / 1e6:,.1f} M"
-    say(f"UNet of {sum(p.numel() for p in svd.unet.parameters()) / 1e6:,.1f} M parameters; trained: {million(chosen)} in {len(chosen)} tensors, "
-        f"{million(set(chosen) - set(trained))} of them idle while the context is one token" + (", CLIP among them" if trains_clip else ""))
+    if not dataset.pixels and a.train == "all":
+        sys.exit(f"train.py: {a.data} holds CLIP embeddings, but to train CLIP needs the videos themselves")
+    if not dataset.pixels and dataset.settings["ctx"] != svd.unet.config.context_dim:
+        sys.exit(f"train.py: {a.data} holds CLIP embeddings of {dataset.settings['ctx']} numbers, this model takes "
+                 f"{svd.unet.config.context_dim}: encode again with --model {a.model}")
+    return svd
+
+
+def million(parameters):
+    return f"{sum(p.numel() for p in parameters) / 1e6:,.1f} M"
+
+
+def summed(sums):
+    """Over all ranks."""
+    total = sums.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def refuse_other_settings(folder, theirs, ours):
+    wrong = [f"{key} {value} (now {ours.get(key)})" for key, value in theirs.items() if ours.get(key) != value]
+    if wrong:
+        sys.exit(f"train.py: {folder} was made with {', '.join(wrong)}: use the same settings, or another --out with "
+                 "--extension to start from its weights")
+
+
+def stop_for_bad_clips(bad):
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, sum(bad, []))
+    names = ", ".join(sum(everyone, []))
+    line = f"train.py: {BAD_STEPS} steps in a row with non-finite gradients, on these clips: {names}"
+    sys.exit(line if dist.get_rank() == 0 else 1)
+
+
+def main(argv=None):
+    a, family = parse(argv)
+    config = deepspeed_config(a)
+
+    # Ranks
+    rank, world, device = join_ranks(a, family)
+    master = rank == 0
+
+    def say(*words, **options):
+        if master:
+            print(*words, **options, flush=True)
+
+    # Data
+    os.makedirs(a.out, exist_ok=True)
+    native = a.native or exsvd.open_model(a.model)[1][0].native_frames
+    dataset, clips = open_clips(a, rank, native)
+    say(dataset.describe() + (f"; {a.short_clips:.0%} of the passes on clips of {native}" if a.short_clips else ""))
+    data_id = fingerprint(dataset.usable)
+
+    # What trains
+    svd = load_model(a, dataset, native)
+    vae, clip, clip_trains = svd.vae, svd.clip, trains_clip(a.train, svd.clip)
+    settings = fixed_settings(a, fingerprint(svd.unet.conv_out.weight.detach().numpy().tobytes()))
+    module = Loss(svd.unet, clip if clip_trains else None, a.loss)
+    chosen, trained = choose(module, a.train)
+    idle = million(p for name, p in chosen.items() if name not in trained)
+    say(f"UNet of {million(svd.unet.parameters())} parameters; trained: {million(chosen.values())} in {len(chosen)} "
+        f"tensors, {idle} of them idle while the context is one token" + (", CLIP among them" if clip_trains else ""))
     # the fp32 values of what trains (for the masters) and of what is saved with it; then half precision for all
-    start = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-    kept = {name: p.detach().clone() for name, p in module.named_parameters() if ".attn.temporal." in name and not p.requires_grad}
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    untrained = {name: p.detach().clone() for name, p in module.named_parameters()
+                 if ".attn.temporal." in name and name not in trained}
     module.to(torch.float16 if a.fp16 else torch.bfloat16).train()
     if dataset.pixels:  # frozen: fp32 targets from the VAE; CLIP, which is large, in half precision on a GPU
-        vae = svd.vae.requires_grad_(False).to(device)
-        clip = svd.clip if trains_clip else svd.clip.requires_grad_(False).to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+        vae.requires_grad_(False).to(device)
+        if not clip_trains:
+            clip.requires_grad_(False).to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     del svd
 
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=config)
+    # Engine
+    import deepspeed
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=parameter_groups(trained), config=config)
     if a.fp16:  # its own exception at the smallest scale would name no clips
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
-    ema = ShardedEMA(engine, trained, a.ema)
-    ema.start_from(start)
+    shards = Shards(engine, trained, a.ema)
+    shards.start_from(start)
     del start
+
+    # Where the run goes on
     step = videos = 0
-    folder, info = newest_state(a)
+    sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=device)  # of losses, and how many they are
+    folder, info = newest_state(a, rank, world, say)
     if folder:
-        step, videos = load_state(engine, ema, folder, info, a)
+        refuse_other_settings(folder, info["settings"], settings)
+        shards.load([os.path.join(folder, name) for name in info["files"]], info["shards"])
+        step, videos = info["step"], info["videos"]
+        if master:
+            sums += torch.tensor(info["sums"], device=device)
         say(f"resumed from {folder}: step {step}, {videos} videos seen")
         if info["data"] != data_id:
-            say(f"warning: {a.data} holds other clips than when that was saved; from here on they come in another order", file=sys.stderr)
+            say(f"warning: {a.data} holds other clips than when that was saved; from here on they come in another "
+                "order", file=sys.stderr)
     elif master:
         keep_sources(a, config)
     dist.barrier()
     if not os.path.exists(os.path.join(a.out, "run.json")):
-        sys.exit(f"train.py: rank {rank} does not see what rank 0 wrote to {a.out}: put --out on a file system that all nodes share")
-
-    loader = iter(torch.utils.data.DataLoader(clips, batch_sampler=videos_of(rank, world, a, videos), num_workers=a.workers,
-                                              worker_init_fn=ignore_sigterm, pin_memory=device.type == "cuda"))
+        sys.exit(f"train.py: rank {rank} does not see what rank 0 wrote to {a.out}: put --out on a file system that "
+                 "all nodes share")
+    loader = iter(torch.utils.data.DataLoader(
+        clips, batch_sampler=videos_of(rank, world, a.batch, videos), num_workers=a.workers,
+        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
     log = Log(a, step) if master else None
     stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: stop.append(number))
     say(f"{world} ranks, rank 0 is process {os.getpid()}: send SIGTERM to it, or any other rank, to save and leave")
-    bar = tqdm(total=a.steps, initial=step, desc="training", unit="step", disable=not master)
-    bad, frames, begin = [], 0, time.perf_counter()  # bad: names of the clips of each of the last steps that could not be applied
-    sums = torch.zeros(2, len(SIGMA_BINS) + 2, device=device)  # loss and count, in all and per sigma bin, since the last row
 
+    # Samples and weights along the way
+    def networks():  # for samples: kept only where training needs them
+        if dataset.pixels:
+            return vae, module.clip if clip_trains else clip
+        loaded = exsvd.load(a.model, parts=("vae", "clip"), device=device)
+        return loaded.vae, loaded.clip
+
+    if a.sample_every and master:
+        sampled_from = sample_start(a, family, dataset, networks)
+
+    def take_sample():
+        average = shards.gather_average()
+        if master:
+            with weights_replaced(module, average):
+                frames = sample_video(a, SAMPLING[family], module.unet, *networks(), sampled_from, device)
+            score, line = save_sample(a, family, step, frames, sampled_from)
+            engine.monitor.write_events([("sample/motion_score", score, step)])
+            say(line)
+        dist.barrier()
+
+    def write_weights(average):
+        say(f"step {step}: saved {save_weights(a, step, average, module, untrained, settings, family)}")
+
+    # The loop
+    if a.sample_every and step == 0:
+        take_sample()
+    bar = tqdm(total=a.steps, initial=step, desc="training", unit="step", disable=not master)
+    bad = []  # names of the clips of each of the last steps that could not be applied
+    logged, frames, begin = step, 0, time.perf_counter()
     while step < a.steps:
         # 1. forward and backward, --accumulate times
         if a.warmup:
@@ -618,71 +1055,65 @@ def main(argv=None):
         for _ in range(a.accumulate):
             item = next(loader)
             names += item["name"]
-            numbers = range(videos + rank * a.batch, videos + (rank + 1) * a.batch)
             ids = torch.stack([item["fps"] - 1, item["motion"], item["aug"]], dim=1).to(device)
             if dataset.pixels:
-                x, cond, ctx = encode(vae, clip, item, trains_clip)
+                x, cond, ctx = encode(vae, clip, item, clip_trains)
             else:
-                x, cond, ctx = (item[k].to(device) for k in ("latents", "cond", "ctx"))
-                ctx = ctx[:, None]
-            draws = [draw(a, n, x.shape[1:]) for n in numbers]
-            sigma, noise, keep = (torch.stack(t).to(device) for t in zip(*draws))
+                x, cond, ctx = item["latents"].to(device), item["cond"].to(device), item["ctx"].to(device)[:, None]
+            numbers = range(videos + rank * a.batch, videos + (rank + 1) * a.batch)
+            sigma, noise, keep = (torch.stack(t).to(device) for t in zip(*(draw(a, n, x.shape[1:]) for n in numbers)))
             loss = engine(x.float() * exsvd.VAE_SCALE, sigma, noise, cond[:, None].float(), ctx.float(), ids, keep)
             engine.backward(loss.mean())
             engine.step()  # reduces gradients; updates on the last of --accumulate calls
             bins = torch.bucketize(sigma, torch.tensor(SIGMA_BINS, device=device)) + 1
             for where in (torch.zeros_like(bins), bins):
-                sums.index_add_(1, where, torch.stack([loss.detach().float(), torch.ones_like(loss, dtype=torch.float)]))
+                sums.index_add_(1, where, torch.stack([loss.detach(), torch.ones_like(loss)]).double())
             videos += world * a.batch
             frames += world * a.batch * x.shape[1]
         step += 1
 
         # 2. the average follows steps that were applied. DeepSpeed decides that on all ranks alike
         if engine.was_step_applied():
-            ema.update()
+            shards.update_average()
             bad = []
         elif not a.fp16 or engine.optimizer.loss_scale <= getattr(engine.optimizer.loss_scaler, "min_scale", math.inf):
             bad += [names]  # above its smallest scale fp16 only looks for a scale by overflowing: that is no failure
         if len(bad) == BAD_STEPS:
-            everyone = [None] * world
-            dist.all_gather_object(everyone, sum(bad, []))
-            say(f"train.py: {BAD_STEPS} steps in a row with non-finite gradients, on these clips: {', '.join(sum(everyone, []))}", file=sys.stderr)
-            sys.exit(1)
+            stop_for_bad_clips(bad)
 
         # 3. log, sample, save; leave together
         flag = torch.tensor(len(stop), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         leaving = bool(flag) or step == a.steps
         bar.update()
-        if step % a.log_every == 0 or leaving:
-            dist.all_reduce(sums)
+        if step % a.log_every == 0 or step == a.steps:
+            total = summed(sums)
             if master:
                 seconds = time.perf_counter() - begin
-                log.row(step, videos, sums, engine.get_global_grad_norm(), engine.optimizer.param_groups[0]["lr"], seconds, frames / seconds, device)
-                bar.set_postfix(loss=f"{sums[0, 0] / sums[1, 0]:.4f}")
+                norm, lr = engine.get_global_grad_norm(), engine.optimizer.param_groups[0]["lr"]
+                log.row(step, videos, total, norm, lr, seconds / (step - logged), frames / seconds, device)
+                mean = float(total[0, 0] / total[1, 0])
+                engine.monitor.write_events([("train/loss", mean, step), ("train/lr", lr, step)])
+                bar.set_postfix(loss=f"{mean:.4f}")
             sums.zero_()
-            frames, begin = 0, time.perf_counter()
+            logged, frames, begin = step, 0, time.perf_counter()
         if a.sample_every and (step % a.sample_every == 0 or step == a.steps):
-            state = ema.gather()
-            if master:
-                with torch.no_grad():
-                    ctx_in = module.clip(ctx)[:, None] if trains_clip else ctx
-                score = save_sample(a, step, state, module, cond[:1, None].float(), ctx_in[:1].float(), ids[:1])
-                say(f"step {step}: sample-{step:06d}.mp4, motion score {score:.4f} (its clip: bucket {ids[0, 1]:.0f})")
-            dist.barrier()
+            take_sample()
         if step % a.save_every == 0 or leaving:
-            if room(a, ema):
-                state = ema.gather()
-                if master:  # before the state, for a run that resumes from it does not write them again
-                    say(f"step {step}: saved {save_weights(a, step, state, module.unet, kept)}")
-                dist.barrier()
-                save_state(engine, ema, a, step, videos, data_id)
-            elif leaving:
-                sys.exit(1)
+            position = {"step": step, "videos": videos, "data": data_id, "sums": summed(sums).tolist()}
+            problem = save(a, shards, position, settings, write_weights)
+            bar.set_description("training, LAST SAVE FAILED" if problem else "training")
+            if problem and leaving:
+                line = f"train.py: step {step} could not be saved ({problem}). What was saved before is still there: " \
+                       "make room, and the same command goes on from it"
+                sys.exit(line if master else 1)
+            if problem:
+                say(f"warning: step {step} could not be saved ({problem}); tried again at the next interval, every "
+                    f"{a.save_every} steps", file=sys.stderr)
         if leaving:
             break
     bar.close()
-    dist.destroy_process_group()
+    deepspeed.comm.destroy_process_group()
 
 
 if __name__ == "__main__":
