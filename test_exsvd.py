@@ -7,7 +7,7 @@ Networks are small and their weights random, since nothing here depends on what 
 holding the same weights, are the reference. What needs a GPU skips and says so. Runtime: see README.md.
 
     1. exsvd.py    parity, extension, checkpoints, memory
-    2. data.py     pixels in and out, synthetic scenes
+    2. data.py     pictures and videos in and out
     3. data.py     videos to clips and latents
     4. sample.py   samplers, chunked decoding, the command
     5. train.py    runs with DeepSpeed, one and two ranks, killed and resumed
@@ -15,10 +15,10 @@ holding the same weights, are the reference. What needs a GPU skips and says so.
 """
 
 import argparse
-import base64
 import csv
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -40,6 +40,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 
 import data
@@ -1065,235 +1066,241 @@ def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# data.py
-# ----------------------------------------------------------------------------------------------------------------------
-
-# 16x8 pixels, left half (220, 40, 30), right half (20, 60, 200), made once with an image library that we do not depend on
-CMYK_JPEG = (
-    "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwADAgIDAgIDAwMDBAMDBAUIBQUEBAUKBwcGCAwKDAwLCgsLDQ4SEA0OEQ4LCxAWEBETFBUVFQwPFxgWFBgSFBUU"
-    "/8AAFAgACAAQBEMRAE0RAFkRAEsRAP/EAB8AAAEFAQEBAQEBAAAAAAAAAAABAgMEBQYHCAkKC//EALUQAAIBAwMCBAMFBQQEAAABfQECAwAEEQUSITFB"
-    "BhNRYQcicRQygZGhCCNCscEVUtHwJDNicoIJChYXGBkaJSYnKCkqNDU2Nzg5OkNERUZHSElKU1RVVldYWVpjZGVmZ2hpanN0dXZ3eHl6g4SFhoeIiYqS"
-    "k5SVlpeYmZqio6Slpqeoqaqys7S1tre4ubrCw8TFxsfIycrS09TV1tfY2drh4uPk5ebn6Onq8fLz9PX29/j5+v/aAA4EQwBNAFkASwAAPwD71r4Ur8+q"
-    "/VOv56q7av3For//2Q==")
-ANIMATED_WEBP = (
-    "UklGRqAAAABXRUJQVlA4WAoAAAACAAAADwAABwAAQU5JTQYAAAAAAAAAAABBTk1GNgAAAAAAAAAAAA8AAAcAAGQAAAJWUDhMHQAAAC8PwAEAD3Ae9lMg"
-    "3wp5/oMHYsFk/tKdKUT0PzIAAEFOTUY2AAAAAAAAAAAADwAABwAAZAAAAFZQOEwdAAAALw/AAQAPcB72UyDfCnn+gwdiwSR/6Z0pRPQ/MgAA")
-ALPHA_WEBP = "UklGRiYAAABXRUJQVlA4TBoAAAAvD8ABEA8wPEMxyPMf8BALJvOX7kwhov+hAw=="                    # its left half is transparent
-
-
-def encode(codec, pixels, fmt):
-    """One image file, made with PyAV."""
-    c = av.CodecContext.create(codec, "w")
-    c.height, c.width, c.pix_fmt, c.time_base = *pixels.shape[:2], fmt if codec == "png" else "yuvj444p", 1
-    frame = av.VideoFrame.from_ndarray(pixels, fmt)
-    if codec != "png":
-        c.qmin = c.qmax = 2
-        frame = frame.reformat(format="yuvj444p", dst_color_range=2)
-    return b"".join(bytes(p) for p in [*c.encode(frame), *c.encode(None)])
+# data.py: pictures and videos in and out
 
 
 def corners(H=48, W=80):
-    """An image whose four quarters differ: uint8 (H, W, 3)."""
+    """A picture whose four quarters differ: uint8 (H, W, 3)."""
     x = np.zeros((H, W, 3), np.uint8)
     x[:H // 2, :W // 2], x[:H // 2, W // 2:] = [200, 40, 40], [40, 180, 60]
     x[H // 2:, :W // 2], x[H // 2:, W // 2:] = [50, 60, 210], [230, 230, 230]
     return x
 
 
-def exif(o, order):
-    """A TIFF header whose first directory holds a make and an orientation."""
-    return (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(
-        order + "IH HHI4s HHIHH I", 8, 2, 0x010F, 2, 4, b"abc\0", 0x0112, 3, 1, o, 0, 0)
+def file_of(pixels, form, **options):
+    """The bytes of an image file, made by Pillow at its best quality.  pixels: uint8 (H, W, 3), or a Pillow image."""
+    best = {"JPEG": {"quality": 95, "subsampling": 0}, "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+            "WEBP": {"lossless": True, "exact": True}}
+    best["MPO"] = best["JPEG"] | {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
+    file = io.BytesIO()
+    image.save(file, form, **best.get(form, {}) | options)
+    return file.getvalue()
 
 
 def png_chunk(name, body):
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-def png_file(width, colour, row, **chunks):
-    """A PNG of one row, 8 bits, of any colour type."""
-    body = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, 8, colour, 0, 0, 0))
-    body += b"".join(png_chunk(k.encode(), v) for k, v in chunks.items())
-    return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IDAT", zlib.compress(b"\0" + row)) + png_chunk(b"IEND", b"")
+def png_of(samples, colour, *chunks):
+    """A PNG of big-endian samples (H, W, C) of 8 or 16 bits; colour: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA."""
+    H, W = samples.shape[:2]
+    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8 * samples.itemsize, colour, 0, 0, 0))
+    rows = b"".join(b"\0" + row.tobytes() for row in samples)
+    body = b"".join(png_chunk(*chunk) for chunk in [*chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")])
+    return b"\x89PNG\r\n\x1a\n" + head + body
+
+
+@pytest.fixture
+def reads(tmp_path):
+    """reads(file, pixels, tolerance): that read_image finds those pixels in that file."""
+    def check(file, pixels, tolerance=0):
+        (tmp_path / "x").write_bytes(file)
+        image = data.read_image(tmp_path / "x")
+        assert image.dtype == torch.uint8 and image.shape == pixels.shape
+        assert np.abs(image.numpy().astype(int) - np.asarray(pixels).astype(int)).max() <= tolerance
+    return check
 
 
 def psnr(a, b):
     return float(10 * torch.log10(255 ** 2 / (a.double() - b.double()).square().mean()))
 
 
-@pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
-def test_exif_orientations_come_out_upright(tmp_path, kind, order):
+LOSS = {"JPEG": 6, "MPO": 6, "AVIF": 8}                                             # of these formats, at a picture's edges
+
+
+@pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_exif_orientations_come_out_upright(reads, form):
     # how a camera that means `up` stores it, for each value of the tag: EXIF 2.3, figure of tag 0x0112
     stored = {1: lambda u: u, 2: np.fliplr, 3: lambda u: np.rot90(u, 2), 4: np.flipud, 5: lambda u: u.swapaxes(0, 1),
               6: lambda u: np.rot90(u, 1), 7: lambda u: np.rot90(u, 2).swapaxes(0, 1), 8: lambda u: np.rot90(u, -1)}
-    up = corners()
-    for o in range(1, 9):
-        x, tag = np.ascontiguousarray(stored[o](up)), exif(o, order)
-        if kind == "jpeg":
-            file = encode("mjpeg", x, "rgb24")
-            xmp = b"\xff\xe1\0\x0ahttp://x"                                         # another APP1 before it must not confuse
-            file = file[:2] + xmp + b"\xff\xe1" + struct.pack(">H", len(tag) + 8) + b"Exif\0\0" + tag + file[2:]
-        elif kind == "png":
-            file = encode("png", x, "rgb24")
-            file = file[:33] + png_chunk(b"eXIf", tag) + file[33:]
-        else:                                                                       # a fixed picture, turned by the tag
-            still = base64.b64decode(ALPHA_WEBP)
-            flags = struct.pack("<4sI4s6s", b"VP8X", 10, bytes([0x18, 0, 0, 0]), bytes([15, 0, 0, 7, 0, 0]))
-            body = b"WEBP" + flags + still[12:] + b"EXIF" + struct.pack("<I", len(tag)) + tag
-            file = b"RIFF" + struct.pack("<I", len(body)) + body
-        (tmp_path / "x").write_bytes(file)
-        img = data.read_image(tmp_path / "x")
-        if kind == "webp":                                                          # white on the left, blue on the right
-            x, back = np.full((8, 16, 3), 255), {6: 8, 8: 6}.get(o, o)
-            x[:, 8:] = [20, 60, 200]
-            expected = np.rot90(x, -1) if o == 6 else np.rot90(x, 1) if o == 8 else stored[back](x)
-        else:
-            expected = up
-        assert img.shape == expected.shape, o
-        error = (img.float() - torch.from_numpy(expected.copy()).float()).abs()
-        assert error.max() <= (8 if kind == "jpeg" else 0), (o, error.max())
+    for value, turned in stored.items():
+        exif = Image.Exif()
+        exif[0x010F], exif[0x0112] = "a make", value
+        reads(file_of(turned(corners()), form, exif=exif), corners(), LOSS.get(form, 0))
 
 
-def test_damaged_exif_leaves_the_pixels_as_they_are(tmp_path):
-    x = encode("png", corners(), "rgb24")
-    for tag in (b"", b"II", b"MM\0*\xff\xff\xff\xff", exif(9, "<"), exif(6, "<")[:20]):
-        (tmp_path / "x.png").write_bytes(x[:33] + png_chunk(b"eXIf", tag) + x[33:])
-        assert torch.equal(data.read_image(tmp_path / "x.png"), torch.from_numpy(corners()))
+def test_damaged_notes_and_what_phones_append_leave_the_pixels_as_they_are(reads, capfd):
+    whole = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)     # turns by a quarter
+    png, jpeg = file_of(corners(), "PNG"), file_of(corners(), "JPEG")
+    for exif in (b"", b"II", b"MM\0*\xff\xff\xff\xff", whole[:15], whole.replace(b"\6\0", b"\x09\0")):
+        reads(png[:33] + png_chunk(b"eXIf", exif) + png[33:], corners())
+        exif = b"Exif\0\0" + exif
+        reads(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:], corners(), LOSS["JPEG"])
+    for name, note in ((b"eXIf", whole[:15]), (b"iCCP", b"x\0\0junk"), (b"zTXt", b"x\0\0junk")):
+        chunk = bytearray(png_chunk(name, note))
+        chunk[-1] ^= 255                                                            # its checksum
+        reads(png[:33] + bytes(chunk) + png[33:], corners())
+    mpo = file_of(corners(), "MPO")
+    for tail in (b"\xff\xda" + bytes(99), jpeg, b"\0\0\0\x18ftypmp42" + bytes(10**5), np.random.default_rng(0).bytes(10**5)):
+        reads(jpeg + tail, corners(), LOSS["JPEG"])
+        reads(mpo + tail, corners(), LOSS["JPEG"])
+    index = mpo.index(b"MPF\0") + 9                                                 # what says where its pictures are
+    reads(mpo[:index] + b"\xff\xff\xff" + mpo[index + 3:], corners(), LOSS["JPEG"])
+    assert capfd.readouterr() == ("", "")
 
 
-def test_transparency_is_laid_on_white(tmp_path):
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (9, 13, 4), np.uint8)                                  # RGBA
-    a = x[..., 3:] / 255
-    (tmp_path / "x").write_bytes(encode("png", x, "rgba"))
-    want = np.rint(x[..., :3] * a + 255 * (1 - a))
-    assert np.abs(data.read_image(tmp_path / "x").numpy() - want).max() <= 1
-
-    # a palette of red, green, blue: opaque, half transparent, transparent
-    colours = {"PLTE": bytes([255, 0, 0, 0, 255, 0, 0, 0, 255]), "tRNS": bytes([255, 128, 0])}
-    (tmp_path / "x").write_bytes(png_file(3, 3, b"\0\1\2", **colours))
-    assert data.read_image(tmp_path / "x").tolist() == [[[255, 0, 0], [127, 255, 127], [255, 255, 255]]]
-
-    (tmp_path / "x").write_bytes(png_file(3, 4, bytes([0, 0, 0, 255, 100, 128])))   # grey with alpha
-    assert data.read_image(tmp_path / "x")[0, :, 0].tolist() == [255, 0, 177]
-
-    (tmp_path / "x").write_bytes(base64.b64decode(ALPHA_WEBP))
-    img = data.read_image(tmp_path / "x")
-    assert (img[:, :8] == 255).all() and (img[:, 8:] == torch.tensor([20, 60, 200])).all()
-
-
-def test_sixteen_bits_grey_and_cmyk(tmp_path):
-    x = np.random.default_rng(0).integers(0, 65536, (7, 11, 3), np.uint16)
-    (tmp_path / "x").write_bytes(encode("png", x, "rgb48be"))
-    assert (data.read_image(tmp_path / "x").numpy() == np.rint(x / 257)).all()
-    (tmp_path / "x").write_bytes(encode("png", x[..., 0].copy(), "gray16be"))
-    assert (data.read_image(tmp_path / "x").numpy() == np.rint(x[..., :1] / 257)).all()
-    (tmp_path / "x").write_bytes(encode("png", corners()[..., 0].copy(), "gray"))
-    assert (data.read_image(tmp_path / "x").numpy() == corners()[..., :1]).all()
-    (tmp_path / "x").write_bytes(base64.b64decode(CMYK_JPEG))
-    img = data.read_image(tmp_path / "x")
-    assert torch.allclose(img[4, [2, 13]].float(), torch.tensor([[220.0, 40, 30], [20, 60, 200]]), atol=4)
+def test_colour_profiles_become_srgb(reads):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    p3 = bytearray(srgb)                                                            # with the primaries of Display P3
+    for name, xyz in (b"rXYZ", (0.51512, 0.24120, -0.00105)), (b"gXYZ", (0.29198, 0.69225, 0.04189)), \
+                     (b"bXYZ", (0.15710, 0.06657, 0.78407)):
+        at, = struct.unpack_from(">I", p3, p3.index(name, 128) + 4)
+        struct.pack_into(">3i", p3, at + 8, *(round(v * 65536) for v in xyz))
+    linear = np.where(corners() > 10, ((corners() / 255 + 0.055) / 1.055) ** 2.4, corners() / 255 / 12.92)
+    to_srgb = np.array([[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]])       # linear P3 to sRGB
+    linear = (linear @ to_srgb.T).clip(0, 1)
+    want = np.rint(255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear))
+    assert np.abs(want - corners()).max() > 20
+    for form in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
+        reads(file_of(corners(), form, icc_profile=bytes(p3)), want, LOSS.get(form, 0) + 2)
+    half = Image.fromarray(np.dstack([corners(), np.full((48, 80), 128, np.uint8)]))
+    reads(file_of(half, "PNG", icc_profile=bytes(p3)), np.rint(want * 128 / 255 + 127), 2)
+    reads(file_of(Image.fromarray(corners()).quantize(4), "PNG", icc_profile=bytes(p3)), want, 2)
+    grey = Image.fromarray(corners()).convert("L")
+    reads(file_of(grey, "PNG", icc_profile=srgb), np.asarray(grey.convert("RGB")), 1)
+    reads(file_of(corners(), "PNG", icc_profile=b"junk" * 50), corners())
+    for profile in (None, bytes(p3)):                                               # of other colours: ignored
+        cmyk = Image.fromarray(corners()).convert("CMYK")
+        reads(file_of(cmyk, "JPEG", icc_profile=profile), corners(), 8)
+        reads(file_of(cmyk, "TIFF", icc_profile=profile), corners(), 1)
 
 
-@pytest.mark.parametrize("H, W", [(48, 80), (47, 79), (3, 5), (16, 4), (7, 1), (1, 1)])
-def test_jpeg_colours_are_exact_at_any_size(tmp_path, H, W):
-    # full range, half-size chroma: against the samples interpolated linearly and ITU-T T.871, as JPEG libraries do it
-    rng = np.random.default_rng(0)
-    planes = [rng.integers(90, 170, ((H + k) // (1 + k), (W + k) // (1 + k))).astype(np.uint8) for k in (0, 1, 1)]
-    frame = av.VideoFrame(W, H, "yuvj420p")
-    for plane, v in zip(frame.planes, planes):
-        plane.update(np.pad(v, ((0, 0), (0, plane.line_size - v.shape[1]))).tobytes())
-    c = av.CodecContext.create("mjpeg", "w")
-    c.height, c.width, c.pix_fmt, c.time_base, c.qmin, c.qmax = H, W, "yuvj420p", 1, 1, 1
-    (tmp_path / "x").write_bytes(b"".join(bytes(p) for p in [*c.encode(frame), *c.encode(None)]))
-    with av.open(str(tmp_path / "x")) as c:
-        frame = next(c.decode(video=0))
-    y, cb, cr = (torch.from_numpy(np.frombuffer(p, np.uint8).reshape(-1, p.line_size)[:p.height, :p.width].astype(np.float32))
-                 for p in frame.planes)
-    double = lambda v: torch.nn.functional.interpolate(v[None, None], scale_factor=2, mode="bilinear")[0, 0, :H, :W]
-    cb, cr = double(cb) - 128, double(cr) - 128
-    want = torch.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], -1).clamp(0, 255)
-    error = (data.read_image(tmp_path / "x") - want).abs()
-    assert error.mean() < 0.7 and error.max() <= 3, (error.mean(), error.max())
+def test_transparency_is_laid_on_white(reads):
+    rgba = np.random.default_rng(0).integers(0, 256, (9, 13, 4), np.uint8)
+    alpha = rgba[..., 3:] / 255
+    for form in ("PNG", "WEBP", "TIFF"):
+        reads(file_of(rgba, form), np.rint(rgba[..., :3] * alpha + 255 * (1 - alpha)), 1)
+    grey = png_of(np.array([[[0, 0], [0, 255], [100, 128]]], np.uint8), 4)
+    reads(grey, np.repeat([[[255], [0], [177]]], 3, 2), 1)
+    palette = (b"PLTE", bytes([255, 0, 0, 0, 255, 0, 0, 0, 255])), (b"tRNS", bytes([255, 128, 0]))
+    reads(png_of(np.array([[0, 1, 2]], np.uint8), 3, *palette), np.array([[[255, 0, 0], [127, 255, 127], [255] * 3]]), 1)
+    want = corners()
+    want[:24, :40] = 255
+    reads(file_of(corners(), "PNG", transparency=(200, 40, 40)), want)
 
 
-def test_animated_files_give_their_first_frame(tmp_path):
-    x = torch.from_numpy(corners(64, 64))
-    frames = torch.stack([x, x.flip(0), x.flip(1)])
+def test_sixteen_bits_are_scaled_not_clipped(reads):
+    x = np.random.default_rng(0).integers(0, 65536, (7, 11, 3)).astype(">u2")
+    reads(png_of(x, 2), x / 257, 1)
+    grey = np.rint(np.repeat(x[..., :1], 3, 2) / 257)
+    for form in ("PNG", "TIFF", "PPM"):
+        reads(file_of(x[..., 0].astype(np.uint16), form), grey)
+    big_endian = Image.frombytes("I;16B", (11, 7), x[..., 0].tobytes())
+    reads(file_of(big_endian, "TIFF"), grey)
+    reads(file_of(Image.fromarray(x[..., 0].astype(np.int32)), "TIFF"), grey)
+    reads(file_of(Image.fromarray(x[..., 0].astype(np.float32) / 65535), "TIFF"), grey, 1)
+    x[0, 0] = 777
+    grey[0, 0] = 255
+    reads(png_of(x[..., :1], 0, (b"tRNS", struct.pack(">H", 777))), np.where(x[..., :1] == 777, 255, np.rint(x[..., :1] / 257)).repeat(3, 2))
+    reads(file_of(Image.fromarray(corners()).convert("1"), "PNG"), np.asarray(Image.fromarray(corners()).convert("1").convert("RGB")))
+
+
+def test_animations_give_their_first_frame_on_its_canvas(reads, tmp_path):
+    first = Image.new("RGBA", (80, 48))
+    first.paste(Image.fromarray(corners()[:20, :30]), (10, 5))
+    want = np.full((48, 80, 3), 255)
+    want[5:25, 10:40] = corners()[:20, :30]
+    rest = {"save_all": True, "append_images": [Image.fromarray(corners()).convert("RGBA")], "duration": 100}
+    for form in ("PNG", "WEBP", "GIF"):
+        reads(file_of(first, form, **rest), want, 3 if form == "GIF" else 0)
+    reads(file_of(corners(), "AVIF", **rest), corners(), LOSS["AVIF"])
+    poster = Image.fromarray(corners()).convert("RGBA")                             # for viewers that show no animations
+    reads(file_of(poster, "PNG", **rest | {"append_images": [first, poster], "default_image": True}), want)
+    small = file_of(corners()[:20, :30], "GIF")                                     # a frame smaller than the canvas
+    at = small.index(b",\0\0\0\0")
+    reads(small[:6] + struct.pack("<HH", 80, 48) + small[10:at + 1] + struct.pack("<HH", 10, 5) + small[at + 5:], want)
     for name in ("x.gif", "x.mp4", "x.webm"):
         with data.VideoWriter(tmp_path / name, fps=5) as v:
-            v.write(frames)
-        assert psnr(data.read_image(tmp_path / name), x) > 28, name
-    (tmp_path / "x.webp").write_bytes(base64.b64decode(ANIMATED_WEBP))
-    img = data.read_image(tmp_path / "x.webp")
-    assert (img[:, :8] == torch.tensor([220, 40, 30])).all() and (img[:, 8:] == torch.tensor([20, 60, 200])).all()
+            v.write(np.stack([corners(64, 64), corners(64, 64)[::-1]]))
+        assert psnr(data.read_image(tmp_path / name), torch.from_numpy(corners(64, 64))) > 28, name
 
 
 def test_files_are_recognised_by_content_not_by_name(tmp_path, monkeypatch):
-    x = torch.from_numpy(corners())
     monkeypatch.chdir(tmp_path)
     for name in ("x.jpg", "x.mp4", "a%03d.png", "no extension", "concat:x", "-", "x.txt", "pipe:0"):
-        data.write_png(name, x)
-        assert torch.equal(data.read_image(name), x), name
+        data.write_png(name, corners())
+        assert torch.equal(data.read_image(name), torch.from_numpy(corners())), name
     (tmp_path / "playlist.png").write_text("ffconcat version 1.0\nfile x.jpg\n")   # must not open the file it names
     with pytest.raises(data.MediaError):
         data.read_image("playlist.png")
 
 
-def test_unreadable_files_raise_one_line(tmp_path):
-    jpeg, png = encode("mjpeg", corners(), "rgb24"), encode("png", corners(), "rgb24")
-    with data.VideoWriter(tmp_path / "x.gif", 5) as v:
-        v.write(torch.from_numpy(corners())[None])
-    gif, webp = (tmp_path / "x.gif").read_bytes(), base64.b64decode(ALPHA_WEBP)
-    bad = {"empty.jpg": b"", "text.png": b"not an image\n" * 50, "noise": np.random.default_rng(0).bytes(5000),
-           "bomb.png": png[:16] + struct.pack(">II", 60000, 60000) + png[24:], "none.webp": b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\x02" + bytes(9),
-           "small.webp": base64.b64decode(ANIMATED_WEBP)[:24] + bytes(6) + base64.b64decode(ANIMATED_WEBP)[30:],  # a canvas of 1x1
+def test_unreadable_files_raise_one_line(tmp_path, capfd):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    huge = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    bad = {"empty.jpg": b"", "text.png": b"not an image\n" * 50, "noise": noise.tobytes(), "two\nlines": b"?",
+           "bomb.png": huge + file_of(noise, "PNG")[33:], "x.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
            "x.svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="5" height="5"/>'}
-    for name, whole in {"jpeg": jpeg, "png": png, "gif": gif, "webp": webp}.items():
-        bad |= {f"{name}{part}": whole[:int(len(whole) * part)] for part in (0.05, 0.3, 0.6, 0.9, 0.98)}
+    for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "AVIF", "BMP"):
+        whole = file_of(noise, form)
+        bad |= {f"{part} of {form}": whole[:int(len(whole) * part)] for part in (0.05, 0.3, 0.6, 0.9, 0.98)}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-    for name in [*bad, "missing.png", "."]:
+    for name in [*bad, "missing.png", ".", "nu\0l"]:
         with pytest.raises(data.MediaError) as e:
             data.read_image(tmp_path / name)
-        assert "\n" not in str(e.value) and str(tmp_path / name) in str(e.value), name
+        assert str(e.value).isprintable() and data.one_line(tmp_path / name) in str(e.value), name
+        assert ("heif-convert" in str(e.value)) == (name == "x.heic")
+    assert capfd.readouterr() == ("", "")
 
 
-def test_what_a_phone_appends_to_a_jpeg_is_passed_over(tmp_path):
-    x = encode("mjpeg", corners(), "rgb24")
-    for extra in (b"", b"\xff\xda" + bytes(99), b"\xff\xd8\xff\xe1\0\x22Exif\0\0" + exif(3, "<"), np.random.default_rng(0).bytes(10**6) + b"\xff\xda"):
-        (tmp_path / "x.jpg").write_bytes(x + extra)
-        assert (data.read_image(tmp_path / "x.jpg").int() - torch.from_numpy(corners()).int()).abs().max() <= 8
+@pytest.mark.parametrize("H, W", [(48, 80), (47, 79), (9, 65), (66, 34)])
+@pytest.mark.parametrize("form, value", [("yuv420p", 1), ("yuv420p10le", 4)])
+def test_colours_of_videos_are_exact_at_any_size(tmp_path, form, value, H, W):
+    # against the half-size chroma interpolated linearly and ITU-R BT.601, limited range
+    rng = np.random.default_rng(0)
+    planes = [rng.integers(100, 160, ((H + k) // (1 + k), (W + k) // (1 + k))) for k in (0, 1, 1)]
+    frame = av.VideoFrame(W, H, form)
+    for plane, v in zip(frame.planes, planes):
+        rows = np.zeros((plane.height, plane.line_size), np.uint8)
+        raw = (v * value).astype(np.uint8 if value == 1 else "<u2").view(np.uint8)
+        rows[:, :raw.shape[1]] = raw
+        plane.update(rows)
+    with av.open(str(tmp_path / "x.mkv"), "w") as c:
+        s = c.add_stream("ffv1", rate=5)
+        s.width, s.height, s.pix_fmt = W, H, form
+        c.mux([*s.encode(frame), *s.encode(None)])
+    y, cb, cr = (torch.from_numpy(v).float() for v in planes)
+    cb, cr = (F.interpolate(v[None, None], scale_factor=2, mode="bilinear")[0, 0, :H, :W] - 128 for v in (cb, cr))
+    y = 1.1644 * (y - 16)
+    want = torch.stack([y + 1.5960 * cr, y - 0.3918 * cb - 0.8130 * cr, y + 2.0172 * cb], -1).clamp(0, 255)
+    error = (data.read_image(tmp_path / "x.mkv") - want).abs()
+    assert error.mean() < 0.7 and error.max() <= 4, (error.mean(), error.max())
 
 
 def test_fit_image_covers_crops_and_does_not_distort():
-    for H, W, width, height in [(300, 500, 64, 64), (500, 300, 128, 64), (80, 48, 192, 64), (97, 131, 64, 192), (60, 60, 64, 64)]:
+    for H, W, width, height in [(300, 500, 64, 64), (500, 300, 128, 64), (80, 48, 192, 64), (97, 131, 64, 192)]:
         y, x = np.mgrid[0:H, 0:W] + 0.5
         r = 0.3 * min(H, W / 2 if width > height else W, H / 2 if height > width else H)
         disc = 255 * np.clip(r + 0.5 - np.hypot(y - H / 2, x - W / 2), 0, 1)[..., None].repeat(3, -1)
         out = data.fit_image(torch.from_numpy(disc.astype(np.uint8)), width, height)
         assert out.shape == (3, height, width) and out.dtype == torch.float32 and -1 <= out.min() and out.max() <= 1
-        mass = (out[0] + 1) / 2
-        rows, cols = mass.sum(1), mass.sum(0)
-        spread = [float((w * (torch.arange(len(w)) - (w * torch.arange(len(w))).sum() / w.sum()) ** 2).sum() / w.sum()) ** 0.5
-                  for w in (rows, cols)]
-        radius = r * max(width / W, height / H)
-        assert abs(spread[0] / spread[1] - 1) < 0.02, (H, W, width, height, spread)
-        assert abs(spread[0] * 2 / radius - 1) < 0.05                               # half its radius, for a disc
-        centre = [float((w * (torch.arange(len(w)) + 0.5)).sum() / w.sum()) for w in (rows, cols)]
-        assert abs(centre[0] - height / 2) <= 1 and abs(centre[1] - width / 2) <= 1
+        for weights, size in ((out[0] + 1).sum(1), height), ((out[0] + 1).sum(0), width):
+            at = torch.arange(size) + 0.5
+            centre = (weights * at).sum() / weights.sum()
+            spread = ((weights * (at - centre) ** 2).sum() / weights.sum()).sqrt()  # half its radius, for a disc
+            assert abs(spread * 2 / (r * max(width / W, height / H)) - 1) < 0.05 and abs(centre - size / 2) <= 1
     for H, W in [(1, 1), (1, 4000), (4000, 1), (10, 10000), (10000, 10), (2, 3)]:
         out = data.fit_image(torch.full((H, W, 3), 200, dtype=torch.uint8), 128, 64)
         assert out.shape == (3, 64, 128) and torch.allclose(out, torch.tensor(200 / 127.5 - 1), atol=1e-5)
-    x = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x = torch.randint(256, (64, 64, 3), dtype=torch.uint8)
     assert torch.allclose(data.fit_image(x, 64, 64), x.permute(2, 0, 1) / 127.5 - 1, atol=1e-4)     # nothing to do
 
 
 def test_default_size_keeps_the_aspect_ratio_and_bounds_the_area():
     assert data.default_size(1920, 1080, 1024 * 576) == (1024, 576)
     assert data.default_size(1080, 1920, 1024 * 576) == (576, 1024)
-    assert data.default_size(500, 500, 64 * 64) == (64, 64)
     for area in (64 * 64, 128 * 128, 512 * 512, 1024 * 576):
         for w, h in [(1, 1), (3, 2), (4, 3), (9, 16), (10000, 10), (1, 5000), (7, 1)]:
             W, H = data.default_size(w, h, area)
@@ -1302,32 +1309,30 @@ def test_default_size_keeps_the_aspect_ratio_and_bounds_the_area():
                 assert 0.85 < W / H * h / w < 1.18, (w, h, W, H)
 
 
-@pytest.mark.parametrize("name, least", [("x.mp4", 38), ("x.webm", 36), ("x.gif", 32), ("x", 300), ("run1.5/", 300)])
+def contents(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("name, least", [("x.mp4", 38), ("x.webm", 36), ("x.gif", 32), ("x", math.inf), ("run1.5/", math.inf)])
 def test_videos_survive_a_round_trip(tmp_path, name, least):
     y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
     frames = torch.stack([torch.stack([3 * x + 4 * t, 5 * y, 255 - 2 * x - 2 * y + 3 * t], -1) for t in range(12)])
     frames = frames.clamp(0, 255).to(torch.uint8)
-    settings = {"seed": 3, "prompt": "ü \"quoted\"", "cfg": [1.0, 3.0]}
-    path = str(tmp_path) + "/" + name
-    digests = []
+    settings, found = {"seed": 3, "prompt": "ü \"quoted\"", "cfg": [1.0, 3.0]}, []
     for splits in ([5, 7], [12], [1] * 12):                                         # how it is handed over changes nothing
-        with data.VideoWriter(path, fps=7.5, settings=settings) as v:
+        with data.VideoWriter(f"{tmp_path}/{name}", fps=7.5, settings=settings) as v:
             for part in frames.split(splits):
                 v.write(part)
-        files = sorted((tmp_path / name).iterdir()) if (tmp_path / name).is_dir() else [tmp_path / name]
-        digests.append(hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest())
-    assert len(set(digests)) == 1
-    video, fps = data.read_video(path)
+        found.append(contents(tmp_path))
+    assert found[0] == found[1] == found[2] and not [f for f in found[0] if ".part" in f]
+    video, fps = data.read_video(tmp_path / name)
     assert video.shape == frames.shape and abs(fps - 7.5) < (0.2 if name == "x.gif" else 1e-6)
-    assert torch.equal(video, frames) if least == 300 else psnr(video, frames) > least, psnr(video, frames)
-    stored = data.read_settings(path)
-    assert {k: stored[k] for k in settings} == settings
-    assert not [f for f in tmp_path.iterdir() if ".part" in f.name]
+    assert psnr(video, frames) >= least
+    assert settings.items() <= data.read_settings(tmp_path / name).items()
 
 
 def test_mp4_is_what_browsers_play(tmp_path):
-    frames = torch.full((3, 63, 65, 3), 90, dtype=torch.uint8)                      # odd: padded to even
-    frames[..., 0] = 250
+    frames = torch.tensor([250, 90, 90], dtype=torch.uint8).expand(3, 63, 65, 3)    # odd: padded to even
     with data.VideoWriter(tmp_path / "x.mp4", fps=24000 / 1001) as v:
         v.write(frames)
     raw = (tmp_path / "x.mp4").read_bytes()
@@ -1337,8 +1342,7 @@ def test_mp4_is_what_browsers_play(tmp_path):
         assert (s.name, s.pix_fmt, s.width, s.height) == ("h264", "yuv420p", 66, 64)
         assert s.colorspace == s.color_primaries == s.color_trc == s.color_range == 1          # bt709, limited range
         assert abs(c.streams.video[0].average_rate - 24000 / 1001) < 1e-4
-    video, _ = data.read_video(tmp_path / "x.mp4")
-    assert (video.int() - torch.tensor([250, 90, 90])).abs().max() <= 3
+    assert (data.read_video(tmp_path / "x.mp4")[0].int() - frames[0, 0, 0].int()).abs().max() <= 3
     assert data.read_settings(tmp_path / "x.mp4") is None
 
 
@@ -1347,21 +1351,16 @@ def test_an_exception_leaves_the_older_video_and_no_rubbish(tmp_path, name):
     frames = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
     with data.VideoWriter(tmp_path / name, 5, {"run": 1}) as v:
         v.write(frames)
-    def state():
-        return {str(f.relative_to(tmp_path)): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    before = state()
-    with pytest.raises(KeyboardInterrupt):
-        with data.VideoWriter(tmp_path / name, 5, {"run": 2}) as v:
-            v.write(frames + 200)
-            raise KeyboardInterrupt
-    with pytest.raises(ValueError):
-        with data.VideoWriter(tmp_path / name, 5) as v:
-            v.write(frames + 200)
-            v.write(frames[:, :16])
-    with pytest.raises(data.MediaError):
-        with data.VideoWriter(tmp_path / name, 5) as v:
-            pass                                                                    # no frame at all
-    assert state() == before
+    before = contents(tmp_path)
+    for error, more in ((KeyboardInterrupt, None), (ValueError, [frames, frames[:, :16]]), (data.MediaError, [])):
+        with pytest.raises(error):
+            with data.VideoWriter(tmp_path / name, 5, {"run": 2}) as v:
+                if more is None:
+                    v.write(frames + 200)
+                    raise KeyboardInterrupt
+                for part in more:                                                   # of two sizes; no frame at all
+                    v.write(part)
+        assert contents(tmp_path) == before
     with data.VideoWriter(tmp_path / name, 5) as v:                                 # settings of the older video do not stay
         v.write(frames)
     assert (data.read_settings(tmp_path / name) or {}).get("run") is None
@@ -1373,95 +1372,23 @@ def test_bad_targets_are_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "folder.mp4").mkdir()
     for name, fps in [("x.avi", 5), ("x.png", 5), ("photos", 5), ("file", 5), ("folder.mp4", 5), ("x.mp4", 0),
-                      ("x.mp4", float("nan")), ("x.gif", 60)]:
-        with pytest.raises(data.MediaError) as e:
+                      ("x.mp4", math.nan), ("x.gif", 60)]:
+        with pytest.raises(data.MediaError):
             data.VideoWriter(tmp_path / name, fps)
-        assert "\n" not in str(e.value)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder.mp4", "photos"]
     with pytest.raises(data.MediaError):                                            # a file where a folder is needed
         data.VideoWriter(tmp_path / "file" / "x.mp4", 5).__enter__()
-
-
-def test_video_rotation_is_applied(tmp_path):
-    x = torch.from_numpy(corners(48, 64))
-    with data.VideoWriter(tmp_path / "x.mp4", 5) as v:
-        v.write(torch.stack([x, x]))
-    raw = bytearray((tmp_path / "x.mp4").read_bytes())
-    i = raw.index(b"tkhd") + 44                                                     # the display matrix, 16.16 fixed point
-    raw[i:i + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)    # a quarter turn clockwise
-    (tmp_path / "x.mp4").write_bytes(raw)
-    want = torch.rot90(x, -1, (0, 1))
-    assert psnr(data.read_video(tmp_path / "x.mp4")[0][0], want) > 25 and psnr(data.read_image(tmp_path / "x.mp4"), want) > 25
-
-
-def test_synthetic_scenes_depend_on_seed_and_index_only():
-    a, ta = data.synthetic_scene(7, 5, frames=8)
-    torch.manual_seed(1), np.random.seed(1)
-    data.synthetic_scene(7, 4)
-    b, tb = data.synthetic_scene(7, 5, frames=40)
-    assert a.shape == (8, 64, 64, 3) and a.dtype == torch.uint8 and b.shape[0] == 40
-    assert torch.equal(a, b[:8]) and all(torch.equal(ta[k], tb[k][:8]) for k in ta)
-    code = "import data, hashlib; print(hashlib.sha256(data.synthetic_scene(7, 5)[0].numpy().tobytes()).hexdigest())"
-    here = data.Path(data.__file__).parent
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
-    assert other.stdout.strip() == hashlib.sha256(a.numpy().tobytes()).hexdigest()
-    for seed, index in [(7, 6), (8, 5), (5, 7)]:
-        assert not torch.equal(a, data.synthetic_scene(seed, index)[0])
-    assert data.synthetic_scene(0, 0, 3, size=128)[0].shape == (3, 128, 128, 3)
-
-
-def test_synthetic_truth_and_the_reserved_hue():
-    moved, found, total = 0, 0, 0
-    for index in range(60):
-        video, truth = data.synthetic_scene(1, index, frames=6)
-        hue = data.magenta(video / 255)                                             # (T, H, W)
-        T, K = truth["present"].shape
-        assert truth["camera"].shape == (T, 4) and truth["centres"].shape == (T, K, 2) and truth["radii"].shape == (T, K)
-        y, x = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
-        far = torch.ones(T, 64, 64, dtype=torch.bool)
-        for k in range(K):
-            cx, cy = truth["centres"][:, k].unbind(-1)
-            r = truth["radii"][:, k, None, None]
-            far &= torch.hypot(x - cx[:, None, None], y - cy[:, None, None]) > 1.3 * r + 2
-            for t in range(T):
-                if truth["present"][t, k]:
-                    total += 1
-                    found += hue[t, int(cy[t]), int(cx[t])].item() > data.HUE_OBJECT
-        assert hue[far].max() <= data.HUE_BACK + 0.01, index                        # 0.01: rounding to 8 bits
-        moved += (video[0].int() - video[-1].int()).abs().float().mean().item() > 0.5
-    assert found == total > 100 and moved > 45, (found, total, moved)
-
-
-def test_synthetic_camera_truth_describes_the_pixels():
-    # scenes without objects: the last frame, predicted from the first by the true camera, is right where it was in view
-    errors, changes = [], []
-    y, x = torch.meshgrid(torch.arange(64) + 0.5 - 32, torch.arange(64) + 0.5 - 32, indexing="ij")
-    p = torch.stack([x, y], -1)                                                     # (H, W, 2), from the centre
-
-    def rotate(p, a):
-        return torch.stack([p[..., 0] * a.cos() - p[..., 1] * a.sin(), p[..., 0] * a.sin() + p[..., 1] * a.cos()], -1)
-
-    for index in range(60):
-        video, truth = data.synthetic_scene(2, index, frames=12)
-        if truth["centres"].shape[1]:
-            continue
-        (d0, z0, a0), (d1, z1, a1) = ((c[:2], c[2], c[3]) for c in truth["camera"][[0, -1]])
-        world = rotate(p, a1) / z1 + d1
-        q = rotate(world - d0, -a0) * z0                                            # where the first frame shows the same point
-        a, b = (video[[0, -1]].permute(0, 3, 1, 2).float()).split(1)
-        guess = torch.nn.functional.grid_sample(a, q[None] / 32, align_corners=False)
-        seen = (q.abs() < 31).all(-1).float()
-        errors.append(float(((guess - b).abs().mean(1) * seen).mean()))
-        changes.append(float(((a - b).abs().mean(1) * seen).mean()))
-    assert len(errors) >= 5 and sum(errors) < 0.35 * sum(changes), (sum(errors), sum(changes))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder.mp4", "photos"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# data.py: videos to clips
-# ----------------------------------------------------------------------------------------------------------------------
+# data.py: videos to clips and latents
+
 
 def scene(n, frames=48, size=64):
-    return data.synthetic_scene(5, n, frames, size)[0].numpy()
+    """A camera pans over smooth noise: uint8 (T, H, W, 3)."""
+    coarse = Image.fromarray(np.random.default_rng(n).integers(0, 256, (6, 12, 3), np.uint8))
+    wide = np.asarray(coarse.resize((3 * size, size), Image.Resampling.BICUBIC))
+    return np.stack([wide[:, 2 * t:2 * t + size] for t in range(frames)])
 
 
 def grey(levels, size=64):
@@ -1469,69 +1396,75 @@ def grey(levels, size=64):
     return np.broadcast_to(np.asarray(levels, np.uint8)[:, None, None, None], (len(levels), size, size, 3))
 
 
-def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, aspect=None, interlaced=False, sound=None, gop=12, **options):
-    """frames uint8 (T, H, W, 3); times in ms; sound: "first" puts an audio stream before the video."""
-    pix = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "gif": "rgb8", "ffv1": "yuv444p"}.get(codec, "yuv420p")
-    quiet = {"libx265": {"x265-params": "log-level=none"}, "libvpx-vp9": {"cpu-used": "8", "crf": "10", "b": "0"}, "libx264": {"crf": "12"}}.get(codec, {})
+def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, aspect=None, interlaced=False, sound=None,
+                gop=12, **options):
+    """frames uint8 (T, H, W, 3); times in ms; rotation: degrees, or (degrees, "hflip" or "vflip"); sound: "first" puts an
+    audio stream before the video."""
+    form = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "gif": "rgb8", "ffv1": "yuv444p"}.get(codec, "yuv420p")
+    quiet = {"libx264": {"crf": "12"}, "libx265": {"x265-params": "log-level=none"},
+             "libvpx-vp9": {"cpu-used": "8", "crf": "10", "b": "0"}}.get(codec, {})
     with av.open(str(path), "w") as c:
         audio = c.add_stream("aac", rate=44100, layout="mono") if sound else None
         s = c.add_stream(codec, rate=rate, options=quiet | options)
-        s.width, s.height, s.pix_fmt, s.codec_context.gop_size = frames.shape[2], frames.shape[1], pix, gop
+        s.width, s.height, s.pix_fmt, s.codec_context.gop_size = frames.shape[2], frames.shape[1], form, gop
         if codec.startswith(("mpeg", "mjpeg")):
             s.codec_context.qmin = s.codec_context.qmax = 2
         if times is not None:
             s.codec_context.time_base = Fraction(1, 1000)
-        if rotation:
-            s.set_display_rotation(rotation) if isinstance(rotation, int) else s.set_display_rotation(rotation[0], **{rotation[1]: True})
+        if isinstance(rotation, tuple):
+            s.set_display_rotation(rotation[0], **{rotation[1]: True})
+        elif rotation:
+            s.set_display_rotation(rotation)
         if aspect:
             s.codec_context.sample_aspect_ratio = aspect
         if interlaced:
             s.codec_context.flags |= av.codec.context.Flags.interlaced_dct | av.codec.context.Flags.interlaced_me
         for i, x in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(x), "rgb24").reformat(format=pix)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(x), "rgb24").reformat(format=form)
             frame.pts, frame.time_base = (i, Fraction(1, rate)) if times is None else (times[i], Fraction(1, 1000))
             c.mux(s.encode(frame))
         c.mux(s.encode(None))
         if audio:
             beep = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
             beep.sample_rate, beep.pts = 44100, 0
-            c.mux(audio.encode(beep))
-            c.mux(audio.encode(None))
+            c.mux([*audio.encode(beep), *audio.encode(None)])
     return path
 
 
 def damage(path, number, keep=0):
     """Overwrites the body of one video packet, as a bad disk or a lossy link would."""
     with av.open(str(path)) as c:
-        p = [(p.pos, p.size) for p in c.demux(c.streams.video[0]) if p.size][number]
+        at, size = [(p.pos, p.size) for p in c.demux(c.streams.video[0]) if p.size][number]
     raw = bytearray(path.read_bytes())
-    raw[p[0] + keep:p[0] + p[1]] = bytes(p[1] - keep)
+    raw[at + keep:at + size] = bytes(size - keep)
     path.write_bytes(raw)
 
 
-def open_quietly(source, frames=8, size=(64, 64), **kw):
+def open_clips(source, frames=8, size=(64, 64), **kw):
     return data.open_dataset(source, frames=frames, size=size, **kw)
 
 
-CODECS = [("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("c.avi", "mpeg4", {"bf": "2"}), ("d.avi", "mjpeg", {}),
-          ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}), ("g.ts", "mpeg2video", {"bf": "2"}), ("h.mkv", "ffv1", {}),
-          ("i.mkv", "libx265", {}), ("j.avi", "libx264", {"bf": "3"}), ("k.h264", "libx264", {}), ("l.gif", "gif", {})]
+def same_item(a, b):
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) if k != "name" else a[k] == b[k] for k in a)
+
+
+CODECS = [("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("c.avi", "mpeg4", {"bf": "2"}),
+          ("d.avi", "mjpeg", {}), ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}),
+          ("g.ts", "mpeg2video", {"bf": "2"}), ("h.mkv", "ffv1", {}), ("i.mkv", "libx265", {}), ("l.gif", "gif", {})]
 
 
 @pytest.mark.parametrize("name, codec, options", CODECS)
 def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name, codec, options):
     if codec not in av.codecs_available:
         pytest.skip(f"PyAV has no {codec} here")
-    x = scene(3)
-    path = write_video(tmp_path / name, x, codec, **options)
-    entry = data.scan(path)
+    path = write_video(tmp_path / name, scene(3), codec, **options)
+    entry, loss = data.scan(path), 0.1 if name == "l.gif" else 0.01
     assert entry["frames"] == 48 and entry["bad"] == 0 and entry["cuts"] == []
-    if name != "k.h264":                                                            # elementary streams carry no time
-        assert data._rate(data._times(entry)) == pytest.approx(30, rel=0.002 if name != "l.gif" else 0.02)
+    assert data._rate(data._times(entry)) == pytest.approx(30, rel=0.02 if name == "l.gif" else 0.002)
     whole = dict(data._numbered(path, entry, (64, 64)))
     assert list(whole) == list(range(48))
-    original = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1                  # frames in the order they were written
-    assert (torch.stack(list(whole.values())) - original).square().mean() < (0.01 if name != "l.gif" else 0.1)
+    original = torch.from_numpy(scene(3)).permute(0, 3, 1, 2) / 127.5 - 1           # in the order they were written
+    assert (torch.stack(list(whole.values())) - original).square().mean() < loss
     for first in (0, 5, 11, 12, 13, 30, 40):
         clip = data.read_clip(path, entry, np.arange(first, first + 8), (64, 64))
         assert torch.equal(clip, torch.stack([whole[i] for i in range(first, first + 8)]))
@@ -1540,38 +1473,40 @@ def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name
 def test_stride_rate_and_variable_frame_rate_go_by_presentation_time(tmp_path):
     times = np.cumsum([0] + [20, 25, 75] * 20).tolist()                             # 61 frames, 25 per second on average
     write_video(tmp_path / "v.mkv", grey(np.arange(61) * 4), times=times)
-    every = open_quietly(tmp_path, frames=6, stride=3)[0]
-    start = int(every["name"].split("@")[1])
-    level = lambda item: (item["video"].mean((1, 2, 3)) + 1) * 127.5 / 4            # (T,), the number of each frame
-    assert torch.equal(level(every).round().long(), torch.arange(start, start + 16, 3))
-    assert every["fps"].item() == pytest.approx(25 / 3, rel=1e-4)
 
-    timed = open_quietly(tmp_path, frames=6, fps=12.5)
+    def numbers(item):
+        return ((item["video"].mean((1, 2, 3)) + 1) * 127.5 / 4).round().long().tolist()
+
+    def start_of(item):
+        return int(item["name"].split("@")[1])
+    every = open_clips(tmp_path, frames=6, stride=3)[0]
+    assert numbers(every) == list(range(start_of(every), start_of(every) + 16, 3))
+    assert every["fps"].item() == pytest.approx(25 / 3, rel=1e-4)
+    timed = open_clips(tmp_path, frames=6, fps=12.5)
     assert sum(n for _, n in timed.usable["v.mkv"]) == sum(t + 400 <= times[-1] + 37.5 for t in times)
     for n in range(5):
-        item = timed[n]
-        start = int(item["name"].split("@")[1])
-        wanted = [int(np.argmin([abs(t - times[start] - 80 * k) for t in times])) for k in range(6)]
-        assert level(item).round().long().tolist() == wanted
-        assert item["fps"].item() == pytest.approx(5000 / (times[wanted[-1]] - times[wanted[0]]), rel=1e-4)
-    assert open_quietly(tmp_path, frames=20, fps=50)[0]["fps"].item() == pytest.approx(50, rel=0.1)       # by repeating some
+        first = times[start_of(timed[n])]
+        wanted = [int(np.argmin([abs(t - first - 80 * k) for t in times])) for k in range(6)]
+        assert numbers(timed[n]) == wanted
+        assert timed[n]["fps"].item() == pytest.approx(5000 / (times[wanted[-1]] - times[wanted[0]]), rel=1e-4)
+    assert open_clips(tmp_path, frames=20, fps=50)[0]["fps"].item() == pytest.approx(50, rel=0.1)       # some repeated
 
 
 def test_the_picture_comes_out_upright_square_and_from_the_right_stream(tmp_path):
-    x = np.zeros((10, 64, 64, 3), np.uint8)
-    x[:, :32, :32], x[:, :32, 32:], x[:, 32:, :32], x[:, 32:, 32:] = [200, 40, 40], [40, 180, 60], [50, 60, 210], 230
-    read = lambda path: data.read_clip(path, data.scan(path), [3], (64, 64))[0]
+    x = np.broadcast_to(corners(64, 64), (10, 64, 64, 3))
+
+    def read(path):
+        return data.read_clip(path, data.scan(path), [3], (64, 64))[0]
     upright = read(write_video(tmp_path / "0.mp4", x))
-    for degrees in (90, 180, 270):                                                  # to the left, as shown
-        turned = read(write_video(tmp_path / f"{degrees}.mp4", x, rotation=degrees))
-        assert torch.allclose(turned, upright.rot90(degrees // 90, (1, 2)), atol=0.15)
-    for degrees, mirror in ((0, "hflip"), (0, "vflip"), (90, "hflip"), (270, "vflip")):
-        path, axis = write_video(tmp_path / f"{degrees}{mirror}.mp4", x, rotation=(degrees, mirror)), 2 if mirror == "hflip" else 1
-        assert torch.allclose(read(path), upright.rot90(degrees // 90, (1, 2)).flip(axis), atol=0.15)
-    stream = read(write_video(tmp_path / "sound.mp4", x, sound="first"))
-    with av.open(str(tmp_path / "sound.mp4")) as c:
-        assert c.streams[0].type == "audio"
-    assert torch.equal(stream, upright)
+    for turn in (90, 180, 270, (0, "hflip"), (0, "vflip"), (90, "hflip"), (270, "vflip")):             # degrees to the left
+        degrees, mirror = turn if isinstance(turn, tuple) else (turn, None)
+        want = upright.rot90(degrees // 90, (1, 2))
+        want = want.flip({"hflip": 2, "vflip": 1}[mirror]) if mirror else want
+        path = write_video(tmp_path / f"{turn}.mp4", x, rotation=turn)
+        assert torch.allclose(read(path), want, atol=0.15), turn
+        for image in (data.read_image(path), data.read_video(path)[0][0]):
+            assert torch.allclose(image.permute(2, 0, 1) / 127.5 - 1, want, atol=0.15), turn
+    assert torch.equal(read(write_video(tmp_path / "sound.mp4", x, sound="first")), upright)
 
     bar = np.full((10, 64, 64, 3), 230, np.uint8)
     bar[:, :, 20:24] = 0                                                            # shown 128 wide; 32 are cropped on each side
@@ -1596,17 +1531,16 @@ def test_the_picture_comes_out_upright_square_and_from_the_right_stream(tmp_path
 
 def test_clips_lie_between_hard_cuts_and_fast_motion_is_no_cut(tmp_path):
     a, b = scene(0, 30), scene(1, 26)
-    write_video(tmp_path / "cut.mp4", np.concatenate([a, b]))
     flash = a.copy()
     flash[15] = 255
-    write_video(tmp_path / "flash.mp4", flash)
-    write_video(tmp_path / "fast.mp4", np.concatenate([np.roll(a[:1], 9 * k, 2) for k in range(30)]))      # a seventh per frame
-    write_video(tmp_path / "threes.mp4", np.concatenate([np.roll(a[:1], 5 * (k // 3), 2) for k in range(30)]))      # as if drawn
-    dataset = open_quietly(tmp_path, frames=10)
-    assert {name: entry["cuts"] for name, entry in dataset.index.items()} == {"cut.mp4": [30], "fast.mp4": [], "flash.mp4": [], "threes.mp4": []}
+    for name, frames in {"cut": np.concatenate([a, b]), "flash": flash, "fast": [np.roll(a[0], 9 * k, 1) for k in range(30)],
+                         "threes": [np.roll(a[0], 5 * (k // 3), 1) for k in range(30)]}.items():        # as if drawn
+        write_video(tmp_path / f"{name}.mp4", np.stack(frames))
+    dataset = open_clips(tmp_path, frames=10)
+    assert {name: e["cuts"] for name, e in dataset.index.items()} == {"cut.mp4": [30], "fast.mp4": [], "flash.mp4": [], "threes.mp4": []}
     assert dataset.usable["cut.mp4"] == [(0, 21), (30, 17)]
-    starts = {start for name, start in map(dataset._where, range(3000)) if name == "cut.mp4"}
-    assert starts == {*range(21), *range(30, 47)}                              # every start, none across the cut
+    starts = {start for name, start in (dataset._where(n, 0) for n in range(3000)) if name == "cut.mp4"}
+    assert starts == {*range(21), *range(30, 47)}                                   # every start, none across the cut
 
 
 @pytest.fixture
@@ -1620,6 +1554,8 @@ def mixed(tmp_path):
     damage(write_video(folder / "broken.avi", scene(2), "mjpeg"), 24)
     write_video(folder / "short.mp4", scene(3, 12))
     write_video(folder / "still.mp4", np.repeat(scene(4, 1), 30, 0))
+    write_video(folder / "no stamps.avi", scene(3), bf="3")
+    write_video(folder / "bare.h264", scene(3))
     (folder / "junk.mp4").write_bytes(b"no video at all" * 99)
     (folder / "empty.mov").write_bytes(b"")
     (folder / "notes.doc").write_text("not looked at")
@@ -1628,52 +1564,54 @@ def mixed(tmp_path):
     return folder
 
 
-def test_what_cannot_be_used_is_left_out_counted_and_named(mixed, tmp_path, capsys):
-    log = tmp_path / "data.log"
-    dataset = open_quietly(mixed, frames=24, skip_static=0.002, log=log)
+def test_what_cannot_be_used_is_left_out_counted_and_named(mixed, tmp_path, capsys, monkeypatch):
+    dataset = open_clips(mixed, frames=24, skip_static=0.002, log=tmp_path / "data.log")
     assert dataset.names == ["broken.avi", "broken.mp4", "cut off.ts", "deep/vp9.webm", "good.mp4"] and dataset.clips == 5
     assert dataset.index["broken.avi"]["frames"] == 47 and dataset.index["broken.avi"]["bad"] == 1
-    assert 46 <= dataset.index["broken.mp4"]["frames"] <= 47 and dataset.index["broken.mp4"]["bad"] >= 1  # a packet, not the file
+    assert 46 <= dataset.index["broken.mp4"]["frames"] <= 47 and dataset.index["broken.mp4"]["bad"] >= 1    # a packet, not the file
     assert 26 <= dataset.index["cut off.ts"]["frames"] < 40
-    assert dataset.reasons() == {"unreadable": 2, "too short": 1, "static": 1}
-    lines = dict(line.split("\t") for line in log.read_text().splitlines())
-    assert set(lines) == {"short.mp4", "still.mp4", "junk.mp4", "empty.mov"}
+    assert dataset.reasons() == {"unreadable": 2, "unstamped": 2, "too short": 1, "static": 1}
+    lines = dict(line.split("\t") for line in (tmp_path / "data.log").read_text().splitlines())
+    assert set(lines) == {"short.mp4", "still.mp4", "junk.mp4", "empty.mov", "no stamps.avi", "bare.h264"}
     assert "12 frames found" in lines["short.mp4"] and "24 needed" in lines["short.mp4"]
+    assert "ffmpeg -i no stamps.avi -c copy out.mp4" in lines["no stamps.avi"]
     for n in range(10):                                                             # all of them can really be read
         assert dataset[n]["video"].shape == (24, 3, 64, 64)
 
-    sys.argv = ["data.py", "check", str(mixed), "--frames", "24", "--skip-static", "0.002", "--size", "96x64", "--fps", "30"]
+    check = ["data.py", "check", str(mixed), "--frames", "24", "--skip-static", "0.002", "--size", "96x64", "--fps", "30"]
+    monkeypatch.setattr(sys, "argv", check)
     assert data.main() == 0
     out = capsys.readouterr().out
-    assert "5 of 9 files" in out and "2 unreadable" in out and "1 too short" in out and "1 static" in out and "short.mp4: too short" in out
-    assert "h264 (2)" in out and "vp9 (1)" in out and " with damaged packets" in out and "variable in 0 files" not in out and "5 smaller than 96x64: enlarged" in out, out
-    sys.argv = ["data.py", "check", str(mixed), "--frames", "500"]
+    for words in ("5 of 11 files", "2 unreadable", "1 too short", "1 static", "short.mp4: too short", "h264 (2)", "vp9 (1)",
+                  " with damaged packets", "5 smaller than 96x64: enlarged"):
+        assert words in out, out
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(mixed), "--frames", "500"])
     assert data.main() == 1
     with pytest.raises(data.MediaError, match="7 too short.*nothing is left"):
-        open_quietly(mixed, frames=500)
+        open_clips(mixed, frames=500)
 
 
 def test_index_is_built_once_and_again_for_what_changed(mixed, tmp_path, monkeypatch):
     seen, scan = [], data.scan
     monkeypatch.setattr(data, "scan", lambda path: (seen.append(os.path.basename(path)), scan(path))[1])
-    first = open_quietly(mixed)
-    assert len(seen) == 9 and (mixed / ".exsvd-index.json").exists()
-    seen.clear()
-    again = open_quietly(mixed)
-    assert not seen and again.index == first.index and again[7]["name"] == first[7]["name"]
+
+    def indexed(expected):
+        seen.clear()
+        dataset = open_clips(mixed)
+        assert len(seen) == expected if isinstance(expected, int) else seen == expected
+        return dataset
+    first = indexed(11)
+    again = indexed(0)
+    assert again.index == first.index and again[7]["name"] == first[7]["name"]
     write_video(mixed / "short.mp4", scene(6, 9))
-    assert open_quietly(mixed).index["short.mp4"]["frames"] == 9 and seen == ["short.mp4"]
+    assert indexed(["short.mp4"]).index["short.mp4"]["frames"] == 9
     (mixed / ".exsvd-index.json").write_text('{"files": ')                          # damaged: built anew
-    seen.clear()
-    open_quietly(mixed)
-    assert len(seen) == 9
+    indexed(11)
     os.remove(mixed / ".exsvd-index.json")                                          # a folder that cannot be written
     (mixed / ".exsvd-index.json").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for expected in (9, 0):
-        seen.clear()
-        open_quietly(mixed)
-        assert len(seen) == expected
+    indexed(11)
+    indexed(0)
 
 
 def test_lists_name_the_same_files_as_the_folder(mixed, monkeypatch):
@@ -1684,22 +1622,27 @@ def test_lists_name_the_same_files_as_the_folder(mixed, monkeypatch):
              "c.csv": "\n".join(f"{n},a caption" for n in names), "d.json": json.dumps([{"path": n, "cap": ["x"]} for n in names])}
     for name, text in lists.items():
         (mixed / name).write_text(text)
-        dataset = open_quietly(mixed / name)
-        assert dataset.names == ["broken.avi", "deep/vp9.webm", "good.mp4"]
-    for name, text in {"e.json": '[{"cap": 1}]', "f.json": "[", "g.xyz": "", "h.txt": ""}.items():
+        assert open_clips(mixed / name).names == ["broken.avi", "deep/vp9.webm", "good.mp4"]
+    (mixed / "m.csv").write_text("\n".join(["motion,path", *(f"{10 * i + 1.5},{n}" for i, n in enumerate(names))]))
+    buckets = {"good.mp4": 1.5, "deep/vp9.webm": 11.5, "broken.avi": 21.5}
+    items = [open_clips(mixed / "m.csv")[n] for n in range(3)]
+    assert {item["name"].split("@")[0]: item["motion"].item() for item in items} == buckets
+    assert open_clips(mixed / "m.csv", motion="64")[0]["motion"] == 64              # one for all comes before the list
+    (mixed / "odd.json").write_text(json.dumps(["good.mp4", "nu\0l.mp4", "two\nlines.mp4", "no \udcff.mp4"]))
+    log = mixed / "data.log"
+    assert open_clips(mixed / "odd.json", log=log).names == ["good.mp4"] and len(log.read_text().splitlines()) == 3
+    bad = {"e.json": '[{"cap": 1}]', "f.json": "[", "g.xyz": "", "h.txt": "", "i.json": "7", "j.json": "[7]", "k.json": "[" * 10**5,
+           "l.csv": "path,motion\ngood.mp4,nan", "m.csv": "path,motion\ngood.mp4", "n.csv": f'path\n"{"x" * 200_000}"'}
+    for name, text in bad.items():
         (mixed / name).write_text(text)
         with pytest.raises(data.MediaError):
-            open_quietly(mixed / name)
+            open_clips(mixed / name)
     with pytest.raises(data.MediaError, match="nowhere"):
-        open_quietly(mixed / "nowhere")
-
-
-def same_item(a, b):
-    return set(a) == set(b) and all(torch.equal(a[k], b[k]) if k != "name" else a[k] == b[k] for k in a)
+        open_clips(mixed / "nowhere")
 
 
 def test_items_depend_on_seed_and_number_alone(mixed):
-    dataset = open_quietly(mixed, stride=2, size=(64, 48))
+    dataset = open_clips(mixed, stride=2, size=(64, 48))
     items = [dataset[n] for n in range(12)]
     assert items[0]["video"].shape == (8, 3, 48, 64) and items[0]["aug_noise"].shape == (3, 48, 64)
     assert all(v.dtype == torch.float32 for k, v in items[0].items() if k != "name")
@@ -1708,22 +1651,53 @@ def test_items_depend_on_seed_and_number_alone(mixed):
     loader = torch.utils.data.DataLoader(dataset, sampler=[11, 3, 0, 7], batch_size=None, num_workers=2, multiprocessing_context="fork")
     assert all(same_item(a, items[n]) for a, n in zip(loader, [11, 3, 0, 7]))
     assert same_item(pickle.loads(pickle.dumps(dataset))[5], items[5])
-    assert [open_quietly(mixed, seed=1)[n]["name"] for n in range(6)] != [open_quietly(mixed)[n]["name"] for n in range(6)]
+    assert [open_clips(mixed, seed=1)[n]["name"] for n in range(6)] != [open_clips(mixed)[n]["name"] for n in range(6)]
     moved = mixed.rename(mixed.with_name("moved"))                                  # names, not places, say what is drawn
-    assert same_item(open_quietly(moved, stride=2, size=(64, 48))[4], items[4])
+    assert same_item(open_clips(moved, stride=2, size=(64, 48))[4], items[4])
 
-    toy = open_quietly("synthetic", frames=5, size=(64, 48))
-    assert same_item(toy[3], pickle.loads(pickle.dumps(toy))[3]) and toy[3]["video"].shape == (5, 3, 48, 64) and toy[3]["fps"] == 8
-    assert not torch.equal(toy[3]["video"], toy[4]["video"])
-    assert open_quietly("synthetic", stride=2)[0]["fps"] == 4 and open_quietly("synthetic", fps=2)[0]["fps"] == 2
+
+def test_synthetic_clips_are_those_of_the_world():
+    clips = open_clips("synthetic", frames=5, size=(64, 48), seed=2)
+    assert all(same_item(clips[n], pickle.loads(pickle.dumps(clips))[n]) for n in range(3))
+    video, fps, motion = world.clip(2, 3, 5, 64)
+    assert torch.equal(clips[3]["video"][4], data.fit_image(video[4], 64, 48)) and not torch.equal(clips[3]["video"], clips[4]["video"])
+    assert clips[3]["fps"] == fps and clips[3]["motion"].item() == pytest.approx(motion)
+    assert clips[3]["motion"].dtype == clips[3]["fps"].dtype == torch.float32 and clips[3]["aug_noise"].shape == (3, 48, 64)
+    assert open_clips("synthetic", motion="9")[0]["motion"] == 9
+    with pytest.raises(data.MediaError, match="stride"):
+        open_clips("synthetic", stride=2)
+
+
+def test_videos_that_change_while_they_are_read_cost_a_line_and_another_clip(mixed, tmp_path):
+    log = tmp_path / "data.log"
+    first, second = open_clips(mixed, frames=24, log=log), open_clips(mixed, frames=24, log=log)       # of two ranks
+    before, lines = [first[n] for n in range(18)], log.read_text().splitlines()
+    os.remove(mixed / "good.mp4")
+    write_video(mixed / "broken.mp4", scene(7))                                     # another one
+    whole = (mixed / "still.mp4").read_bytes()
+    (mixed / "still.mp4").write_bytes(whole[:len(whole) // 2])
+    gone = {"good.mp4", "broken.mp4", "still.mp4"}
+    loader = torch.utils.data.DataLoader(first, sampler=range(0, 18, 2), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    after = {2 * i: item for i, item in enumerate(loader)} | {n: second[n] for n in range(1, 18, 2)}
+    for n in range(18):
+        lost = before[n]["name"].split("@")[0] in gone
+        assert after[n]["name"].split("@")[0] not in gone and lost != same_item(after[n], before[n])
+        assert same_item(after[n], second[n])                                       # whoever asks for it
+    added = log.read_text().splitlines()[len(lines):]
+    assert {line.split("\t")[0] for line in added} == gone and len(added) >= 9 and len(set(added)) == len(added)
+    for path in list(mixed.rglob("*.*")):
+        if path.is_file():
+            os.remove(path)
+    with pytest.raises(data.MediaError):
+        first[0]
 
 
 def test_motion_and_its_buckets_are_exvideos():
     x = torch.rand(9, 3, 16, 16) * 2 - 1
     assert data.motion_score(x) == pytest.approx(x.std(0).mean().item(), rel=1e-5) and data.motion_score(x[:1]) == 0
-    published = [t / 1e9 for t in data.EXVIDEO_MOTION]                              # sha256 of the list as its JSON has it
-    assert len(published) == 128 and published == sorted(published) and published[1] == 0.012205946 and published[127] == 0.440871328
-    assert hashlib.sha256(",".join(f"{t:.9f}" for t in published).encode()).hexdigest() == "0c7f8167e1b0cfe690d5a8754a5ba08cc32ed36ba783d3217d7edb3ed144743d"
+    published = [t / 1e9 for t in data.EXVIDEO_MOTION]                              # a few as the release's JSON has them
+    assert len(published) == 128 and published == sorted(published)
+    assert {i: published[i] for i in (1, 40, 90, 127)} == {1: 0.012205946, 40: 0.087700523, 90: 0.198099136, 127: 0.440871328}
     for i, t in enumerate(published):
         assert data.motion_bucket(t) == i and data.motion_bucket(np.nextafter(t, -1)) == max(0, i - 1)
     assert data.motion_bucket(9.0) == 127 and data.motion_bucket(0.2, "64") == 64
@@ -1738,8 +1712,8 @@ def coder(tmp_path_factory):
     """A model file so small that encoding a frame takes a millisecond."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    exsvd.save_model(str(path), exsvd.UNet(exsvd.UNetConfig((8, 8, 8, 8), (1, 1, 1, 1), 16, 4, 8)), exsvd.VAE(exsvd.VAEConfig((8, 8, 8, 8), 4)),
-                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 28, 16, 56)))
+    exsvd.save_model(str(path), exsvd.UNet(exsvd.UNetConfig((8, 8, 8, 8), (1, 1, 1, 1), 16, 4, 8)),
+                     exsvd.VAE(exsvd.VAEConfig((8, 8, 8, 8), 4)), exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 28, 16, 56)))
     return path
 
 
@@ -1748,55 +1722,57 @@ SETTINGS = {"frames": 6, "size": (64, 64), "stride": 2, "seed": 3}
 
 def test_training_from_disk_sees_what_training_on_the_fly_sees(mixed, tmp_path, coder):
     svd = exsvd.load(str(coder), parts=("vae", "clip"))
-    for name in ("broken.mp4", "cut off.ts", "still.mp4", "broken.avi"):                                     # what damage looks like depends on the seek
+    for name in ("broken.mp4", "cut off.ts", "still.mp4", "broken.avi"):            # what damage looks like depends on the seek
         os.remove(mixed / name)
-    video = data.open_dataset(mixed, **SETTINGS)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        out, worst = tmp_path / str(dtype), 0
-        data.encode(str(coder), mixed, out, dtype, **SETTINGS)
-        latent = data.open_dataset(out, **SETTINGS)
+    by_rate = SETTINGS | {"fps": 13.0}                                              # the same by time stamps
+    for dtype, bound, settings in ((torch.float32, 0, SETTINGS), (torch.float32, 0, by_rate), (torch.float16, 3e-4, SETTINGS),
+                                   (torch.bfloat16, 3e-3, SETTINGS)):
+        video, out = data.open_dataset(mixed, **settings), tmp_path / f"{dtype}{len(settings)}"
+        data.encode(str(coder), mixed, out, dtype, **settings)
+        latent = data.open_dataset(out, **settings)
         assert not latent.pixels and latent.names == video.names
         for n in range(12):
             a, b = video[n], latent[n]
             cond, ctx = data.encode_condition(svd.vae, svd.clip, a["video"][0], a["aug"], a["aug_noise"])
-            wanted = {"latents": data.encode_frames(svd.vae, a["video"]), "cond": cond, "ctx": ctx} | {k: a[k] for k in ("fps", "motion", "aug", "name")}
-            if dtype == torch.float32:
-                assert same_item(b, wanted)                                              # bit for bit
-            assert all(torch.equal(b[k], wanted[k]) for k in ("fps", "motion", "aug"))
-            worst = max([worst] + [((b[k] - wanted[k]).norm() / wanted[k].norm()).item() for k in ("latents", "cond", "ctx")])
-        assert worst <= {torch.float32: 0, torch.float16: 3e-4, torch.bfloat16: 3e-3}[dtype]
+            wanted = {"latents": data.encode_frames(svd.vae, a["video"]), "cond": cond, "ctx": ctx}
+            assert all(rel(b[k], x) <= bound and b[k].dtype == torch.float32 for k, x in wanted.items())
+            assert all(torch.equal(b[k], a[k]) for k in ("fps", "motion", "aug")) and a["name"] == b["name"]
     for change in ({"size": (64, 72)}, {"frames": 5}, {"stride": 1}, {"fps": 5.0}):
         with pytest.raises(data.MediaError, match="was encoded with"):
             data.open_dataset(out, **SETTINGS | change)
-    assert data.open_dataset(out, **SETTINGS | {"frames": 4, "motion": "100"})[0]["motion"] == 100        # one bucket for all
+    assert data.open_dataset(out, **SETTINGS | {"frames": 4, "motion": "100"})[0]["motion"] == 100        # one for all
     with pytest.raises(data.MediaError, match="begun with"):
         data.encode(str(coder), mixed, out, torch.bfloat16, **SETTINGS | {"seed": 4})
-    by_rate = SETTINGS | {"fps": 13.0}                                              # the same by time stamps
-    data.encode(str(coder), mixed, tmp_path / "rate", torch.float32, **by_rate)
-    for n in range(6):
-        a, b = data.open_dataset(mixed, **by_rate)[n], data.open_dataset(tmp_path / "rate", **by_rate)[n]
-        assert torch.equal(data.encode_frames(svd.vae, a["video"]), b["latents"]) and a["fps"] == b["fps"] and a["motion"] == b["motion"]
+    (mixed / "m.csv").write_text("path,motion\ngood.mp4,33")                        # the list's is kept, for any length
+    data.encode(str(coder), mixed / "m.csv", tmp_path / "listed", **SETTINGS)
+    assert data.open_dataset(tmp_path / "listed", **SETTINGS | {"frames": 4})[0]["motion"] == 33
+    os.remove(tmp_path / "listed" / "good.mp4.safetensors")
+    with pytest.raises(data.MediaError, match="encode again"):
+        data.open_dataset(tmp_path / "listed", **SETTINGS)[0]
 
 
-def test_encoding_goes_on_after_a_kill(mixed, tmp_path, coder):
-    command = [sys.executable, data.__file__, "encode", "--model", str(coder), "--data", str(mixed), "--frames", "6", "--size", "64x64", "--dtype", "float32",
-               "--device", "cpu", "--out"]
-    out = tmp_path / "latents"
-    run = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(out.rglob("*.safetensors")) and run.poll() is None:
-        time.sleep(0.002)
-    run.kill()
-    run.wait()
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    assert 1 <= len(before) < 7, f"the kill came too late or too early: {len(before)} of 7 shards"
-    done = subprocess.run([*command, str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert all(p.stat().st_mtime_ns == t for p, t in before.items())                # finished shards are left alone
-    subprocess.run([*command, str(tmp_path / "at once")], check=True, capture_output=True)
-    files = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert files(out) == files(tmp_path / "at once")                                # and nothing else is left behind
-    wrong = subprocess.run([*command, str(out), "--seed", "5"], capture_output=True, text=True)
-    assert wrong.returncode == 1 and wrong.stderr.strip().splitlines()[-1].startswith(str(out)) and "begun with seed 0" in wrong.stderr
+def test_encoding_goes_on_where_it_was_stopped(mixed, tmp_path, coder, capsys, monkeypatch):
+    def run(out, *more):
+        argv = ["data.py", "encode", "--model", str(coder), "--data", str(mixed), "--out", str(out), "--frames", "6", "--size", "64x64"]
+        monkeypatch.setattr(sys, "argv", [*argv, *more])
+        return data.main()
+
+    def stopped(tensors, path, metadata):
+        if len(list(tmp_path.rglob("*.safetensors"))) == 3:
+            with open(path, "wb") as f:
+                f.write(b"half of it")
+            raise KeyboardInterrupt
+        save_file(tensors, path, metadata)
+    with monkeypatch.context() as m:
+        m.setattr(data, "save_file", stopped)
+        assert run(tmp_path / "latents") == 130
+    finished = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    assert len(finished) == 3 and run(tmp_path / "latents") == 0
+    assert all(p.stat().st_mtime_ns == t for p, t in finished.items())              # they are left alone
+    assert run(tmp_path / "at once") == 0
+    assert contents(tmp_path / "latents") == contents(tmp_path / "at once")         # and nothing else is left behind
+    assert run(tmp_path / "latents", "--seed", "5") == 1
+    assert re.search("latents: was begun with seed 0, not 5", capsys.readouterr().err)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1934,7 +1910,7 @@ def test_seams_do_not_show(chunk):
     vae = exsvd.load(os.path.join(HERE, "assets", "toy.safetensors"), parts=("vae",)).vae
     ratios = []
     for scene_number in range(3):
-        video = data.synthetic_scene(9, scene_number, 48, 64)[0].permute(0, 3, 1, 2) / 127.5 - 1
+        video = torch.from_numpy(scene(scene_number)).permute(0, 3, 1, 2) / 127.5 - 1
         z = vae.encode(video)[None]
         whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, chunk))
         d = lambda v: (v[1:] - v[:-1]).abs().mean((1, 2, 3))
@@ -1985,7 +1961,7 @@ def tiny_extension(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def picture(tmp_path):
-    data.write_png(tmp_path / "picture.png", data.synthetic_scene(0, 0, 1, 96)[0][0])
+    data.write_png(tmp_path / "picture.png", world.clip(0, 0, 1, 96)[0][0])
     return str(tmp_path / "picture.png")
 
 
@@ -2154,7 +2130,7 @@ def test_default_model(tmp_path, monkeypatch, capsys):
 
 
 def test_several_images_and_sizes(tiny_model, picture, tmp_path):
-    data.write_png(tmp_path / "second.png", data.synthetic_scene(0, 1, 1, 64)[0][0])
+    data.write_png(tmp_path / "second.png", world.clip(0, 1, 1, 64)[0][0])
     run(picture, tmp_path / "second.png", "--model", tiny_model, "--frames", 2, "--steps", 1, "--size", "128x64", "--out", tmp_path / "{name}.mp4")
     for name in ("picture", "second"):
         assert data.read_video(tmp_path / f"{name}.mp4")[0].shape == (2, 64, 128, 3)

@@ -37,7 +37,7 @@ A run folder (--out) holds
                                 expressions that reach beyond the temporal blocks write whole models, model-<step>
     log.csv                     loss, loss by noise level, gradient norm, lr, seconds, memory, every --log-every steps
     progress.png                a row per sample: frames 0, T/8, ... T-1; sample-<step>.mp4 are the videos
-    data.log                    the files that are not used, and why
+    data.log                    the files that are not used or could not be read later, and why
     run.json, source/           settings, versions, commit, code
 States and weights are pruned to the last --keep; weights of every --keep-every steps stay for ever. When the disk is
 full the run goes on, both are tried again at the next interval, and nothing older goes before both are written.
@@ -888,9 +888,10 @@ def join_ranks(a, family):
 
 def open_clips(a, rank, native):
     """-> (clips of --frames, what to train on: these or, with --short-clips, a mixture)"""
-    options = dict(size=a.size, stride=a.stride, fps=a.fps, seed=a.seed, motion=a.motion, skip_static=a.skip_static)
+    options = dict(size=a.size, stride=a.stride, fps=a.fps, seed=a.seed, motion=a.motion, skip_static=a.skip_static,
+                   log=os.path.join(a.out, "data.log"))
     if rank == 0:  # it builds the index, the others then find it
-        dataset = data.open_dataset(a.data, a.frames, **options, log=os.path.join(a.out, "data.log"))
+        dataset = data.open_dataset(a.data, a.frames, **options)
     dist.barrier()
     if rank > 0:
         dataset = data.open_dataset(a.data, a.frames, **options)
