@@ -15,6 +15,7 @@ holding the same weights, are the reference. What needs a GPU skips and says so.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -36,6 +37,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -2434,11 +2436,11 @@ def test_a_damaged_state_is_passed_over(how, small, videos, one_rank, tmp_path, 
 def test_a_full_disk_costs_saves_and_nothing_else(small, one_rank, videos, tmp_path, monkeypatch, capsys):
     """No room before step 2, and none in the middle of writing step 3: both are tried again, nothing is lost."""
     args = ("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--keep", 1)
-    usage, rename, there = shutil.disk_usage, os.rename, []
+    has_disk_space, rename, there = train.has_disk_space, os.rename, []
 
-    def disk_usage(path):
+    def full_at_step_2(folder, need):
         there.append([p.name for p in tmp_path.glob("state-*")])
-        return usage(path)._replace(free=0) if len(there) == 2 else usage(path)
+        return has_disk_space(folder, need) and len(there) != 2
 
     def full_at_step_3(source, target):
         if target.endswith("state-00000003"):
@@ -2446,7 +2448,7 @@ def test_a_full_disk_costs_saves_and_nothing_else(small, one_rank, videos, tmp_p
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.shutil, "disk_usage", disk_usage)
+        patch.setattr(train, "has_disk_space", full_at_step_2)
         patch.setattr(train.os, "rename", full_at_step_3)
         train_here(*args)
     assert there == [[], ["state-00000001"], ["state-00000001"], ["state-00000001"]]
@@ -2454,9 +2456,11 @@ def test_a_full_disk_costs_saves_and_nothing_else(small, one_rank, videos, tmp_p
     assert "step 2 could not be saved" in err and "step 3 could not be saved" in err and "LAST SAVE FAILED" in err
     assert [p.name for p in tmp_path.glob("state-*")] == ["state-00000004"] and not list(tmp_path.glob("*.tmp"))
     assert same_state(one_rank, tmp_path)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
     with pytest.raises(SystemExit, match="step 5 could not be saved .* What was saved before is still there"):
         train_here(*args, "--steps", 5)
+    assert "which has room for 1.0 MB" in capsys.readouterr().err, "said at the start already"
     assert [p.name for p in tmp_path.glob("state-*")] == ["state-00000004"]
 
 
@@ -2486,6 +2490,50 @@ def test_a_signal_saves_and_leaves(ranks, number, small, videos, tmp_path):
     p.communicate(timeout=100)
     state, = tmp_path.glob("state-*")
     assert int(state.name[6:]) == int(log_of(tmp_path)[-1]["step"])
+
+
+def start_node(k, port, *args):
+    """One of two nodes of two ranks each, on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 2, "--node_rank", k,
+               "--master_addr", "127.0.0.1", "--master_port", port, os.path.join(HERE, "train.py"), *args]
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def signal_node(node, number):
+    """To all processes of a node; torchrun gives each rank a session of its own."""
+    processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    for p in processes:
+        p.send_signal(number)
+    return processes
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
+def test_a_lost_node_ends_the_other_and_the_run_goes_on(how, small, videos, tmp_path):
+    """Killed, its connections break; silent, as without power or network, only the watch notices. Then the same bits."""
+    common = ("--model", small, "--data", videos, *TWO, "--keep", 9, "--lost-after", 10)
+    nodes = [start_node(k, port, *common, "--out", tmp_path / "run", "--steps", 1000)
+             for port in [free_port()] for k in range(2)]
+    while not (tmp_path / "run" / "state-00000002").exists():
+        assert nodes[0].poll() is None and nodes[1].poll() is None, nodes[0].communicate()[0]
+        time.sleep(0.05)
+    lost, begin = signal_node(nodes[1], how), time.monotonic()
+    text = nodes[0].communicate(timeout=120)[0]
+    seconds = time.monotonic() - begin
+    for p in lost:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            p.kill()
+    nodes[1].communicate()
+    said = "nothing was heard of rank" if how == signal.SIGSTOP else "another rank is gone"
+    assert nodes[0].returncode != 0 and said in text and seconds < 60, (seconds, text)
+    assert "Traceback (most recent call last):\n  File \"" + os.path.join(HERE, "train.py") not in text
+    if how == signal.SIGKILL:
+        last = max(int(p.name[6:]) for p in (tmp_path / "run").glob("state-*"))
+        for out, steps in ((tmp_path / "run", last + 1), (tmp_path / "straight", last + 1)):
+            again = [start_node(k, port, *common, "--out", out, "--steps", steps) for port in [free_port()] for k in range(2)]
+            texts = [node.communicate()[0] for node in again]
+            assert [node.returncode for node in again] == [0, 0], texts
+        assert same_state(tmp_path / "run", tmp_path / "straight", last + 1)
 
 
 def test_one_clip_is_overfitted_and_samples_show_it(small, tmp_path, monkeypatch):
@@ -2577,8 +2625,27 @@ def test_passes_of_two_lengths(small, tmp_path, monkeypatch):
     assert seen == [wanted[n] for n in range(5)] and set(seen) == {"L", "S"}
 
 
+def test_monitors_get_loss_lr_and_motion_score(small, tmp_path):
+    """TensorBoard by --deepspeed_config: what is in its event file is what log.csv says. W&B goes the same way."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard here")
+    config = {"tensorboard": {"enabled": True, "output_path": str(tmp_path), "job_name": "board"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    train_here("--model", small, "--out", tmp_path / "run", *FAST, "--steps", 2, "--sample-every", 2,
+               "--deepspeed_config", tmp_path / "config.json")
+    board = events.EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    for tag, column in (("train/loss", "loss"), ("train/lr", "lr")):
+        logged = [(int(row["step"]), float(row[column])) for row in log_of(tmp_path / "run")]
+        assert [(e.step, pytest.approx(e.value, abs=1e-5)) for e in board.Scalars(tag)] == logged
+    assert [e.step for e in board.Scalars("sample/motion_score")] == [0, 2]
+    assert all(e.value > 0 for e in board.Scalars("sample/motion_score"))
+
+
 def test_draws_depend_on_seed_and_number():
-    draws = [train.draw(argparse.Namespace(seed=seed, loss="edm", drop=0.1), n, (2,))
+    a = argparse.Namespace(seed=0, loss="edm", drop=0.1, share_noise=4)
+    means = train.draw(a, 0, (3, 4, 8, 8))[1].unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))
+    assert torch.allclose(means[0], means[2], atol=1e-6) and means.std() > 0.1
+    draws = [train.draw(argparse.Namespace(seed=seed, loss="edm", drop=0.1, share_noise=0), n, (2, 4, 8, 8))
              for seed in (0, 1, 10**12) for n in (*range(4000), 2**32, 2**33)]
     assert len({float(sigma) for sigma, _, _ in draws}) > 0.999 * len(draws)  # a few 32-bit seeds may coincide
     ln = torch.stack([sigma for sigma, _, _ in draws]).log()

@@ -63,6 +63,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -194,6 +195,8 @@ def parse(argv=None):
         help="decay of the moving average, reached by warm-up [0.9999]")
     add("--loss", choices=("edm", "exvideo"), default="edm",
         help="edm: SVD's, section 3.3; exvideo: that of the released script [edm]")
+    add("--share-noise", type=number(int, 0), default=0, metavar="BLOCK",
+        help="noise whose means over BLOCK x BLOCK latents are the same in all frames, as sample.py's [0: off]")
     add("--drop", type=number(float, 0, 1), default=0.1,
         help="share of videos that lose image and CLIP latents, so that guidance keeps working [0.1]")
     add("--seed", type=number(int, 0), default=0, help="of everything that is drawn [0]")
@@ -208,6 +211,8 @@ def parse(argv=None):
         help="what is kept for the way back: least memory, a sixth less work at twice the memory, or everything "
              "[memory]")
     add("--workers", type=number(int, 0), default=2, help="processes per rank that read clips [2]")
+    add("--lost-after", type=number(float, 1), default=300, metavar="SECONDS",
+        help="end when nothing was heard of another rank for so long, since its node may be gone [300]")
     add("--deterministic", action="store_true", help="bit-for-bit repeatable on CUDA too, slower")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
 
@@ -297,7 +302,7 @@ def merge(ours, theirs):
 def fixed_settings(a, model_id):
     """What must not change within a run; lr, the number of ranks and where things are kept may."""
     keys = ("native", "frames", "size", "stride", "fps", "train", "batch", "loss", "drop", "motion", "seed", "fp16",
-            "ema", "short_clips")
+            "ema", "short_clips", "share_noise")
     settings = {key: getattr(a, key) for key in keys} | {"model_id": model_id}
     return json.loads(json.dumps(settings))  # as it will be read again: tuples become lists
 
@@ -746,7 +751,8 @@ def draw(a, n, shape):
     seed = np.random.SeedSequence([a.seed, n]).generate_state(1)[0]  # hashed: torch's generator uses 32 bits of a seed
     g = torch.Generator().manual_seed(int(seed))
     sigma, noise = exsvd.draw_sigmas(a.loss, 1, g)[0], torch.randn(shape, generator=g)
-    return sigma, noise, (torch.rand((), generator=g) >= a.drop).float()
+    keep = (torch.rand((), generator=g) >= a.drop).float()
+    return sigma, sample.shared_noise(noise[None], a.share_noise)[0], keep
 
 
 @torch.no_grad()
@@ -839,13 +845,24 @@ def add_progress(out, step, frames):
 
 
 def save_sample(a, family, step, frames, start):
-    """Write sample-<step>.mp4 and its row of progress.png. -> its motion score (0: nothing moves), a line to print"""
+    """Write sample-<step>.mp4 and its row of progress.png. -> {name: what was measured}, a line to print
+
+    Motion score: change over time, 0 if nothing moves. Arrival, in the toy's own world: how much of its way to the last
+    frame the camera has flown there.
+    """
+    img, fps, motion = start
     pixels, name = sample.to_pixels(frames), f"sample-{step:06d}.mp4"
-    with data.VideoWriter(os.path.join(a.out, name), start[1]) as video:
+    with data.VideoWriter(os.path.join(a.out, name), fps) as video:
         video.write(pixels)
     add_progress(a.out, step, pixels)
-    score = data.motion_score(frames.clamp(-1, 1))
-    return score, f"step {step}: {name} and a row of progress.png, motion score {score:.4f}"
+    measured = {"motion_score": data.motion_score(frames.clamp(-1, 1))}
+    line = f"step {step}: {name} and a row of progress.png, motion score {measured['motion_score']:.4f}"
+    if family == "toy" and a.data == "synthetic" and motion > 0 and a.size[0] == a.size[1]:
+        from toy import measure
+        path = measure.camera_path(frames.clamp(-1, 1), img)
+        measured["arrival"] = float(measure.way(path, motion, fps)[-1])
+        line += f"; the camera has flown {measured['arrival']:.0%} of its way"
+    return measured, line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -886,6 +903,52 @@ def join_ranks(a, family):
     return rank, world, torch.device("cpu")
 
 
+def watch_ranks(rank, world, limit):
+    """Start a thread that ends this process with one line when another rank was silent for `limit` seconds: if its node
+    is gone, collectives go on waiting. -> a function that ends the watch, to be called by all ranks together."""
+    if world == 1:
+        return lambda: None
+    # a connection of its own to the store at which the ranks met: one that waits there would hold up this one
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                          wait_for_workers=False, timeout=timedelta(seconds=limit))
+    over = threading.Event()
+    keys = [f"alive/{r}" for r in range(world)]
+    store.set(keys[rank], "0")
+    dist.barrier()
+
+    def end(who):
+        print(f"train.py: rank {rank}: nothing was heard of {who} for {limit:.0f} seconds. The same command goes on "
+              "from the newest state", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread may wait in a collective that never ends
+
+    def watch():
+        last, heard, beats = [None] * world, [time.monotonic()] * world, 0
+        while not over.wait(limit / 10):
+            beats += 1
+            try:
+                store.set(keys[rank], str(beats))
+                found = store.multi_get(keys)
+            except RuntimeError:
+                end("the store at rank 0")
+            now = time.monotonic()
+            for r in range(world):
+                if found[r] != last[r]:
+                    last[r], heard[r] = found[r], now
+                elif now - heard[r] > limit:
+                    end(f"rank {r}")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+
+    def finish():
+        dist.barrier()
+        over.set()
+        thread.join()
+        dist.barrier()  # the store goes with rank 0: nobody asks it any more
+
+    return finish
+
+
 def open_clips(a, rank, native):
     """-> (clips of --frames, what to train on: these or, with --short-clips, a mixture)"""
     options = dict(size=a.size, stride=a.stride, fps=a.fps, seed=a.seed, motion=a.motion, skip_static=a.skip_static,
@@ -919,6 +982,28 @@ def million(parameters):
     return f"{sum(p.numel() for p in parameters) / 1e6:,.1f} M"
 
 
+def readable(n):
+    return f"{n / 1e9:.1f} GB" if n > 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def say_needs(a, module, shards, say):
+    """What the run will hold in memory and on the disk, with a warning if the disk is too small for it."""
+    weights = 2 * sum(p.numel() for p in module.parameters())
+    shared = 20 * shards.elements / shards.world  # masters, two moments, average, gradients: 4 bytes each
+    state, small = bytes_to_save(shards.elements)
+    states, files = a.keep + 1, a.keep + 1 + a.steps // a.keep_every  # the oldest goes when the newest is there
+    place = " (these in CPU memory)" if a.offload else ""
+    say(f"each rank holds {readable(weights)} of weights and {readable(shared)} of masters, moments, average and "
+        f"gradients{place}, beside activations; the disk up to {states} states of {readable(state)} and {files} "
+        f"weights of {readable(small)}")
+    need, free = states * state + files * small, shutil.disk_usage(a.out).free
+    for folder, _, names in os.walk(a.out):  # what is there already is among them
+        need -= sum(os.path.getsize(os.path.join(folder, name)) for name in names)
+    if need > free:
+        say(f"warning: that takes {readable(need)} more in {a.out}, which has room for {readable(free)}: lower --keep, "
+            "raise --keep-every, or make room", file=sys.stderr)
+
+
 def summed(sums):
     """Over all ranks."""
     total = sums.clone()
@@ -948,6 +1033,7 @@ def main(argv=None):
     # Ranks
     rank, world, device = join_ranks(a, family)
     master = rank == 0
+    end_watch = watch_ranks(rank, world, a.lost_after)
 
     def say(*words, **options):
         if master:
@@ -1012,6 +1098,7 @@ def main(argv=None):
     loader = iter(torch.utils.data.DataLoader(
         clips, batch_sampler=videos_of(rank, world, a.batch, videos), num_workers=a.workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
+    say_needs(a, module, shards, say)
     log = Log(a, step) if master else None
     stop = []
     for number in STOP_SIGNALS:
@@ -1033,8 +1120,8 @@ def main(argv=None):
         if master:
             with weights_replaced(module, average):
                 frames = sample_video(a, SAMPLING[family], module.unet, *networks(), sampled_from, device)
-            score, line = save_sample(a, family, step, frames, sampled_from)
-            engine.monitor.write_events([("sample/motion_score", score, step)])
+            measured, line = save_sample(a, family, step, frames, sampled_from)
+            engine.monitor.write_events([(f"sample/{key}", value, step) for key, value in measured.items()])
             say(line)
         dist.barrier()
 
@@ -1046,7 +1133,8 @@ def main(argv=None):
         take_sample()
     bar = tqdm(total=a.steps, initial=step, desc="training", unit="step", disable=not master)
     bad = []  # names of the clips of each of the last steps that could not be applied
-    logged, frames, begin = step, 0, time.perf_counter()
+    first = logged = step
+    frames, begin = 0, time.perf_counter()
     while step < a.steps:
         # 1. forward and backward, --accumulate times
         if a.warmup:
@@ -1096,6 +1184,9 @@ def main(argv=None):
                 mean = float(total[0, 0] / total[1, 0])
                 engine.monitor.write_events([("train/loss", mean, step), ("train/lr", lr, step)])
                 bar.set_postfix(loss=f"{mean:.4f}")
+                if logged == first:
+                    pace = seconds / (step - first)
+                    say(f"{pace:.2f} s a step: {timedelta(seconds=round((a.steps - step) * pace))} to go")
             sums.zero_()
             logged, frames, begin = step, 0, time.perf_counter()
         if a.sample_every and (step % a.sample_every == 0 or step == a.steps):
@@ -1114,11 +1205,21 @@ def main(argv=None):
         if leaving:
             break
     bar.close()
+    end_watch()
     deepspeed.comm.destroy_process_group()
 
+
+# What collectives raise when another rank is gone: gloo, NCCL, and the store at which ranks meet
+LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|gloo.*[Tt]imed out|NCCL|TCPStore", re.DOTALL)
 
 if __name__ == "__main__":
     try:
         main()
     except (exsvd.WeightsError, data.MediaError, SafetensorError, OSError) as e:
         sys.exit(f"train.py: {e}")
+    except RuntimeError as e:
+        if not LOST_RANK.search(str(e)):
+            raise
+        print(f"train.py: rank {os.environ['RANK']}: another rank is gone ({str(e).splitlines()[0]}). The same command "
+              "goes on from the newest state", file=sys.stderr, flush=True)
+        os._exit(1)  # without waiting for it
