@@ -88,10 +88,9 @@ def _reason(error):
 
 @contextlib.contextmanager
 def _reading(path, advice):
-    """The file at `path`, open; whatever is raised meanwhile becomes a MediaError, since decoders raise anything."""
+    """Whatever is raised while `path` is read becomes a MediaError: a damaged file makes decoders raise anything."""
     try:
-        with open(path, "rb") as file:
-            yield file
+        yield
     except MediaError:
         raise
     except Exception as e:
@@ -204,7 +203,7 @@ def read_image(path):
 
     Recognised by content: what Pillow reads of PICTURES, and FFmpeg of the rest.  Raises MediaError."""
     advice = "give a JPEG, PNG, WebP, GIF or video file, or save it again in an image editor"
-    with _reading(path, advice) as f, warnings.catch_warnings():
+    with _reading(path, advice), open(path, "rb") as f, warnings.catch_warnings():
         warnings.simplefilter("ignore")     # Pillow's, of damage that it copes with
         head = f.read(12)
         f.seek(0)
@@ -231,9 +230,10 @@ def read_video(path):
         files = sorted(path.glob("frame_*.png"))
         if not files:
             raise MediaError(f"{path}: holds no frame_0000.png; give a video file or a folder written by sample.py")
-        return torch.stack([read_image(f) for f in files]), float((read_settings(path) or {}).get("fps", 1.0))
+        with _reading(path, "give a folder written by sample.py"):
+            return torch.stack([read_image(f) for f in files]), float((read_settings(path) or {}).get("fps", 1.0))
     frames, times = [], []
-    with _reading(path, "give an mp4, webm, gif or similar file") as f, _demux(f) as c:
+    with _reading(path, "give an mp4, webm, gif or similar file"), open(path, "rb") as f, _demux(f) as c:
         s = _best_stream(c)
         s.thread_type = "AUTO"
         rate = s.average_rate
@@ -252,16 +252,14 @@ def read_video(path):
 
 def read_settings(path):
     """The settings a VideoWriter stored with the video, or None where there are none.  Raises MediaError."""
-    path, advice = Path(path), "give a video written by sample.py"
-    if path.is_dir() or path.suffix.lower() == ".gif":
-        side = _sidecar(path)
-        if not side.exists():
-            return None
-        with _reading(side, advice) as f:
-            return json.load(f)
-    with _reading(path, advice) as f, _demux(f) as c:
-        tags = {k.lower(): v for k, v in c.metadata.items()}
-        return json.loads(tags["comment"]) if "comment" in tags else None
+    path = Path(path)
+    with _reading(path, "give a video written by sample.py"):
+        if path.is_dir() or path.suffix.lower() == ".gif":
+            side = _sidecar(path)
+            return json.loads(side.read_text()) if side.exists() else None
+        with open(path, "rb") as f, _demux(f) as c:
+            tags = {k.lower(): v for k, v in c.metadata.items()}
+            return json.loads(tags["comment"]) if "comment" in tags else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -557,7 +555,8 @@ def list_files(source):
         kind = "folder" if source.is_dir() else source.suffix.lower()
         root = os.path.abspath(source if kind == "folder" else source.parent)
         if kind == "folder":
-            paths = [p for p in Path(root).rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file()]
+            found = (p for p in Path(root).rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+            paths = [p for p in found if p.is_file()]
         elif kind == ".json":
             paths = [item if isinstance(item, str) else item["path"] for item in json.loads(source.read_text())]
         elif kind == ".csv":
@@ -612,10 +611,6 @@ def find_cuts(lags):
     return np.flatnonzero(cut).tolist()
 
 
-UNSTAMPED = ("unstamped: does not say when its frames are shown; ffmpeg -i {} -c copy out.mp4 can mend that, without "
-             "-c copy (which encodes it again) always")
-
-
 def scan(path):
     """What the index keeps of one file, as JSON; {"error": ...} if it cannot be used."""
     stamps, lags, recent, bad, interlaced, healthy = [], [], deque(maxlen=3), 0, 0, True
@@ -641,7 +636,8 @@ def scan(path):
     if not stamps:
         return {"error": f"broken: opens, but none of its frames can be decoded ({bad} bad packets)"}
     if None in stamps or any(a >= b for a, b in zip(stamps, stamps[1:])):           # AVI with B-frames, a bare stream
-        return {"error": UNSTAMPED.format(one_line(os.path.basename(path)))}
+        return {"error": "unstamped: its frames do not say when they are shown; encode it again with times, as in "
+                         f'ffmpeg -i "{one_line(os.path.basename(path))}" -crf 16 out.mp4'}
     lags = np.array(lags)
     cuts = find_cuts(lags)
     width, height = round(last.width * aspect), last.height
@@ -765,7 +761,7 @@ def _numbered(path, entry, size, wanted=None, seek=None):
 
     Pixels are float32 (3, H, W) in [-1, 1]; None for frames that are not among `wanted`.  Raises MediaError."""
     numbers = {stamp: i for i, stamp in enumerate(_stamps(entry).tolist())}
-    with _reading(path, "put the file back that was indexed, or leave it out and start again") as f:
+    with _reading(path, "put the file back that was indexed, or leave it out and start again"), open(path, "rb") as f:
         if entry.get("key", _key(f)) != _key(f):
             raise ValueError("it was changed after it was indexed")
         with _demux(f) as c:
@@ -928,19 +924,20 @@ class LatentClips(Clips):
     pixels = False
 
     def __init__(self, source, frames, size, stride, fps, seed, motion, skip_static=0.0):
-        store = _read_store(source)
-        self.settings = store["settings"]
-        skip_static = max(skip_static, self.settings["skip_static"])
-        super().__init__(source, store["files"], frames, size, stride, fps, seed, motion, skip_static)
+        with _reading(Path(source, STORE), "encode into another folder"):
+            store = json.loads(Path(source, STORE).read_text())
+            self.settings = store["settings"]
+            skip_static = max(skip_static, self.settings["skip_static"])
+            super().__init__(source, store["files"], frames, size, stride, fps, seed, motion, skip_static)
+            self.missing = store["of"] - len(self.index)
         asked = {"size": list(self.size)}
         if motion == "exvideo" and not all("motion" in entry for entry in self.index.values()):
             asked |= {"frames": frames, "stride": stride, "fps": fps}
         for key, value in asked.items():
-            if self.settings[key] != value:
+            if self.settings.get(key) != value:
                 other = "" if key == "size" else ", or give all clips one motion bucket, as in --motion 127"
-                raise MediaError(f"{source}: was encoded with {key} {self.settings[key]}, not {value}; use that, or "
+                raise MediaError(f"{source}: was encoded with {key} {self.settings.get(key)}, not {value}; use that, "
                                  f"encode again{other}")
-        self.missing = store["of"] - len(self.index)
 
     def describe(self):
         rest = f"; {self.missing} files are not encoded yet: run data.py encode again" if self.missing else ""
@@ -948,16 +945,11 @@ class LatentClips(Clips):
         return f"{super().describe()}; latents of {W}x{H} pixels, seed {self.settings['seed']}{rest}"
 
     def _load(self, name, numbers):
-        first, last = int(numbers[0]), int(numbers[-1])
-        try:
-            with safe_open(_shard(self.source, name), "pt") as f:
-                item = {"latents": f.get_slice("latents")[first:last + 1][torch.from_numpy(numbers - first)].float()}
-                for key in ("cond", "ctx", "aug"):
-                    item[key] = f.get_slice(key)[first:first + 1][0].float()
-                return item, f.get_slice("motion")[first:first + 1].item()
-        except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as e:
-            path = _shard(self.source, name)
-            raise MediaError(f"{path}: cannot be read ({_reason(e)}); run data.py encode again") from None
+        first, last, path = int(numbers[0]), int(numbers[-1]), _shard(self.source, name)
+        with _reading(path, "run data.py encode again"), safe_open(path, "pt") as f:
+            item = {key: f.get_slice(key)[first:first + 1][0].float() for key in ("cond", "ctx", "aug")}
+            item["latents"] = f.get_slice("latents")[first:last + 1][torch.from_numpy(numbers - first)].float()
+            return item, f.get_slice("motion")[first:first + 1].item()
 
 
 def open_dataset(source, frames=40, size=(64, 64), stride=1, fps=None, seed=0, motion="exvideo", skip_static=0.0,
@@ -1004,14 +996,6 @@ STORE = "latents.json"
 
 def _shard(folder, name):
     return os.path.join(folder, name + ".safetensors")
-
-
-def _read_store(folder):
-    try:
-        store = json.loads(Path(folder, STORE).read_text())
-        return {key: store[key] for key in ("settings", "files", "of")}
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        raise MediaError(f"{folder}/{STORE}: cannot be read ({_reason(e)}); encode into another folder") from None
 
 
 @torch.no_grad()
@@ -1074,7 +1058,8 @@ def encode(model, source, out, dtype=torch.float32, device="cpu", **settings):
             "seed": dataset.seed, "size": list(dataset.size), "frames": dataset.frames, "stride": dataset.stride,
             "fps": dataset.fps, "skip_static": dataset.skip_static}
     if os.path.exists(os.path.join(out, STORE)):
-        theirs = _read_store(out)["settings"]
+        with _reading(Path(out, STORE), "encode into another folder"):
+            theirs = dict(json.loads(Path(out, STORE).read_text())["settings"])
         for key in ours:
             if theirs.get(key) != ours[key]:
                 raise MediaError(f"{out}: was begun with {key} {theirs.get(key)}, not {ours[key]}; encode into another "
@@ -1090,26 +1075,24 @@ def encode(model, source, out, dtype=torch.float32, device="cpu", **settings):
         except (OSError, SafetensorError):
             return False
 
-    def save():
-        Path(out).mkdir(parents=True, exist_ok=True)
+    def save(done):
         files = {name: dataset.index[name] for name in dataset.names if name in done}
+        Path(out).mkdir(parents=True, exist_ok=True)
         _write(Path(out, STORE), _json({"settings": ours, "files": files, "of": dataset.clips}))
 
     done = set(filter(finished, dataset.names))
-    save()
-    todo, saved = [name for name in dataset.names if name not in done], time.monotonic()
-    with tqdm(desc="encode", total=sum(dataset.index[name]["frames"] for name in todo), unit="frame") as bar:
-        for name in todo:
-            tensors = _encode_file(dataset, name, svd.vae, svd.clip, dtype, bar)
-            path = _shard(out, name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            save_file(tensors, f"{path}.part", stamp(name))
-            os.replace(f"{path}.part", path)
-            done.add(name)
-            if time.monotonic() > saved + 60:
-                save()
-                saved = time.monotonic()
-    save()
+    todo = [name for name in dataset.names if name not in done]
+    save(done)                              # now, so that a folder begun with other settings is refused
+    try:
+        with tqdm(desc="encode", total=sum(dataset.index[name]["frames"] for name in todo), unit="frame") as bar:
+            for name in todo:
+                tensors, path = _encode_file(dataset, name, svd.vae, svd.clip, dtype, bar), _shard(out, name)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                save_file(tensors, f"{path}.part", stamp(name))
+                os.replace(f"{path}.part", path)
+                done.add(name)
+    finally:
+        save(done)
     return dataset
 
 

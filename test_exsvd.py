@@ -1080,10 +1080,10 @@ def corners(H=48, W=80):
 
 
 def file_of(pixels, form, **options):
-    """The bytes of an image file, made by Pillow at its best quality.  pixels: uint8 (H, W, 3), or a Pillow image."""
+    """The bytes of an image file, made by Pillow at its best quality.  pixels: uint8 (H, W, C), or a Pillow image."""
     best = {"JPEG": {"quality": 95, "subsampling": 0}, "AVIF": {"quality": 95, "subsampling": "4:4:4"},
-            "WEBP": {"lossless": True, "exact": True}}
-    best["MPO"] = best["JPEG"] | {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}
+            "WEBP": {"lossless": True, "exact": True}, "MPO": {"quality": 95, "subsampling": 0, "save_all": True,
+                                                               "append_images": [Image.new("RGB", (9, 9))]}}
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
     file = io.BytesIO()
     image.save(file, form, **best.get(form, {}) | options)
@@ -1095,7 +1095,7 @@ def png_chunk(name, body):
 
 
 def png_of(samples, colour, *chunks):
-    """A PNG of big-endian samples (H, W, C) of 8 or 16 bits; colour: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA."""
+    """A PNG of big-endian samples (H, W, C) of 8 or 16 bits; colour: 0 grey, 2 RGB, 3 palette, 4 grey and alpha."""
     H, W = samples.shape[:2]
     head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8 * samples.itemsize, colour, 0, 0, 0))
     rows = b"".join(b"\0" + row.tobytes() for row in samples)
@@ -1118,7 +1118,7 @@ def psnr(a, b):
     return float(10 * torch.log10(255 ** 2 / (a.double() - b.double()).square().mean()))
 
 
-LOSS = {"JPEG": 6, "MPO": 6, "AVIF": 8}                                             # of these formats, at a picture's edges
+LOSS = {"JPEG": 6, "MPO": 6, "AVIF": 8}                                             # at the edges of a picture
 
 
 @pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF"])
@@ -1133,47 +1133,36 @@ def test_exif_orientations_come_out_upright(reads, form):
 
 
 def test_damaged_notes_and_what_phones_append_leave_the_pixels_as_they_are(reads, capfd):
-    whole = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)     # turns by a quarter
-    png, jpeg = file_of(corners(), "PNG"), file_of(corners(), "JPEG")
+    whole = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)     # EXIF: turn by a quarter
+    png, jpeg, mpo = (file_of(corners(), form) for form in ("PNG", "JPEG", "MPO"))
     for exif in (b"", b"II", b"MM\0*\xff\xff\xff\xff", whole[:15], whole.replace(b"\6\0", b"\x09\0")):
         reads(png[:33] + png_chunk(b"eXIf", exif) + png[33:], corners())
         exif = b"Exif\0\0" + exif
         reads(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:], corners(), LOSS["JPEG"])
-    for name, note in ((b"eXIf", whole[:15]), (b"iCCP", b"x\0\0junk"), (b"zTXt", b"x\0\0junk")):
-        chunk = bytearray(png_chunk(name, note))
-        chunk[-1] ^= 255                                                            # its checksum
-        reads(png[:33] + bytes(chunk) + png[33:], corners())
-    mpo = file_of(corners(), "MPO")
-    for tail in (b"\xff\xda" + bytes(99), jpeg, b"\0\0\0\x18ftypmp42" + bytes(10**5), np.random.default_rng(0).bytes(10**5)):
+    for name in (b"eXIf", b"iCCP", b"zTXt"):                                        # with a wrong checksum
+        reads(png[:33] + png_chunk(name, b"x\0\0junk")[:-1] + b"?" + png[33:], corners())
+    for tail in (b"\xff\xda" + bytes(99), jpeg, b"\0\0\0\x18ftypmp42" + bytes(10**5)):
         reads(jpeg + tail, corners(), LOSS["JPEG"])
-        reads(mpo + tail, corners(), LOSS["JPEG"])
+        reads(mpo + tail, corners(), LOSS["MPO"])
     index = mpo.index(b"MPF\0") + 9                                                 # what says where its pictures are
-    reads(mpo[:index] + b"\xff\xff\xff" + mpo[index + 3:], corners(), LOSS["JPEG"])
+    reads(mpo[:index] + b"\xff\xff\xff" + mpo[index + 3:], corners(), LOSS["MPO"])
     assert capfd.readouterr() == ("", "")
 
 
 def test_colour_profiles_become_srgb(reads):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    p3 = bytearray(srgb)                                                            # with the primaries of Display P3
-    for name, xyz in (b"rXYZ", (0.51512, 0.24120, -0.00105)), (b"gXYZ", (0.29198, 0.69225, 0.04189)), \
-                     (b"bXYZ", (0.15710, 0.06657, 0.78407)):
-        at, = struct.unpack_from(">I", p3, p3.index(name, 128) + 4)
-        struct.pack_into(">3i", p3, at + 8, *(round(v * 65536) for v in xyz))
-    linear = np.where(corners() > 10, ((corners() / 255 + 0.055) / 1.055) ** 2.4, corners() / 255 / 12.92)
-    to_srgb = np.array([[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]])       # linear P3 to sRGB
-    linear = (linear @ to_srgb.T).clip(0, 1)
-    want = np.rint(255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear))
-    assert np.abs(want - corners()).max() > 20
+    tags = srgb[128:].replace(b"rXYZ", b"?").replace(b"gXYZ", b"rXYZ").replace(b"?", b"gXYZ")
+    swapped, want = srgb[:128] + tags, corners()[..., [1, 0, 2]]                    # what it calls red is green
     for form in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
-        reads(file_of(corners(), form, icc_profile=bytes(p3)), want, LOSS.get(form, 0) + 2)
-    half = Image.fromarray(np.dstack([corners(), np.full((48, 80), 128, np.uint8)]))
-    reads(file_of(half, "PNG", icc_profile=bytes(p3)), np.rint(want * 128 / 255 + 127), 2)
-    reads(file_of(Image.fromarray(corners()).quantize(4), "PNG", icc_profile=bytes(p3)), want, 2)
+        reads(file_of(corners(), form, icc_profile=swapped), want, LOSS.get(form, 0) + 1)
+    half = np.dstack([corners(), np.full((48, 80), 128, np.uint8)])
+    reads(file_of(half, "PNG", icc_profile=swapped), np.rint(want / 255 * 128 + 127), 2)
+    reads(file_of(Image.fromarray(corners()).quantize(4), "PNG", icc_profile=swapped), want, 1)
     grey = Image.fromarray(corners()).convert("L")
-    reads(file_of(grey, "PNG", icc_profile=srgb), np.asarray(grey.convert("RGB")), 1)
+    reads(file_of(grey, "PNG", icc_profile=swapped), np.asarray(grey.convert("RGB")), 1)
     reads(file_of(corners(), "PNG", icc_profile=b"junk" * 50), corners())
-    for profile in (None, bytes(p3)):                                               # of other colours: ignored
-        cmyk = Image.fromarray(corners()).convert("CMYK")
+    cmyk = Image.fromarray(corners()).convert("CMYK")
+    for profile in (None, swapped):                                                 # of other colours: ignored
         reads(file_of(cmyk, "JPEG", icc_profile=profile), corners(), 8)
         reads(file_of(cmyk, "TIFF", icc_profile=profile), corners(), 1)
 
@@ -1186,7 +1175,8 @@ def test_transparency_is_laid_on_white(reads):
     grey = png_of(np.array([[[0, 0], [0, 255], [100, 128]]], np.uint8), 4)
     reads(grey, np.repeat([[[255], [0], [177]]], 3, 2), 1)
     palette = (b"PLTE", bytes([255, 0, 0, 0, 255, 0, 0, 0, 255])), (b"tRNS", bytes([255, 128, 0]))
-    reads(png_of(np.array([[0, 1, 2]], np.uint8), 3, *palette), np.array([[[255, 0, 0], [127, 255, 127], [255] * 3]]), 1)
+    want = np.array([[[255, 0, 0], [127, 255, 127], [255, 255, 255]]])
+    reads(png_of(np.array([[0, 1, 2]], np.uint8), 3, *palette), want, 1)
     want = corners()
     want[:24, :40] = 255
     reads(file_of(corners(), "PNG", transparency=(200, 40, 40)), want)
@@ -1194,32 +1184,32 @@ def test_transparency_is_laid_on_white(reads):
 
 def test_sixteen_bits_are_scaled_not_clipped(reads):
     x = np.random.default_rng(0).integers(0, 65536, (7, 11, 3)).astype(">u2")
+    x[0, 0, 0] = 777
     reads(png_of(x, 2), x / 257, 1)
-    grey = np.rint(np.repeat(x[..., :1], 3, 2) / 257)
+    one, grey = x[..., 0].astype(np.uint16), np.rint(np.repeat(x[..., :1], 3, 2) / 257)
     for form in ("PNG", "TIFF", "PPM"):
-        reads(file_of(x[..., 0].astype(np.uint16), form), grey)
+        reads(file_of(one, form), grey)
     big_endian = Image.frombytes("I;16B", (11, 7), x[..., 0].tobytes())
-    reads(file_of(big_endian, "TIFF"), grey)
-    reads(file_of(Image.fromarray(x[..., 0].astype(np.int32)), "TIFF"), grey)
-    reads(file_of(Image.fromarray(x[..., 0].astype(np.float32) / 65535), "TIFF"), grey, 1)
-    x[0, 0] = 777
-    grey[0, 0] = 255
-    reads(png_of(x[..., :1], 0, (b"tRNS", struct.pack(">H", 777))), np.where(x[..., :1] == 777, 255, np.rint(x[..., :1] / 257)).repeat(3, 2))
-    reads(file_of(Image.fromarray(corners()).convert("1"), "PNG"), np.asarray(Image.fromarray(corners()).convert("1").convert("RGB")))
+    for image in (big_endian, one.astype(np.int32), one.astype(np.float32) / 65535):
+        reads(file_of(image, "TIFF"), grey)
+    grey[x[..., 0] == 777] = 255
+    reads(png_of(x[..., :1], 0, (b"tRNS", struct.pack(">H", 777))), grey)
+    one_bit = Image.fromarray(corners()).convert("1")
+    reads(file_of(one_bit, "PNG"), np.asarray(one_bit.convert("RGB")))
 
 
 def test_animations_give_their_first_frame_on_its_canvas(reads, tmp_path):
     first = Image.new("RGBA", (80, 48))
-    first.paste(Image.fromarray(corners()[:20, :30]), (10, 5))
+    first.paste(Image.fromarray(corners(20, 30)), (10, 5))
     want = np.full((48, 80, 3), 255)
-    want[5:25, 10:40] = corners()[:20, :30]
+    want[5:25, 10:40] = corners(20, 30)
     rest = {"save_all": True, "append_images": [Image.fromarray(corners()).convert("RGBA")], "duration": 100}
     for form in ("PNG", "WEBP", "GIF"):
         reads(file_of(first, form, **rest), want, 3 if form == "GIF" else 0)
     reads(file_of(corners(), "AVIF", **rest), corners(), LOSS["AVIF"])
-    poster = Image.fromarray(corners()).convert("RGBA")                             # for viewers that show no animations
+    poster = Image.fromarray(corners()).convert("RGBA")                             # where animations are not shown
     reads(file_of(poster, "PNG", **rest | {"append_images": [first, poster], "default_image": True}), want)
-    small = file_of(corners()[:20, :30], "GIF")                                     # a frame smaller than the canvas
+    small = file_of(corners(20, 30), "GIF")                                     # a frame smaller than the canvas
     at = small.index(b",\0\0\0\0")
     reads(small[:6] + struct.pack("<HH", 80, 48) + small[10:at + 1] + struct.pack("<HH", 10, 5) + small[at + 5:], want)
     for name in ("x.gif", "x.mp4", "x.webm"):
@@ -1315,13 +1305,14 @@ def contents(folder):
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-@pytest.mark.parametrize("name, least", [("x.mp4", 38), ("x.webm", 36), ("x.gif", 32), ("x", math.inf), ("run1.5/", math.inf)])
+@pytest.mark.parametrize("name, least", [("x.mp4", 38), ("x.webm", 36), ("x.gif", 32), ("x", math.inf),
+                                         ("run1.5/", math.inf)])
 def test_videos_survive_a_round_trip(tmp_path, name, least):
     y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
     frames = torch.stack([torch.stack([3 * x + 4 * t, 5 * y, 255 - 2 * x - 2 * y + 3 * t], -1) for t in range(12)])
     frames = frames.clamp(0, 255).to(torch.uint8)
     settings, found = {"seed": 3, "prompt": "ü \"quoted\"", "cfg": [1.0, 3.0]}, []
-    for splits in ([5, 7], [12], [1] * 12):                                         # how it is handed over changes nothing
+    for splits in ([5, 7], [12], [1] * 12):                                         # in pieces or whole: the same
         with data.VideoWriter(f"{tmp_path}/{name}", fps=7.5, settings=settings) as v:
             for part in frames.split(splits):
                 v.write(part)
@@ -1363,7 +1354,7 @@ def test_an_exception_leaves_the_older_video_and_no_rubbish(tmp_path, name):
                 for part in more:                                                   # of two sizes; no frame at all
                     v.write(part)
         assert contents(tmp_path) == before
-    with data.VideoWriter(tmp_path / name, 5) as v:                                 # settings of the older video do not stay
+    with data.VideoWriter(tmp_path / name, 5) as v:                                 # older settings do not stay
         v.write(frames)
     assert (data.read_settings(tmp_path / name) or {}).get("run") is None
 
@@ -1398,25 +1389,23 @@ def grey(levels, size=64):
     return np.broadcast_to(np.asarray(levels, np.uint8)[:, None, None, None], (len(levels), size, size, 3))
 
 
-def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, aspect=None, interlaced=False, sound=None,
-                gop=12, **options):
-    """frames uint8 (T, H, W, 3); times in ms; rotation: degrees, or (degrees, "hflip" or "vflip"); sound: "first" puts an
-    audio stream before the video."""
+def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, mirror=None, aspect=None,
+                interlaced=False, sound=None, **options):
+    """frames uint8 (T, H, W, 3); times in ms; rotation in degrees; mirror: "hflip" or "vflip"; sound: "first", an audio
+    stream before the video."""
     form = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "gif": "rgb8", "ffv1": "yuv444p"}.get(codec, "yuv420p")
     quiet = {"libx264": {"crf": "12"}, "libx265": {"x265-params": "log-level=none"},
              "libvpx-vp9": {"cpu-used": "8", "crf": "10", "b": "0"}}.get(codec, {})
     with av.open(str(path), "w") as c:
         audio = c.add_stream("aac", rate=44100, layout="mono") if sound else None
         s = c.add_stream(codec, rate=rate, options=quiet | options)
-        s.width, s.height, s.pix_fmt, s.codec_context.gop_size = frames.shape[2], frames.shape[1], form, gop
+        s.width, s.height, s.pix_fmt, s.codec_context.gop_size = frames.shape[2], frames.shape[1], form, 12
         if codec.startswith(("mpeg", "mjpeg")):
             s.codec_context.qmin = s.codec_context.qmax = 2
         if times is not None:
             s.codec_context.time_base = Fraction(1, 1000)
-        if isinstance(rotation, tuple):
-            s.set_display_rotation(rotation[0], **{rotation[1]: True})
-        elif rotation:
-            s.set_display_rotation(rotation)
+        if rotation or mirror:
+            s.set_display_rotation(rotation, **{mirror: True} if mirror else {})
         if aspect:
             s.codec_context.sample_aspect_ratio = aspect
         if interlaced:
@@ -1450,6 +1439,12 @@ def same_item(a, b):
     return set(a) == set(b) and all(torch.equal(a[k], b[k]) if k != "name" else a[k] == b[k] for k in a)
 
 
+def readers(dataset, numbers):
+    """Items in that order, from two forked processes."""
+    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=2,
+                                       multiprocessing_context="fork")
+
+
 CODECS = [("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("c.avi", "mpeg4", {"bf": "2"}),
           ("d.avi", "mjpeg", {}), ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}),
           ("g.ts", "mpeg2video", {"bf": "2"}), ("h.mkv", "ffv1", {}), ("i.mkv", "libx265", {}), ("l.gif", "gif", {})]
@@ -1473,7 +1468,7 @@ def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name
 
 
 def test_stride_rate_and_variable_frame_rate_go_by_presentation_time(tmp_path):
-    times = np.cumsum([0] + [20, 25, 75] * 20).tolist()                             # 61 frames, 25 per second on average
+    times = np.cumsum([0] + [20, 25, 75] * 20).tolist()                            # 61 frames, 25 per second on average
     write_video(tmp_path / "v.mkv", grey(np.arange(61) * 4), times=times)
 
     def numbers(item):
@@ -1500,18 +1495,19 @@ def test_the_picture_comes_out_upright_square_and_from_the_right_stream(tmp_path
     def read(path):
         return data.read_clip(path, data.scan(path), [3], (64, 64))[0]
     upright = read(write_video(tmp_path / "0.mp4", x))
-    for turn in (90, 180, 270, (0, "hflip"), (0, "vflip"), (90, "hflip"), (270, "vflip")):             # degrees to the left
-        degrees, mirror = turn if isinstance(turn, tuple) else (turn, None)
-        want = upright.rot90(degrees // 90, (1, 2))
-        want = want.flip({"hflip": 2, "vflip": 1}[mirror]) if mirror else want
-        path = write_video(tmp_path / f"{turn}.mp4", x, rotation=turn)
-        assert torch.allclose(read(path), want, atol=0.15), turn
+    turns = [(90, None), (180, None), (270, None), (0, "hflip"), (0, "vflip"), (90, "hflip"), (270, "vflip")]
+    for degrees, mirror in turns:
+        want = upright.rot90(degrees // 90, (1, 2))                                 # to the left
+        if mirror:
+            want = want.flip(2 if mirror == "hflip" else 1)
+        path = write_video(tmp_path / f"{degrees}{mirror}.mp4", x, rotation=degrees, mirror=mirror)
         for image in (data.read_image(path), data.read_video(path)[0][0]):
-            assert torch.allclose(image.permute(2, 0, 1) / 127.5 - 1, want, atol=0.15), turn
+            assert torch.allclose(image.permute(2, 0, 1) / 127.5 - 1, want, atol=0.15), (degrees, mirror)
+        assert torch.allclose(read(path), want, atol=0.15)
     assert torch.equal(read(write_video(tmp_path / "sound.mp4", x, sound="first")), upright)
 
     bar = np.full((10, 64, 64, 3), 230, np.uint8)
-    bar[:, :, 20:24] = 0                                                            # shown 128 wide; 32 are cropped on each side
+    bar[:, :, 20:24] = 0                                                            # shown 128 wide, the sides cropped
     wide = write_video(tmp_path / "wide.mp4", bar, aspect=Fraction(2))
     assert data.scan(wide)["size"] == [128, 64]
     assert (read(wide).mean((0, 1)) < 0).nonzero().flatten().tolist() == list(range(8, 16))
@@ -1519,9 +1515,10 @@ def test_the_picture_comes_out_upright_square_and_from_the_right_stream(tmp_path
 
     with av.open(str(tmp_path / "cover.mp4"), "w") as c, av.open(str(tmp_path / "0.mp4")) as film:
         cover = c.add_stream("mjpeg", rate=1)
-        cover.width, cover.height, cover.pix_fmt, cover.disposition = 256, 256, "yuvj420p", av.stream.Disposition.attached_pic
+        cover.width, cover.height, cover.pix_fmt = 256, 256, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
         video = c.add_stream_from_template(film.streams.video[0])
-        c.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((256, 256, 3), np.uint8), "rgb24").reformat(format="yuvj420p")))
+        c.mux(cover.encode(av.VideoFrame(256, 256, "yuvj420p")))
         for packet in film.demux(film.streams.video[0]):
             if packet.size:
                 packet.stream = video
@@ -1535,11 +1532,13 @@ def test_clips_lie_between_hard_cuts_and_fast_motion_is_no_cut(tmp_path):
     a, b = scene(0, 30), scene(1, 26)
     flash = a.copy()
     flash[15] = 255
-    for name, frames in {"cut": np.concatenate([a, b]), "flash": flash, "fast": [np.roll(a[0], 9 * k, 1) for k in range(30)],
-                         "threes": [np.roll(a[0], 5 * (k // 3), 1) for k in range(30)]}.items():        # as if drawn
-        write_video(tmp_path / f"{name}.mp4", np.stack(frames))
+    write_video(tmp_path / "cut.mp4", np.concatenate([a, b]))
+    write_video(tmp_path / "flash.mp4", flash)
+    write_video(tmp_path / "fast.mp4", np.stack([np.roll(a[0], 9 * k, 1) for k in range(30)]))
+    write_video(tmp_path / "drawn.mp4", np.stack([np.roll(a[0], 5 * (k // 3), 1) for k in range(30)]))  # in threes
     dataset = open_clips(tmp_path, frames=10)
-    assert {name: e["cuts"] for name, e in dataset.index.items()} == {"cut.mp4": [30], "fast.mp4": [], "flash.mp4": [], "threes.mp4": []}
+    cuts = {name: entry["cuts"] for name, entry in dataset.index.items()}
+    assert cuts == {"cut.mp4": [30], "drawn.mp4": [], "fast.mp4": [], "flash.mp4": []}
     assert dataset.usable["cut.mp4"] == [(0, 21), (30, 17)]
     starts = {start for name, start in (dataset._where(n, 0) for n in range(3000)) if name == "cut.mp4"}
     assert starts == {*range(21), *range(30, 47)}                                   # every start, none across the cut
@@ -1568,26 +1567,26 @@ def mixed(tmp_path):
 
 def test_what_cannot_be_used_is_left_out_counted_and_named(mixed, tmp_path, capsys, monkeypatch):
     dataset = open_clips(mixed, frames=24, skip_static=0.002, log=tmp_path / "data.log")
-    assert dataset.names == ["broken.avi", "broken.mp4", "cut off.ts", "deep/vp9.webm", "good.mp4"] and dataset.clips == 5
-    assert dataset.index["broken.avi"]["frames"] == 47 and dataset.index["broken.avi"]["bad"] == 1
-    assert 46 <= dataset.index["broken.mp4"]["frames"] <= 47 and dataset.index["broken.mp4"]["bad"] >= 1    # a packet, not the file
+    assert dataset.names == ["broken.avi", "broken.mp4", "cut off.ts", "deep/vp9.webm", "good.mp4"]
+    avi, mp4 = dataset.index["broken.avi"], dataset.index["broken.mp4"]             # only a packet of theirs is lost
+    assert avi["frames"] == 47 and avi["bad"] == 1 and 46 <= mp4["frames"] <= 47 and mp4["bad"] >= 1
     assert 26 <= dataset.index["cut off.ts"]["frames"] < 40
     assert dataset.reasons() == {"unreadable": 2, "unstamped": 2, "too short": 1, "static": 1}
     lines = dict(line.split("\t") for line in (tmp_path / "data.log").read_text().splitlines())
     assert set(lines) == {"short.mp4", "still.mp4", "junk.mp4", "empty.mov", "no stamps.avi", "bare.h264"}
     assert "12 frames found" in lines["short.mp4"] and "24 needed" in lines["short.mp4"]
-    assert "ffmpeg -i no stamps.avi -c copy out.mp4" in lines["no stamps.avi"]
+    assert "ffmpeg -i \"no stamps.avi\" -crf 16 out.mp4" in lines["no stamps.avi"]
     for n in range(10):                                                             # all of them can really be read
         assert dataset[n]["video"].shape == (24, 3, 64, 64)
 
-    check = ["data.py", "check", str(mixed), "--frames", "24", "--skip-static", "0.002", "--size", "96x64", "--fps", "30"]
-    monkeypatch.setattr(sys, "argv", check)
+    check = ["data.py", "check", str(mixed), "--frames"]
+    monkeypatch.setattr(sys, "argv", [*check, "24", "--skip-static", "0.002", "--size", "96x64", "--fps", "30"])
     assert data.main() == 0
     out = capsys.readouterr().out
-    for words in ("5 of 11 files", "2 unreadable", "1 too short", "1 static", "short.mp4: too short", "h264 (2)", "vp9 (1)",
-                  " with damaged packets", "5 smaller than 96x64: enlarged"):
+    for words in ("5 of 11 files", "2 unreadable", "1 too short", "1 static", "short.mp4: too short", "h264 (2)",
+                  "vp9 (1)", " with damaged packets", "5 smaller than 96x64: enlarged"):
         assert words in out, out
-    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(mixed), "--frames", "500"])
+    monkeypatch.setattr(sys, "argv", [*check, "500"])
     assert data.main() == 1
     with pytest.raises(data.MediaError, match="7 too short.*nothing is left"):
         open_clips(mixed, frames=500)
@@ -1620,8 +1619,8 @@ def test_lists_name_the_same_files_as_the_folder(mixed, monkeypatch):
     monkeypatch.chdir(mixed.parent)
     assert data.list_files("videos") == data.list_files(mixed)
     names = ["good.mp4", "deep/vp9.webm", str(mixed / "broken.avi")]
-    lists = {"a.txt": "# three\n" + "\n".join(names) + "\n", "b.csv": "\n".join(["id,path", *(f"7,{n}" for n in names)]),
-             "c.csv": "\n".join(f"{n},a caption" for n in names), "d.json": json.dumps([{"path": n, "cap": ["x"]} for n in names])}
+    lists = {"a.txt": "# three\n" + "\n".join(names), "b.csv": "\n".join(["id,path", *(f"7,{n}" for n in names)]),
+             "c.csv": "\n".join(f"{n},a caption" for n in names), "d.json": json.dumps([{"path": n} for n in names])}
     for name, text in lists.items():
         (mixed / name).write_text(text)
         assert open_clips(mixed / name).names == ["broken.avi", "deep/vp9.webm", "good.mp4"]
@@ -1633,8 +1632,9 @@ def test_lists_name_the_same_files_as_the_folder(mixed, monkeypatch):
     (mixed / "odd.json").write_text(json.dumps(["good.mp4", "nu\0l.mp4", "two\nlines.mp4", "no \udcff.mp4"]))
     log = mixed / "data.log"
     assert open_clips(mixed / "odd.json", log=log).names == ["good.mp4"] and len(log.read_text().splitlines()) == 3
-    bad = {"e.json": '[{"cap": 1}]', "f.json": "[", "g.xyz": "", "h.txt": "", "i.json": "7", "j.json": "[7]", "k.json": "[" * 10**5,
-           "l.csv": "path,motion\ngood.mp4,nan", "m.csv": "path,motion\ngood.mp4", "n.csv": f'path\n"{"x" * 200_000}"'}
+    bad = {"e.json": '[{"cap": 1}]', "f.json": "[", "g.xyz": "", "h.txt": "", "i.json": "7", "j.json": "[7]",
+           "k.json": "[" * 10**5, "l.csv": "path,motion\ngood.mp4,nan", "m.csv": "path,motion\ngood.mp4",
+           "n.csv": f'path\n"{"x" * 200_000}"'}
     for name, text in bad.items():
         (mixed / name).write_text(text)
         with pytest.raises(data.MediaError):
@@ -1650,21 +1650,20 @@ def test_items_depend_on_seed_and_number_alone(mixed):
     assert all(v.dtype == torch.float32 for k, v in items[0].items() if k != "name")
     order = [item["name"].split("@")[0] for item in items]
     assert sorted(order[:6]) == sorted(order[6:]) == dataset.names and order[:6] != order[6:]
-    loader = torch.utils.data.DataLoader(dataset, sampler=[11, 3, 0, 7], batch_size=None, num_workers=2, multiprocessing_context="fork")
-    assert all(same_item(a, items[n]) for a, n in zip(loader, [11, 3, 0, 7]))
+    assert all(same_item(a, items[n]) for a, n in zip(readers(dataset, [11, 3, 0, 7]), [11, 3, 0, 7]))
     assert same_item(pickle.loads(pickle.dumps(dataset))[5], items[5])
     assert [open_clips(mixed, seed=1)[n]["name"] for n in range(6)] != [open_clips(mixed)[n]["name"] for n in range(6)]
-    moved = mixed.rename(mixed.with_name("moved"))                                  # names, not places, say what is drawn
+    moved = mixed.rename(mixed.with_name("moved"))                                  # names decide, not places
     assert same_item(open_clips(moved, stride=2, size=(64, 48))[4], items[4])
 
 
 def test_synthetic_clips_are_those_of_the_world():
     clips = open_clips("synthetic", frames=5, size=(64, 48), seed=2)
-    assert all(same_item(clips[n], pickle.loads(pickle.dumps(clips))[n]) for n in range(3))
     video, fps, motion = world.clip(2, 3, 5, 64)
-    assert torch.equal(clips[3]["video"][4], data.fit_image(video[4], 64, 48)) and not torch.equal(clips[3]["video"], clips[4]["video"])
-    assert clips[3]["fps"] == fps and clips[3]["motion"].item() == pytest.approx(motion)
-    assert clips[3]["motion"].dtype == clips[3]["fps"].dtype == torch.float32 and clips[3]["aug_noise"].shape == (3, 48, 64)
+    item = clips[3]
+    assert torch.equal(item["video"][4], data.fit_image(video[4], 64, 48)) and item["aug_noise"].shape == (3, 48, 64)
+    assert item["fps"] == torch.tensor(fps) and item["motion"] == torch.tensor(motion)
+    assert same_item(item, pickle.loads(pickle.dumps(clips))[3]) and not torch.equal(item["video"], clips[4]["video"])
     assert open_clips("synthetic", motion="9")[0]["motion"] == 9
     with pytest.raises(data.MediaError, match="stride"):
         open_clips("synthetic", stride=2)
@@ -1672,19 +1671,17 @@ def test_synthetic_clips_are_those_of_the_world():
 
 def test_videos_that_change_while_they_are_read_cost_a_line_and_another_clip(mixed, tmp_path):
     log = tmp_path / "data.log"
-    first, second = open_clips(mixed, frames=24, log=log), open_clips(mixed, frames=24, log=log)       # of two ranks
+    first, second = (open_clips(mixed, frames=24, log=log) for rank in range(2))
     before, lines = [first[n] for n in range(18)], log.read_text().splitlines()
     os.remove(mixed / "good.mp4")
     write_video(mixed / "broken.mp4", scene(7))                                     # another one
     whole = (mixed / "still.mp4").read_bytes()
     (mixed / "still.mp4").write_bytes(whole[:len(whole) // 2])
     gone = {"good.mp4", "broken.mp4", "still.mp4"}
-    loader = torch.utils.data.DataLoader(first, sampler=range(0, 18, 2), batch_size=None, num_workers=2, multiprocessing_context="fork")
-    after = {2 * i: item for i, item in enumerate(loader)} | {n: second[n] for n in range(1, 18, 2)}
-    for n in range(18):
+    for n, item in enumerate(readers(first, range(18))):
         lost = before[n]["name"].split("@")[0] in gone
-        assert after[n]["name"].split("@")[0] not in gone and lost != same_item(after[n], before[n])
-        assert same_item(after[n], second[n])                                       # whoever asks for it
+        assert item["name"].split("@")[0] not in gone and lost != same_item(item, before[n])
+        assert same_item(item, second[n])                                           # whoever asks for it
     added = log.read_text().splitlines()[len(lines):]
     assert {line.split("\t")[0] for line in added} == gone and len(added) >= 9 and len(set(added)) == len(added)
     for path in list(mixed.rglob("*.*")):
@@ -1697,9 +1694,9 @@ def test_videos_that_change_while_they_are_read_cost_a_line_and_another_clip(mix
 def test_motion_and_its_buckets_are_exvideos():
     x = torch.rand(9, 3, 16, 16) * 2 - 1
     assert data.motion_score(x) == pytest.approx(x.std(0).mean().item(), rel=1e-5) and data.motion_score(x[:1]) == 0
-    published = [t / 1e9 for t in data.EXVIDEO_MOTION]                              # a few as the release's JSON has them
+    published = [t / 1e9 for t in data.EXVIDEO_MOTION]                              # as in the release's JSON:
+    assert [published[i] for i in (0, 1, 40, 90, 127)] == [0, 0.012205946, 0.087700523, 0.198099136, 0.440871328]
     assert len(published) == 128 and published == sorted(published)
-    assert {i: published[i] for i in (1, 40, 90, 127)} == {1: 0.012205946, 40: 0.087700523, 90: 0.198099136, 127: 0.440871328}
     for i, t in enumerate(published):
         assert data.motion_bucket(t) == i and data.motion_bucket(np.nextafter(t, -1)) == max(0, i - 1)
     assert data.motion_bucket(9.0) == 127 and data.motion_bucket(0.2, "64") == 64
@@ -1715,7 +1712,8 @@ def coder(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     exsvd.save_model(str(path), exsvd.UNet(exsvd.UNetConfig((8, 8, 8, 8), (1, 1, 1, 1), 16, 4, 8)),
-                     exsvd.VAE(exsvd.VAEConfig((8, 8, 8, 8), 4)), exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 28, 16, 56)))
+                     exsvd.VAE(exsvd.VAEConfig((8, 8, 8, 8), 4)),
+                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 28, 16, 56)))
     return path
 
 
@@ -1724,11 +1722,11 @@ SETTINGS = {"frames": 6, "size": (64, 64), "stride": 2, "seed": 3}
 
 def test_training_from_disk_sees_what_training_on_the_fly_sees(mixed, tmp_path, coder):
     svd = exsvd.load(str(coder), parts=("vae", "clip"))
-    for name in ("broken.mp4", "cut off.ts", "still.mp4", "broken.avi"):            # what damage looks like depends on the seek
+    for name in ("broken.mp4", "cut off.ts", "still.mp4", "broken.avi"):            # damage looks other after a seek
         os.remove(mixed / name)
     by_rate = SETTINGS | {"fps": 13.0}                                              # the same by time stamps
-    for dtype, bound, settings in ((torch.float32, 0, SETTINGS), (torch.float32, 0, by_rate), (torch.float16, 3e-4, SETTINGS),
-                                   (torch.bfloat16, 3e-3, SETTINGS)):
+    for dtype, bound, settings in ((torch.float32, 0, SETTINGS), (torch.float32, 0, by_rate),
+                                   (torch.float16, 3e-4, SETTINGS), (torch.bfloat16, 3e-3, SETTINGS)):
         video, out = data.open_dataset(mixed, **settings), tmp_path / f"{dtype}{len(settings)}"
         data.encode(str(coder), mixed, out, dtype, **settings)
         latent = data.open_dataset(out, **settings)
@@ -1755,8 +1753,8 @@ def test_training_from_disk_sees_what_training_on_the_fly_sees(mixed, tmp_path, 
 
 def test_encoding_goes_on_where_it_was_stopped(mixed, tmp_path, coder, capsys, monkeypatch):
     def run(out, *more):
-        argv = ["data.py", "encode", "--model", str(coder), "--data", str(mixed), "--out", str(out), "--frames", "6", "--size", "64x64"]
-        monkeypatch.setattr(sys, "argv", [*argv, *more])
+        argv = ["data.py", "encode", "--model", str(coder), "--data", str(mixed), "--out", str(out), *more]
+        monkeypatch.setattr(sys, "argv", [*argv, "--frames", "6", "--size", "64x64"])
         return data.main()
 
     def stopped(tensors, path, metadata):
@@ -1839,32 +1837,33 @@ def test_shared_noise_is_standard_normal_in_every_frame(block, h, w):
     assert abs(between - (-(-h // block) * -(-w // block)) / (h * w)) < 4 / (240 * h * w) ** 0.5
 
 
-def test_guidance_goes_linearly_over_the_frames(monkeypatch):
+def test_guidance_rises_over_the_frames(monkeypatch):
     calls = []
 
     def fake(unet, x, sigma, image_latents, ctx, ids):
-        calls.append((bool(image_latents.abs().sum() > 0), bool(ctx.abs().sum() > 0), ids))
+        calls.append((image_latents.abs().sum() > 0, ctx.abs().sum() > 0, ids))
         return torch.full_like(x, 1.0 if ctx.abs().sum() > 0 else 0.5)
 
     monkeypatch.setattr(exsvd, "denoise", fake)
-    told = torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 8), torch.tensor([[6.0, 127, 0.02]])
-    x, sigma = torch.zeros(1, 5, 4, 2, 2), torch.tensor(1.0)
-    for cfg, interval, passes in (
-            ((1.0, 3.0), None, 2), ((1.0, 1.0), None, 1), ((1.5, 1.0), None, 2), ((0.0, 1.0), None, 2),
-            ((0.0, 0.0), None, 2), ((1.0, 3.0), (0.5, 1.0), 2), ((1.0, 3.0), (1.0, 2.0), 1),
-            ((1.0, 3.0), (0.2, 0.5), 1), ((1.0, 3.0), (0.5, 2.0), 2)):
+    image_latents, ctx, ids = torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 8), torch.tensor([[6.0, 127, 0.02]])
+    run = lambda cfg, interval=None: sample.guided(None, image_latents, ctx, ids, cfg, 5, interval)(torch.zeros(1, 5, 4, 2, 2), torch.tensor(1.0))[0, :, 0, 0, 0]
+    assert torch.allclose(run((1.0, 3.0)), 0.5 + 0.5 * torch.linspace(1, 3, 5))
+    # unconditional: both image inputs zero, the ids as they were
+    assert [tuple(map(bool, c[:2])) for c in calls] == [(True, True), (False, False)] and torch.equal(calls[1][2], ids)
+    calls.clear()
+    run((1.0, 1.0))
+    assert len(calls) == 1, "guidance of 1 must not cost a second pass"
+    calls.clear()
+    run((1.5, 1.0))
+    assert len(calls) == 2
+    for interval, passes in (((0.5, 1.0), 2), ((1.0, 2.0), 1), ((0.2, 0.5), 1), ((0.5, 2.0), 2)):  # sigma is 1
         calls.clear()
-        D = sample.guided(None, *told, cfg, 5, interval)(x, sigma)[0, :, 0, 0, 0]
-        assert torch.allclose(D, 0.5 + 0.5 * torch.linspace(*cfg, 5) if passes == 2 else torch.ones(5)), (cfg, interval)
-        assert len(calls) == passes, "guidance of 1 must not cost a second pass"
-        # unconditional: both image inputs zero, the ids as they were
-        assert [c[:2] for c in calls] == [(True, True), (False, False)][:passes]
-        assert all(torch.equal(c[2], told[2]) for c in calls)
+        D = run((1.0, 3.0), interval)
+        assert len(calls) == passes and torch.allclose(D, 0.5 + 0.5 * torch.linspace(1, 3, 5) if passes == 2 else torch.ones(5))
 
 
 def test_adjust_matches_frames_and_raises_contrast():
-    gain, bias = (torch.linspace(*ends, 6).view(1, -1, 1, 1, 1) for ends in ((0.5, 2), (-1, 1)))
-    z = torch.randn(1, 6, 4, 8, 8) * gain + bias
+    z = torch.randn(1, 6, 4, 8, 8) * torch.linspace(0.5, 2, 6).view(1, -1, 1, 1, 1) + torch.linspace(-1, 1, 6).view(1, -1, 1, 1, 1)
     out = sample.adjust(z, True, 1.2)
     assert torch.allclose(out.mean((2, 3, 4)), z.mean().expand(1, 6) * 1.2, atol=1e-5)
     assert torch.allclose(out.std((2, 3, 4)), z.std().expand(1, 6) * 1.2, rtol=1e-4)
@@ -1872,20 +1871,17 @@ def test_adjust_matches_frames_and_raises_contrast():
 
 
 class Frames:
-    """Stands in for the VAE where only the cutting matters: a frame's pixels are its latents, whatever is decoded with
-    it, but for the outermost frames of what is decoded at once, which are off by `edges`."""
+    """Stands in for the VAE where only the cutting matters: a frame's pixels are its latents, so any cutting gives the same."""
 
-    def __init__(self, fail_at=(), edges=0):
-        self.calls, self.fail_at, self.edges = [], list(fail_at), edges
+    def __init__(self, fail_at=()):
+        self.calls, self.fail_at = [], list(fail_at)
 
     def decode(self, z):
         self.calls.append(z.shape[1])
         if self.fail_at and len(self.calls) == self.fail_at[0]:
             self.fail_at.pop(0)
             raise torch.OutOfMemoryError("injected")
-        frames = z[:, :, :3].clone()
-        frames[:, [0, -1]] += self.edges
-        return frames
+        return z[:, :, :3]
 
 
 @pytest.mark.parametrize("T, chunk", [(1, 8), (7, 8), (8, 8), (9, 8), (40, 8), (41, 16), (25, 1), (25, 3), (128, 14)])
@@ -1894,10 +1890,7 @@ def test_chunks_cover_every_frame_once_in_order(T, chunk):
     before = z.clone()
     pieces = list(sample.decode(vae, z, chunk))
     assert torch.allclose(torch.cat(pieces), z[0, :, :3], atol=1e-4) and torch.equal(z, before)
-    assert max(vae.calls) <= chunk and max(map(len, pieces)) <= chunk  # memory does not grow with the video
-    if chunk >= 6:  # the outermost frames of a chunk saw padding where there are frames: nothing of them is left
-        frames = torch.cat(list(sample.decode(Frames(edges=100), z, chunk)))
-        assert torch.allclose(frames[1:-1], z[0, 1:-1, :3], atol=1e-4)
+    assert max(vae.calls) <= chunk and max(map(len, pieces)) <= chunk  # memory: no more frames at once, however long the video
     assert T < chunk or set(vae.calls) == {chunk}  # never a short last chunk, whose norms would see fewer frames
 
 
@@ -1915,19 +1908,21 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(fail_at, capsys):
 def test_seams_do_not_show(chunk):
     """d_t, the mean change from frame t to t+1, relative to that of the whole decode: at the seams as elsewhere."""
     vae = exsvd.load(os.path.join(HERE, "assets", "toy.safetensors"), parts=("vae",)).vae
-    overlap, ratios = 4, []
-    for number in range(3):
-        z = vae.encode(world.flight(world.picture(9, number), world.scales(60, world.FPS, 48), 64))[None]
+    ratios = []
+    for scene_number in range(3):
+        video = torch.from_numpy(scene(scene_number)).permute(0, 3, 1, 2) / 127.5 - 1
+        z = vae.encode(video)[None]
         whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, chunk))
-        video, seam = torch.cat(pieces), torch.zeros(47, dtype=torch.bool)
+        d = lambda v: (v[1:] - v[:-1]).abs().mean((1, 2, 3))
+        ratio, seam = d(torch.cat(pieces)) / d(whole), torch.zeros(47, dtype=torch.bool)
+        overlap = max(chunk // 4, min(3, chunk // 2))
         for begin in np.cumsum([len(p) for p in pieces])[:-1]:
             seam[begin - 1:begin + overlap] = True  # every change that involves a blended frame
-        ratio = (video[1:] - video[:-1]).abs().mean((1, 2, 3)) / (whole[1:] - whole[:-1]).abs().mean((1, 2, 3))
         ratios.append(ratio[seam].mean() / ratio[~seam].mean())
-        psnr = 10 * torch.log10(4 / (video - whole).square().mean())
-        print(f"chunk {chunk}: seams {ratios[-1]:.4f}, PSNR against the whole decode {psnr:.1f} dB")  # see it with -s
+        psnr = 10 * torch.log10(4 / (torch.cat(pieces) - whole).square().mean())
+        print(f"chunk {chunk}: seams {ratios[-1]:.4f}, PSNR against the whole decode {psnr:.1f} dB")  # pytest -s shows it
         assert psnr > 45
-    assert all(abs(r - 1) <= 0.02 for r in ratios), ratios
+    assert all(abs(r - 1) <= 0.05 for r in ratios), ratios
 
 
 def test_out_of_memory_at_one_frame_is_an_error():
@@ -1949,9 +1944,8 @@ def test_one_chunk_equals_the_whole_decode(tiny_model):
 def tiny_model(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    unet = exsvd.UNet(exsvd.UNetConfig((32, 64, 64, 64), (1, 2, 2, 2), 32, 8, 8))
-    vae, clip = exsvd.VAE(exsvd.VAEConfig((8, 16, 16, 16), 8)), exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 32))
-    exsvd.save_model(path, unet, vae, clip, family="toy")
+    exsvd.save_model(path, exsvd.UNet(exsvd.UNetConfig((32, 64, 64, 64), (1, 2, 2, 2), 32, 8, 8)), exsvd.VAE(exsvd.VAEConfig((8, 16, 16, 16), 8)),
+                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 32)), family="toy")
     return str(path)
 
 
@@ -1961,7 +1955,7 @@ def tiny_extension(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("extension")
     unet = exsvd.extend(exsvd.load(tiny_model, parts=("unet",)).unet, 20)
     exsvd.save_extension(folder / "own.safetensors", unet)
-    save_file(load_file(folder / "own.safetensors"), folder / "release.safetensors")
+    safetensors.torch.save_file(safetensors.torch.load_file(folder / "own.safetensors"), folder / "release.safetensors")
     return str(folder / "own.safetensors"), str(folder / "release.safetensors")
 
 
@@ -1971,114 +1965,89 @@ def picture(tmp_path):
     return str(tmp_path / "picture.png")
 
 
-@pytest.fixture
-def make(tiny_model, picture, tmp_path):
-    """make([images,] flags) -> the path of what sample.py made: from the picture with the tiny model, in one step of
-    64x64 pixels, where the flags don't say otherwise."""
-
-    def make(*flags, name="a.mp4"):
-        flags = [str(flag) for flag in flags]
-        images = []
-        while flags and not flags[0].startswith("--"):
-            images.append(flags.pop(0))
-        if not images and "--decode-only" not in flags:
-            images = [picture]
-        defaults = {"--model": tiny_model, "--steps": "1", "--size": "64x64", "--out": str(tmp_path / name)}
-        rest = [word for flag, value in defaults.items() if flag not in flags for word in (flag, value)]
-        sample.main([*images, *flags, *rest])
-        return tmp_path / name
-
-    return make
+def run(*args, size="64x64"):
+    """sample.py; of 64x64 pixels, which saves time, where nothing else is said."""
+    own = size is None or "--size" in args or "--decode-only" in args
+    sample.main([str(a) for a in args] + ([] if own else ["--size", size]))
 
 
-def test_video_from_an_image(make, capsys):
-    out = make("--steps", 2)
+def test_video_from_an_image(tiny_model, picture, tmp_path, capsys):
+    out = tmp_path / "a.mp4"
+    run(picture, "--model", tiny_model, "--steps", 2, "--out", out)
     video, fps = data.read_video(out)
     assert video.shape == (8, 64, 64, 3) and fps == 8
     settings = data.read_settings(out)
-    assert [settings[key] for key in ("frames", "steps", "seed")] == [8, 2, 0]
-    assert not any("/" in str(value) for value in settings.values()), "a path, which says where somebody works"
-    text = capsys.readouterr().out
-    assert "s per step" in text and "at the peak" in text
+    assert settings["frames"] == 8 and settings["steps"] == 2 and settings["seed"] == 0 and not any("/" in str(v) for v in settings.values())
+    assert "s per step" in (text := capsys.readouterr().out) and "at the peak" in text
 
 
-def test_same_seed_same_bytes_other_seed_other_video(make):
-    a, b, c = (make("--seed", seed, name=f"{n}.mp4").read_bytes() for n, seed in enumerate((1, 1, 2)))
+def test_same_seed_same_bytes_other_seed_other_video(tiny_model, picture, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(picture, "--model", tiny_model, "--steps", 1, "--seed", seed, "--out", tmp_path / f"{name}.mp4")
+    a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
     assert a == b != c
 
 
 @pytest.mark.parametrize("sampler", [["euler"], ["heun"], ["ddim", "--eta", "1"]])
-def test_pipeline_reproduces_known_latents(make, tiny_model, tiny_extension, monkeypatch, sampler):
+def test_pipeline_reproduces_known_latents(tiny_model, tiny_extension, picture, tmp_path, monkeypatch, sampler):
     z = torch.randn(1, 20, 4, 8, 8)
     monkeypatch.setattr(sample, "guided", lambda *_: lambda x, sigma: z)  # an oracle
-    flags = ["--extension", tiny_extension[0], "--steps", 3, "--decode-chunk", 20, "--sampler", *sampler]
-    out = make(*flags, name="frames")
+    run(picture, "--model", tiny_model, "--extension", tiny_extension[0], "--steps", 3, "--sampler", *sampler, "--decode-chunk", 20, "--out", tmp_path / "frames")
+    video, _ = data.read_video(tmp_path / "frames")
     vae = exsvd.load(tiny_model, parts=("vae",)).vae
     with torch.no_grad():
         expected = sample.to_pixels(vae.decode(z / exsvd.VAE_SCALE)[0])
-    assert (data.read_video(out)[0].int() - expected.int()).abs().max() <= 1
+    assert (video.int() - expected.int()).abs().max() <= 1
 
 
-def test_offload_has_one_stage_on_the_device_and_changes_nothing(make, monkeypatch):
+def test_offload_has_one_stage_on_the_device_and_changes_nothing(tiny_model, picture, tmp_path, monkeypatch):
     moves, to = [], torch.nn.Module.to
-
-    def spy(self, where):
-        moves.append((type(self).__name__, str(where)))
-        return to(self, where)
-
-    monkeypatch.setattr(torch.nn.Module, "to", spy)
-    assert make(name="plain.mp4").read_bytes() == make("--offload", name="offload.mp4").read_bytes()
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append((type(self).__name__, str(where))) or to(self, where))
+    for name, flags in (("plain", []), ("offload", ["--offload"])):
+        run(picture, "--model", tiny_model, "--steps", 1, "--out", tmp_path / f"{name}.mp4", *flags)
+    assert (tmp_path / "plain.mp4").read_bytes() == (tmp_path / "offload.mp4").read_bytes()
     out_and_back = [(n, "cpu") for stage in (["ImageEncoder", "VAE"], ["UNet"], ["VAE"]) for n in stage * 2]
     assert moves == out_and_back * 2
 
     moves.clear()
+    net = torch.nn.Linear(2, 2)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append(str(where)))
-    with sample.on_device(torch.device("meta"), torch.nn.Linear(2, 2)):
+    with sample.on(torch.device("meta"), net):
         assert moves == ["meta"]
     assert moves == ["meta", "cpu"], "home is where it was"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_offload_really_moves(make, tiny_model):
+def test_offload_really_moves(tiny_model, picture, tmp_path):
     svd = exsvd.load(tiny_model)
-    with torch.inference_mode(), sample.on_device(torch.device("cuda"), svd.unet):
+    with torch.inference_mode(), sample.on(torch.device("cuda"), svd.unet):
         assert svd.unet.conv_out.weight.is_cuda
     assert not svd.unet.conv_out.weight.is_cuda and not svd.unet.conv_out.weight.is_inference()
-    make("--offload", "--device", "cuda")
+    run(picture, "--model", tiny_model, "--steps", 1, "--offload", "--device", "cuda", "--out", tmp_path / "a.mp4")
 
 
-def test_guidance_in_an_interval_of_noise_levels(make, monkeypatch):
+def test_guidance_in_an_interval_of_noise_levels(tiny_model, picture, tmp_path, monkeypatch):
     calls, denoise = [], exsvd.denoise
-
-    def spy(unet, x, sigma, *rest):
-        calls.append(sigma.item())
-        return denoise(unet, x, sigma, *rest)
-
-    monkeypatch.setattr(exsvd, "denoise", spy)
-    out = make("--steps", 6, "--cfg", 2, 2, "--cfg-interval", 0.1, 10)
+    monkeypatch.setattr(exsvd, "denoise", lambda unet, x, sigma, *rest: calls.append(sigma.item()) or denoise(unet, x, sigma, *rest))
+    run(picture, "--model", tiny_model, "--steps", 6, "--cfg", 2, 2, "--cfg-interval", 0.1, 10, "--out", tmp_path / "a.mp4")
     sigmas = exsvd.karras_sigmas(6)[:-1].tolist()
     assert sorted(calls) == sorted(sigmas + [s for s in sigmas if 0.1 < s <= 10]) and 6 < len(calls) < 12
-    assert data.read_settings(out)["cfg_interval"] == [0.1, 10]
+    assert data.read_settings(tmp_path / "a.mp4")["cfg_interval"] == [0.1, 10]
 
 
-def test_fresh_noise_where_no_sampler_is_named(make):
-    """The toy's sampler is ddim with eta 1; a sampler that is named adds none, unless --eta says so."""
-    for flags, sampler, eta in (([], "ddim", 1.0), (["--eta", 0.5], "ddim", 0.5), (["--sampler", "heun"], "heun", 0.0),
-                                (["--sampler", "euler", "--eta", 0.5], "euler", 0.5)):
-        settings = data.read_settings(make(*flags, "--frames", 2))
-        assert (settings["sampler"], settings["eta"]) == (sampler, eta), flags
+def test_only_the_published_extension_is_adjusted(tiny_model, tiny_extension, picture, tmp_path):
+    for path, match, contrast in ((None, False, 1.0), (tiny_extension[0], False, 1.0), (tiny_extension[1], True, 1.2)):
+        run(picture, "--model", tiny_model, *(["--extension", path] if path else []), "--frames", 4, "--steps", 1, "--out", tmp_path / "a.mp4")
+        settings = data.read_settings(tmp_path / "a.mp4")
+        assert (settings["match_stats"], settings["contrast"]) == (match, contrast)
+    run(picture, "--model", tiny_model, "--extension", tiny_extension[1], "--frames", 4, "--steps", 1, "--no-match-stats", "--contrast", 1.1, "--out", tmp_path / "a.mp4")
+    settings = data.read_settings(tmp_path / "a.mp4")
+    assert (settings["match_stats"], settings["contrast"]) == (False, 1.1)
 
 
-def test_only_the_published_extension_is_adjusted(make, tiny_extension):
-    own, release = (["--extension", path] for path in tiny_extension)
-    for flags, expected in (([], (False, 1.0)), (own, (False, 1.0)), (release, (True, 1.2)),
-                            ([*release, "--no-match-stats", "--contrast", 1.1], (False, 1.1))):
-        settings = data.read_settings(make(*flags, "--frames", 4))
-        assert (settings["match_stats"], settings["contrast"]) == expected, flags
-
-
-def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
-    whole = make(name="whole.mp4")
+def test_latents_survive_a_failing_decoder(tiny_model, picture, tmp_path, monkeypatch):
+    whole = tmp_path / "whole.mp4"
+    run(picture, "--model", tiny_model, "--steps", 1, "--out", whole)
 
     def fail(*_):
         raise RuntimeError("decoder broke")
@@ -2086,58 +2055,71 @@ def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(exsvd.VAE, "decode", fail)
         with pytest.raises(RuntimeError):
-            make(name="lost.mp4")
+            run(picture, "--model", tiny_model, "--steps", 1, "--out", tmp_path / "lost.mp4")
     assert not (tmp_path / "lost.mp4").exists()
-    again = make("--decode-only", tmp_path / "lost.latents.safetensors", name="lost.mp4")
-    assert again.read_bytes() == whole.read_bytes()
+    run("--decode-only", tmp_path / "lost.latents.safetensors", "--model", tiny_model, "--out", tmp_path / "lost.mp4")
+    assert (tmp_path / "lost.mp4").read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("latents, settings, words", [
-    (torch.zeros(1, 2, 4, 8, 8), {}, "no latents saved by sample.py"),
-    (torch.zeros(1, 2, 4, 8, 8), [1], "no latents saved by sample.py"),
-    (torch.zeros(2, 4, 8, 8), {"frames": 2, "width": 64, "height": 64}, "no latents saved by sample.py"),
-    (torch.full((1, 2, 4, 8, 8), torch.nan), {"family": "toy", "frames": 2, "width": 64, "height": 64}, "not finite"),
-    (torch.zeros(1, 2, 4, 8, 8), {"family": "SVD", "frames": 2, "width": 64, "height": 64}, "give the same --model"),
-])
-def test_latents_that_cannot_be_decoded(make, tmp_path, latents, settings, words):
+@pytest.mark.parametrize("latents, settings", [(torch.zeros(1, 2, 4, 8, 8), {}), (torch.zeros(1, 2, 4, 8, 8), [1]),
+                                               (torch.zeros(2, 4, 8, 8), {"frames": 2, "width": 64, "height": 64})])
+def test_latents_of_others_are_refused(tiny_model, tmp_path, latents, settings):
     exsvd.save(tmp_path / "a.safetensors", {"latents": latents}, {"settings": settings})
-    with pytest.raises(exsvd.WeightsError, match=words):
-        make("--decode-only", tmp_path / "a.safetensors")
+    with pytest.raises(exsvd.WeightsError, match="no latents saved by sample.py"):
+        run("--decode-only", tmp_path / "a.safetensors", "--model", tiny_model, "--out", tmp_path / "a.mp4")
+
+
+def test_latents_that_are_not_finite_are_refused(tiny_model, tmp_path):
+    s = dict(family="toy", frames=2, width=64, height=64, fps=8, decode_chunk=2, match_stats=False, contrast=1.0, dtype="float32")
+    exsvd.save(tmp_path / "a.safetensors", {"latents": torch.full((1, 2, 4, 8, 8), torch.nan)}, {"settings": s})
+    with pytest.raises(exsvd.WeightsError, match="not finite"):
+        run("--decode-only", tmp_path / "a.safetensors", "--model", tiny_model, "--out", tmp_path / "a.mp4")
 
 
 def test_every_output_has_latents_of_its_own():
     outs = ["a/b.1.mp4", "a/b.2.mp4", "b.1/", "b.2/", "b"]
-    assert len({sample.latents_path(out) for out in outs}) == len(outs)
-    assert sample.latents_path("a/b.mp4") == "a/b.latents.safetensors"
+    assert len({sample.latents_path(out) for out in outs}) == len(outs) and sample.latents_path("a/b.mp4") == "a/b.latents.safetensors"
 
 
-@pytest.mark.parametrize("name", ["a.webm", "a.gif", "frames"])
-def test_other_containers(make, name):
-    out = make("--frames", 3, name=name)
-    assert data.read_video(out)[0].shape == (3, 64, 64, 3) and data.read_settings(out)["frames"] == 3
+@pytest.mark.parametrize("out", ["a.webm", "a.gif", "frames"])
+def test_other_containers(tiny_model, picture, tmp_path, out):
+    run(picture, "--model", tiny_model, "--frames", 3, "--steps", 1, "--out", tmp_path / out)
+    assert data.read_video(tmp_path / out)[0].shape == (3, 64, 64, 3) and data.read_settings(tmp_path / out)["frames"] == 3
+
+
+def flown(picture, frames, speed):
+    """Picture (3,H,W) -> (frames,3,H,W): a camera that flies into its middle, at that speed (of the distance, per frame)."""
+    x = picture.expand(frames, -1, -1, -1)
+    window = torch.exp(-speed * torch.arange(frames)).view(-1, 1, 1) * torch.eye(2, 3)
+    return F.grid_sample(x, F.affine_grid(window, x.shape, align_corners=False), padding_mode="border", align_corners=False)
+
+
+def psnr_of_frames(a, b):
+    """Of (T,3,H,W) in [-1,1], without detail finer than four pixels, in dB: (T,)."""
+    return 10 * torch.log10(4 / F.avg_pool2d(a - b, 4).square().mean((1, 2, 3)))
 
 
 def test_the_toy_that_ships(tmp_path):
-    assets = [os.path.join(HERE, "assets", name) for name in ("toy.safetensors", "toy-exvideo.safetensors", "img.png")]
-    toy, tuned, image = assets
-    assert os.path.getsize(toy) + os.path.getsize(tuned) < 24e6
-    sample.main([image, "--model", toy, "--extension", tuned, "--out", str(tmp_path / "frames")])
-    frames, fps = data.read_video(tmp_path / "frames")
-    picture = data.fit_image(data.read_image(image), world.PICTURE, world.PICTURE)
-    m = measure.measure(frames.permute(0, 3, 1, 2) / 127.5 - 1, picture, sample.DEFAULTS["toy"]["motion"], fps)
-    assert len(frames) == 40 and 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.1 and m["back"] < 0.05, measure.show(m)
-    assert 0.8 < m["flicker"] < 1.5 and min(m["psnr"]) > 18, measure.show(m)
+    toy, tuned, image = (os.path.join(HERE, "assets", name) for name in ("toy.safetensors", "toy-exvideo.safetensors", "img.png"))
+    assert os.path.getsize(toy) + os.path.getsize(tuned) < 20e6
+    run(image, "--model", toy, "--extension", tuned, "--out", tmp_path / "frames", size=None)
+    video = data.read_video(tmp_path / "frames")[0].permute(0, 3, 1, 2) / 127.5 - 1
+    picture = data.fit_image(data.read_image(image), *video.shape[:1:-1])
+    flight = flown(picture, 40, 0.032 / 8)
+    true, still = psnr_of_frames(video, flight), psnr_of_frames(video, picture)
+    assert len(video) == 40 and (true >= 18).all(), "a frame that does not look like the picture"
+    assert (true > still)[10:].all()
+    changes = [(v[1:] - v[:-1]).abs().mean((1, 2, 3)) for v in (video, flight)]
+    ratio = changes[0] / changes[1]
+    assert ratio.min() > 1 / 3 and 0.8 < ratio.mean() < 1.25, f"frames stand still, or tremble: {ratio}"
+    arrived = [psnr_of_frames(flight, frame).argmax().item() for frame in video[[0, 10, 20, 30, 39]]]
+    assert arrived == sorted(set(arrived)) and arrived[-1] > 20, f"a camera that stands, or flies less than half as fast: {arrived}"
 
 
 def test_default_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "HERE", str(tmp_path))
-
-    def chosen(model=None, extension=None):
-        paths = sample.default_model(argparse.Namespace(model=model, extension=extension))
-        return tuple(path and os.path.relpath(path, tmp_path) for path in paths)
-
-    assert chosen() == ("assets/toy.safetensors", "assets/toy-exvideo.safetensors")
-    assert "using the toy model" in capsys.readouterr().err
+    chosen = lambda **given: tuple(p and os.path.relpath(p, tmp_path) for p in sample.default_model(argparse.Namespace(**{"model": None, "extension": None} | given)))
+    assert chosen() == ("assets/toy.safetensors", "assets/toy-exvideo.safetensors") and "using the toy model" in capsys.readouterr().err
     assert chosen(model=tmp_path / "m") == ("m", None)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/svd_xt.safetensors").touch()
@@ -2147,78 +2129,39 @@ def test_default_model(tmp_path, monkeypatch, capsys):
     assert chosen(extension=tmp_path / "e") == ("weights/svd_xt.safetensors", "e") and not capsys.readouterr().err
 
 
-def test_a_bad_image_does_not_stop_the_others(make, picture, tmp_path, monkeypatch, capsys):
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+def test_several_images_and_sizes(tiny_model, picture, tmp_path):
     data.write_png(tmp_path / "second.png", world.clip(0, 1, 1, 64)[0][0])
-    loads, load = [], exsvd.load
-
-    def spy(*args, **kw):
-        loads.append(args)
-        return load(*args, **kw)
-
-    monkeypatch.setattr(exsvd, "load", spy)
-    images = [picture, tmp_path / "bad.png", tmp_path / "second.png"]
-    with pytest.raises(data.MediaError, match="1 of 3 images"):
-        make(*images, "--frames", 2, "--size", "128x64", name="{name}.mp4")
-    assert f"sample.py: {tmp_path / 'bad.png'}: " in capsys.readouterr().err and len(loads) == 1
+    run(picture, tmp_path / "second.png", "--model", tiny_model, "--frames", 2, "--steps", 1, "--size", "128x64", "--out", tmp_path / "{name}.mp4")
     for name in ("picture", "second"):
         assert data.read_video(tmp_path / f"{name}.mp4")[0].shape == (2, 64, 128, 3)
 
 
-def test_more_frames_than_the_model_knows(make, tiny_extension, capsys):
-    make("--frames", 9)
+def test_more_frames_than_the_model_knows(tiny_model, tiny_extension, picture, tmp_path, capsys):
+    run(picture, "--model", tiny_model, "--frames", 9, "--steps", 1, "--out", tmp_path / "a.mp4")
     assert "warning: --frames 9" in capsys.readouterr().err
-    make("--frames", 9, "--native", 9)
+    run(picture, "--model", tiny_model, "--frames", 9, "--steps", 1, "--native", 9, "--out", tmp_path / "a.mp4")
     assert "warning" not in capsys.readouterr().err
     with pytest.raises(exsvd.WeightsError, match="made for 20"):
-        make("--extension", tiny_extension[0], "--frames", 21)
+        run(picture, "--model", tiny_model, "--extension", tiny_extension[0], "--frames", 21, "--out", tmp_path / "b.mp4")
 
 
 @pytest.mark.parametrize("args, words", [
-    ("{picture} --size 100x64", "multiples of 64"),
-    ("{picture} --size big", "WIDTHxHEIGHT"),
-    ("{picture} --size 64x64x64", "WIDTHxHEIGHT"),
-    ("{picture} --sampler heun --eta 0.5", "--sampler ddim"),
-    ("{picture} --eta 2", "at most 1"),
-    ("{picture} --frames 0", "at least 1"),
-    ("{picture} --frames 1.5", "a whole number"),
-    ("{picture} --fps nan", "at least 1"),
-    ("{picture} --cfg nan 1", "at least 0"),
-    ("{picture} --seed " + "9" * 30, "below"),
-    ("{picture} --cfg-interval 2 1", "LOW must be below"),
-    ("{picture} --device nonsense", "--device nonsense"),
-    ("{picture} --device meta", "--device meta"),
-    ("", "at least one image"),
-    ("{picture} {picture}", "same file"),
-    ("{picture} --out a.xyz", ".mp4"),
-    ("{picture} --out {picture}/a.mp4", "cannot be written to"),
-    ("missing.png", "missing.png"),
-    ("{picture} --model missing.safetensors", "no such weight file"),
-    ("{picture} --model {picture}", "not a complete safetensors file"),
-    ("{picture} --extension {model}", "not an extension"),
-    ("--decode-only {model}", "no latents"),
+    (["{picture}", "--size", "100x64"], "multiples of 64"), (["{picture}", "--size", "big"], "WIDTHxHEIGHT"), (["{picture}", "--eta", "0.5"], "--sampler ddim"),
+    (["{picture}", "--frames", "0"], "at least 1"), (["{picture}", "--device", "nonsense"], "--device nonsense"), (["{picture}", "--device", "meta"], "--device meta"), ([], "at least one image"),
+    (["{picture}", "{picture}"], "same file"), (["{picture}", "--out", "a.xyz"], ".mp4"), (["missing.png"], "missing.png"),
+    (["{picture}", "--model", "missing.safetensors"], "no such weight file"), (["{picture}", "--model", "{picture}"], "not a complete safetensors file"),
+    (["{picture}", "--extension", "{model}"], "not an extension"), (["--decode-only", "{model}"], "no latents"), (["{picture}", "--fps", "nan"], "at least"),
+    (["{picture}", "--cfg", "nan", "1"], "at least 0"), (["{picture}", "--seed", "9" * 30], "below"), (["{picture}", "--cfg-interval", "2", "1"], "LOW must be below"), (["{picture}", "--size", "64x64x64"], "WIDTHxHEIGHT"),
+    (["{picture}", "--out", "{picture}/a.mp4"], "cannot be written to"),
 ])
-def test_bad_input_is_one_line_and_a_failure(args, words, tiny_model, picture, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    args = args.format(picture=picture, model=tiny_model).split()
+def test_bad_input_is_one_line_and_a_failure(args, words, tiny_model, picture, tmp_path):
+    args = [a.format(picture=picture, model=tiny_model) for a in args]
     if "--model" not in args:
         args += ["--model", tiny_model]
-    with pytest.raises(SystemExit) as exit:
-        sample.command(args)
-    last = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err
-    assert exit.value.code not in (0, None) and words in last.strip().splitlines()[-1]
+    p = subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), *args], cwd=tmp_path, capture_output=True, text=True)
+    last = p.stderr.strip().splitlines()[-1]
+    assert p.returncode not in (0, None) and words in last and "Traceback" not in p.stderr, p.stderr
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("out/*"))
-
-
-def test_the_script_runs_where_deepspeed_is_not_installed(tiny_model, picture, tmp_path):
-    code = "import runpy, sys; sys.modules['deepspeed'] = None; runpy.run_path('sample.py', run_name='__main__')"
-    for name, returncode in (("a.mp4", 0), ("a.xyz", 1)):
-        flags = ["--model", tiny_model, "--frames", "2", "--steps", "1", "--size", "64x64"]
-        command = [sys.executable, "-c", code, picture, *flags, "--out", str(tmp_path / name)]
-        p = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-        assert p.returncode == returncode and "Traceback" not in p.stderr, p.stderr
-        assert p.stderr.startswith("sample.py: ") == (returncode == 1)
-    assert data.read_video(tmp_path / "a.mp4")[0].shape == (2, 64, 64, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
