@@ -41,6 +41,7 @@ VAE = exsvd.VAEConfig(channels=(24, 48, 96, 96), groups=2)  # few groups: normal
 CLIP = exsvd.CLIPConfig(width=64, layers=2, heads=4, patch=28, out_dim=64)
 CROP = 64                    # pixels of what the VAE sees, half a frame of the toy
 LATENT_NOISE = 0.1           # standard deviation added to latents in VAE training: errors this small will not show
+COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
 HELD_OUT = 1                 # seed of pictures that nothing is trained on
 
 
@@ -90,12 +91,20 @@ def crops(pictures, n, frames):
 
 
 def reconstruction_loss(a, b):
-    """L1 and L2 on images and on their 2, 4 and 8 times smaller versions: colours of areas first, edges later. Scalar."""
+    """L1 and L2 on images (n,3,H,W) and on their 2, 4 and 8 times smaller versions: colours of areas, then edges. Scalar."""
     loss = 0
     for _ in range(4):
         loss = loss + (a - b).abs().mean() + 2 * (a - b).square().mean()
         a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
     return loss
+
+
+def colour_loss(z, x):
+    """Of latents (n,4,h,w) whose first three are not the mean colours of their 8x8 pixels of images x (n,3,8h,8w). Scalar.
+
+    Pictures are mostly brightness. Without this at the start two of the four latents went to edges, and an axis of colour
+    was lost for good."""
+    return (z[:, :3] - 2 * F.avg_pool2d(x, 8)).square().mean()
 
 
 @torch.no_grad()
@@ -196,14 +205,15 @@ def train_vae(args):
             y = vae.decode(z + noise * torch.randn_like(z)).float()
         loss = reconstruction_loss(y.flatten(0, 1), x.flatten(0, 1))
         if phase == 0:
-            loss = loss + 1e-3 * z.square().mean()
+            hint = max(0, 1 - step / COLOUR_STEPS)
+            loss = loss + 1e-3 * z.square().mean() + hint * colour_loss(z.flatten(0, 1), x.flatten(0, 1))
         opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in opt.param_groups for p in group["params"]], 1.0)
         opt.step()
         step += 1
         average += (loss.item() - average) / min(step - first, 200)
-        if step % 500 == 0 or step == sum(args.steps):
+        if step % 250 == 0 or step == sum(args.steps):
             line = dict(step=step, loss=round(average, 4), psnr=round(vae_psnr(vae, held_out), 2), seconds=round(time.time() - start))
             print(json.dumps(line), flush=True)
             with open(os.path.join(args.out, "vae.log"), "a") as f:

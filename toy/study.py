@@ -1,0 +1,339 @@
+"""Does ExVideo work? Asked in the toy's world, where the future of a first picture is known.
+
+    python toy/study.py             # HOURS on two cores -> runs/study/{tables.md,figure.png,strip.png}; needs matplotlib
+    python toy/study.py --quick     # MINUTES: one seed, few steps, shows that it runs and little more
+
+    1. Rows       what is compared: untuned and post-tuned extensions, a model from scratch, the alternatives, ablations
+    2. Training   train.py, as anybody would call it, from assets/toy.safetensors
+    3. Samples    40 frames of each picture, and how they compare with the true flight
+    4. Report     tables, the figure, a strip of frames
+
+The same command goes on where it stopped: what is there already is kept. The base knows 8 frames; all is judged on 40, of
+pictures that nothing was trained on: synthetic ones, assets/img.png and the photographs in toy/photographs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+
+import torch
+import torch.nn.functional as F
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import data
+import exsvd
+import sample
+from toy import measure, pretrain, world
+
+BASE = os.path.join(ROOT, "assets", "toy.safetensors")
+T, SIZE, SHORT = 40, 128, world.SHORT
+MOTION = sample.DEFAULTS["toy"]["motion"]
+SIGMAS = (0.2, 1.0, 5.0, 25.0)      # noise levels at which losses are compared
+OVERLAP = 3                         # frames that chained windows share, in the variant that overlaps
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Rows
+
+TABLES = {"fold": exsvd.fold_positions(SHORT, T), "stretch": torch.linspace(0, SHORT - 1, T), "sinusoid": range(T), "random": None}
+ABLATIONS = {                       # what train.py is told beside the common settings
+    "no identity convolution": ["--train", r"\.attn\.temporal\.(?!frame_conv)"],
+    "positions only": ["--train", r"frame_(table|embed)"],
+    "everything": ["--train", "^unet"],
+    "no EMA": ["--ema", "0"],
+    "half of the passes on 8 frames": ["--short-clips", "0.5"],
+    "shared noise": ["--share-noise", "8"],
+}
+ALTERNATIVES = ("chained windows", "chained, overlapping", "interpolated", "interpolated from 1.6 fps")
+
+
+def slug(name):
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def runs(a):
+    """{name of a training run: (starting table, seed, train.py's extra arguments)}; the first ones are the paper's way."""
+    found = {f"fold, seed {seed}": ("fold", seed, []) for seed in range(a.seeds)}
+    found |= {f"{table} table": (table, 0, []) for table in TABLES if table != "fold"}
+    return found | {name: ("fold", 0, extra) for name, extra in ABLATIONS.items()}
+
+
+def rows(a):
+    """{row: (model, extension, native length)}, None for the alternatives, which are made by the base."""
+    out = lambda *parts: os.path.join(a.out, *parts)
+    found = {"base, asked for 40 frames": (BASE, None)}
+    found |= {f"untuned: {table}": (BASE, out("start", f"{table}-0.safetensors")) for table in TABLES}
+    for name in runs(a):
+        quarters = (1, 2, 4) if name.startswith("fold") else (4,)
+        for k in quarters:
+            step = a.steps * k // 4
+            label = f"post-tuned: {name}" + ("" if k == 4 else f", {25 * k} %")
+            if name == "everything":
+                found[label] = (out("runs", slug(name), f"model-{step:06d}.safetensors"), None)
+            else:
+                found[label] = (BASE, out("runs", slug(name), f"exvideo-{step:06d}.safetensors"))
+    found[f"from scratch, {5 * a.steps} steps"] = (out("runs", "scratch", f"model-{5 * a.steps:06d}.safetensors"), None)
+    return found | dict.fromkeys(ALTERNATIVES)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Training
+
+
+def start(a, table, seed):
+    """The untuned extension whose frame tables begin as said; its path."""
+    path = os.path.join(a.out, "start", f"{table}-{seed}.safetensors")
+    if not os.path.exists(path):
+        torch.manual_seed(seed)
+        unet = exsvd.extend(exsvd.load(BASE, parts=("unet",)).unet, T)
+        for block in unet.temporal_blocks():
+            C = block.frame_table.shape[1]
+            if table == "random":                                                 # sinusoids have a mean square of 1/2
+                block.frame_table.data = torch.randn(T, C) * 0.5**0.5
+            else:
+                block.frame_table.data = exsvd.sinusoid(torch.as_tensor(list(TABLES[table])), C)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        exsvd.save_extension(path, unet)
+    return path
+
+
+def scratch(a):
+    """A model for 40 frames that has learned nothing, with the toy's VAE and CLIP; its path."""
+    path = os.path.join(a.out, "start", "scratch.safetensors")
+    if not os.path.exists(path):
+        torch.manual_seed(0)
+        svd = exsvd.load(BASE)
+        unet = pretrain.init(exsvd.UNet(exsvd.replace(svd.unet.config, native_frames=T)))
+        exsvd.save_model(path, unet, svd.vae, svd.clip, dtype=torch.float16, family="toy")
+    return path
+
+
+def train(a, name, *arguments):
+    """One run of train.py, resumed where it stopped; nothing happens if it has ended."""
+    out = os.path.join(a.out, "runs", slug(name))
+    os.makedirs(out, exist_ok=True)
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "--out", out, "--data", "synthetic", "--batch", str(a.batch),
+               "--workers", "1", "--sample-every", "0", "--drop", "0", "--warmup", "10", "--lr", str(a.lr), *arguments]
+    with open(os.path.join(out, "output.txt"), "a") as log:
+        subprocess.run(command, stdout=log, stderr=log, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def train_all(a, pool):
+    jobs = []
+    quarter = ["--save-every", str(max(1, a.steps // 4)), "--keep", "4"]
+    for name, (table, seed, extra) in runs(a).items():
+        ema = [] if "--ema" in extra else ["--ema", "0.98"]
+        jobs.append(pool.submit(train, a, name, "--model", BASE, "--extension", start(a, table, seed), "--frames", str(T),
+                                "--steps", str(a.steps), "--seed", str(seed), *quarter, *ema, *extra))
+    jobs.append(pool.submit(train, a, "scratch", "--model", scratch(a), "--train", "^unet", "--frames", str(T), "--steps",
+                            str(5 * a.steps), "--save-every", str(a.steps), "--ema", "0.98"))
+    for job in jobs:
+        job.result()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Samples
+
+
+def pictures(a):
+    """{name: (3,256,256) in [-1,1]}, none of them trained on."""
+    files = sorted(glob(os.path.join(ROOT, "toy", "photographs", "*.jpg"))) + [os.path.join(ROOT, "assets", "img.png")]
+    found = {os.path.basename(f): data.fit_image(data.read_image(f), world.PICTURE, world.PICTURE) for f in files[-a.pictures:]}
+    return found | {f"synthetic {i}": world.picture(pretrain.HELD_OUT, i) for i in range(a.pictures)}
+
+
+@torch.inference_mode()
+def generate(svd, first, frames, fps=world.FPS, known=None):
+    """What a model makes of a first frame (3,S,S): unscaled latents (1,frames,4,h,w). known: latents that the first frames
+    are held to, noised anew at every step."""
+    s, generator = sample.DEFAULTS["toy"], torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(1, frames, 4, SIZE // 8, SIZE // 8, generator=generator)
+    noise = lambda: sample.shared_noise(draw(), s["share_noise"]) if s["share_noise"] else draw()
+    cond, ctx = sample.condition(svd, first, s["aug"], torch.randn(first[None].shape, generator=generator), torch.device("cpu"))
+    ids = torch.tensor([[fps - 1, MOTION, s["aug"]]])
+
+    def denoise(x, sigma):
+        if known is not None:
+            held = known * exsvd.VAE_SCALE + sigma * draw()[:, :known.shape[1]]
+            x = torch.cat([held, x[:, known.shape[1]:]], dim=1)
+        return exsvd.denoise(svd.unet, x, sigma.expand(1), cond, ctx, ids)
+
+    sigmas = exsvd.karras_sigmas(s["steps"])
+    x = noise() * (sigmas[0]**2 + 1).sqrt()
+    return sample.SAMPLERS[s["sampler"]](denoise, x, sigmas, s["eta"], noise) / exsvd.VAE_SCALE
+
+
+@torch.inference_mode()
+def decode(svd, latents):
+    """Unscaled latents (1,T,4,h,w) -> (T,3,S,S) in [-1,1]"""
+    return torch.cat(list(sample.decode(svd.vae, latents, sample.DEFAULTS["toy"]["decode_chunk"]))).clamp(-1, 1)
+
+
+def imitate(svd, how, first):
+    """40 frames by a base that knows 8: the alternatives of the paper's introduction."""
+    if how.startswith("interpolated"):                                            # 8 frames, or 8 that are further apart
+        latents = generate(svd, first, SHORT, 1.6 if how.endswith("1.6 fps") else world.FPS)
+        key = decode(svd, latents).flatten(1).T[None]                             # (1, pixels, 8)
+        return F.interpolate(key, T, mode="linear", align_corners=True)[0].T.unflatten(1, (3, SIZE, SIZE))
+    latents = generate(svd, first, SHORT)
+    overlap = OVERLAP if how.endswith("overlapping") else 1
+    while latents.shape[1] < T:                                                   # the next window begins in this one's end
+        begin = decode(svd, latents[:, -SHORT:])[SHORT - overlap]
+        known = latents[:, -overlap:] if overlap > 1 else None
+        latents = torch.cat([latents, generate(svd, begin, SHORT, known=known)[:, overlap:]], dim=1)
+    return decode(svd, latents[:, :T])
+
+
+@torch.no_grad()
+def losses(svd, frames, clips=8):
+    """EDM's loss on held-out clips, per noise level of SIGMAS: a list."""
+    torch.manual_seed(0)
+    found = []
+    for i in range(clips):
+        video, fps, motion = world.clip(pretrain.HELD_OUT, i, frames, SIZE)
+        video = video.permute(0, 3, 1, 2) / 127.5 - 1
+        x = data.encode_frames(svd.vae, video)[None]
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[0], 0.0, torch.zeros_like(video[0]))
+        ids, noise = torch.tensor([[fps - 1, motion, 0.0]]), torch.randn(x.shape)
+        found.append([exsvd.edm_loss(svd.unet, x * exsvd.VAE_SCALE, torch.tensor([s]), noise, cond[None, None], ctx[None, None],
+                                     ids).item() for s in SIGMAS])
+    return torch.tensor(found).mean(0).tolist()
+
+
+def measure_row(a, row):
+    """Writes what there is to know of a row to --out/rows, and frames of its first picture."""
+    path = os.path.join(a.out, "rows", slug(row) + ".json")
+    if os.path.exists(path):
+        return
+    torch.set_num_threads(1)
+    model = rows(a)[row]
+    svd = exsvd.load(*(model or (BASE, None)))
+    found = {"losses": model and losses(svd, T), "pictures": {}, "short": {}}
+    for i, (name, picture) in enumerate(pictures(a).items()):
+        first = F.avg_pool2d(picture, world.PICTURE // SIZE)
+        video = decode(svd, generate(svd, first, T)) if model else imitate(svd, row, first)
+        found["pictures"][name] = measure.measure(video, picture, MOTION, world.FPS)
+        if i == 0:
+            exsvd.save(path.replace(".json", ".safetensors"), {"video": sample.to_pixels(video)}, {})
+        if model:
+            short = decode(svd, generate(svd, first, SHORT))
+            found["short"][name] = measure.measure(short, picture, MOTION, world.FPS)
+    with open(path + ".tmp", "w") as f:
+        json.dump(found, f)
+    os.replace(path + ".tmp", path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Report
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def summary(row):
+    """A row's measurements, averaged over pictures: {column: value}."""
+    good = row["pictures"].values()
+    curve = torch.tensor([m["psnr"] for m in good]).mean(0)
+    short = [mean(m["psnr"]) for m in row["short"].values()]
+    columns = {"arrival": mean([m["arrival"] for m in good]), "RMS": mean([m["rms"] for m in good]),
+               "back": mean([m["back"] for m in good]), "flicker": statistics.median(m["flicker"] for m in good),
+               "PSNR 7": curve[7].item(), "PSNR 20": curve[20].item(), "PSNR 39": curve[-1].item(),
+               "PSNR of 8 frames": mean(short) if short else None}
+    return columns | ({f"loss {s:g}": v for s, v in zip(SIGMAS, row["losses"])} if row["losses"] else {})
+
+
+def table(found):
+    """Markdown of {row: {column: value}}."""
+    columns = list(max(found.values(), key=len))
+    cell = lambda v: "" if v is None else f"{v:.1f}" if abs(v) >= 10 else f"{v:.3f}"
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    return "\n".join(lines + [f"| {row} | " + " | ".join(cell(v.get(c)) for c in columns) + " |" for row, v in found.items()])
+
+
+def figure(a, found):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    tuned = f"post-tuned: fold, seed 0"
+    panels = (("untuned: where the camera goes", [r for r in found if r.startswith("untuned")] + ["true"]),
+              ("the fold post-tuned, and the alternatives", [f"{tuned}, 25 %", f"{tuned}, 50 %", tuned, *ALTERNATIVES[::2],
+                                                            next(r for r in found if r.startswith("from scratch")), "true"]))
+    plots = plt.figure(figsize=(15, 4.5)).subplots(1, 3)
+    for axes, (title, names) in zip(plots, panels):
+        for name in names:
+            path = torch.linspace(0, 1, T) if name == "true" else torch.tensor([m["path"] for m in found[name]["pictures"].values()]).mean(0)
+            axes.plot(path, "k--" if name == "true" else "-", label=name)
+        axes.set(title=title, xlabel="frame", ylabel="share of the camera's way")
+    for name in [r for r in panels[1][1] if r != "true"] + ["untuned: fold"]:
+        plots[2].plot(torch.tensor([m["psnr"] for m in found[name]["pictures"].values()]).mean(0), label=name)
+    plots[2].set(title="low-passed PSNR against the true flight", xlabel="frame", ylabel="dB")
+    for axes in plots:
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    plt.tight_layout()
+    plt.savefig(os.path.join(a.out, "figure.png"), dpi=90)
+
+
+def strip(a):
+    """Frames 0, 5, ... 35, 39 of the first picture, a row each: true, untuned, post-tuned, chained, interpolated, scratch."""
+    shown = [0, 5, 10, 15, 20, 25, 30, 35, 39]
+    scratch_row = next(r for r in rows(a) if r.startswith("from scratch"))
+    picture = next(iter(pictures(a).values()))
+    videos = [sample.to_pixels(world.flight(picture, world.scales(MOTION, world.FPS, T), SIZE))]
+    for row in ("untuned: fold", "post-tuned: fold, seed 0", *ALTERNATIVES[::2], scratch_row):
+        videos.append(exsvd.Tensors(os.path.join(a.out, "rows", slug(row) + ".safetensors")).get("video"))
+    data.write_png(os.path.join(a.out, "strip.png"), torch.cat([torch.cat(list(v[shown]), 1) for v in videos], 0))
+
+
+def report(a):
+    found = {}
+    for row in rows(a):
+        with open(os.path.join(a.out, "rows", slug(row) + ".json")) as f:
+            found[row] = json.load(f)
+    text = table({row: summary(values) for row, values in found.items()})
+    seeds = [summary(found[f"post-tuned: fold, seed {seed}"]) for seed in range(a.seeds)]
+    spread = {c: f"{min(s[c] for s in seeds):.3f} to {max(s[c] for s in seeds):.3f}" for c in seeds[0]}
+    text += "\n\nThe fold, post-tuned, least to most of its seeds: " + ", ".join(f"{c} {v}" for c, v in spread.items()) + ".\n"
+    with open(os.path.join(a.out, "tables.md"), "w") as f:
+        f.write(text)
+    figure(a, found)
+    strip(a)
+    print(text)
+
+
+def main():
+    p = argparse.ArgumentParser(description="Study ExVideo in the toy's world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", default=os.path.join(ROOT, "runs", "study"))
+    p.add_argument("--steps", type=int, default=400, help="of post-tuning")
+    p.add_argument("--batch", type=int, default=1, help="clips a step")
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--pictures", type=int, default=5, help="photographs, and as many synthetic pictures")
+    p.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
+    p.add_argument("--quick", action="store_true", help="8 steps, 1 seed, 1 + 1 pictures, in another folder")
+    p.add_argument("--row", help=argparse.SUPPRESS)                               # measure it, in a process of its own
+    a = p.parse_args()
+    if a.quick:
+        a.steps, a.seeds, a.pictures, a.out = 8, 1, 1, a.out + "-quick"
+    os.makedirs(os.path.join(a.out, "rows"), exist_ok=True)
+    if a.row:
+        return measure_row(a, a.row)
+    for seed in range(a.seeds):
+        start(a, "fold", seed)
+    for name in TABLES:
+        start(a, name, 0)
+    with ThreadPoolExecutor(a.jobs) as pool:
+        train_all(a, pool)
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        list(pool.map(lambda row: subprocess.run([sys.executable, *sys.argv, "--row", row], check=True, env=env), rows(a)))
+    report(a)
+
+
+if __name__ == "__main__":
+    main()
