@@ -76,7 +76,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}      # EXIF 2.3, tag 0x0112
 # without these flags swscale repeats chroma samples instead of interpolating them: coloured edges come out wrong
-EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+EXACT = 0x2 | 0x40000 | 0x2000              # bilinear, accurate rounding, full chroma: names for these came with PyAV 18
 SAFE = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}                # a playlist may open no other files
 
 
