@@ -61,7 +61,8 @@ class MediaError(ValueError):
     """A file that cannot be read or written; the message is one line: which file, what is wrong, what to do."""
 
     def __init__(self, message):
-        super().__init__(one_line(message))
+        # a DataLoader raises what its reader raised with the traceback as message; what we said is in its last line
+        super().__init__(one_line(message.rsplit("MediaError: ", 1)[-1].strip()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}      # EXIF 2.3, tag 0x0112
 # without these flags swscale repeats chroma samples instead of interpolating them: coloured edges come out wrong
-EXACT = 0x2 | 0x40000 | 0x2000              # bilinear, accurate rounding, full chroma: names for these came with PyAV 18
+EXACT = 0x2 | 0x40000 | 0x2000              # bilinear, accurate rounding, full chroma: PyAV names them from 18 on
 SAFE = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}                # a playlist may open no other files
 
 
