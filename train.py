@@ -44,10 +44,29 @@ full the run goes on, both are tried again at the next interval, and nothing old
 
 The same command resumes from the newest state that is undamaged. What a step draws (clip, noise level, noise, dropout)
 depends on --seed and the number of the video alone, so a run that was killed, in the middle of a save too, ends in the
-same bits as one that was not (on CUDA: with --deterministic). To stop early and lose nothing send SIGTERM to a training
-process (rank 0 prints its id) or to all of them, as Slurm does: the ranks agree, save and leave. Not to `deepspeed`
-itself: on one node it ends without telling its ranks, and its helper launch.py kills what is still alive after 30
-seconds per rank.
+same bits as one that was not (on CUDA: with --deterministic).
+Another number of ranks continues too, exactly, from where the others stopped: the parts are cut anew, and no video is
+seen twice; --batch must stay, --accumulate may make up for ranks that are gone. Several nodes:
+
+    deepspeed --hostfile hosts train.py --model ... --data ... --out /shared/run     # by ssh; or on each node k of 2:
+    torchrun --nnodes 2 --node_rank k --nproc_per_node 8 --master_addr HOST --master_port 29500 train.py ...
+    srun --nodes 2 --ntasks-per-node 1 bash -c 'torchrun --nnodes 2 --node_rank $SLURM_NODEID --nproc_per_node 8 ...'
+
+A node that is gone ends the others with one line: at once if its connections break, else within --lost-after seconds.
+
+To stop early and lose nothing, send SIGTERM or SIGUSR1 to one training process (rank 0 prints its id) or to all: the
+ranks agree, save and leave. What launchers do with a signal to themselves (tried on one node, DeepSpeed 0.19.8, torch
+2.13):
+
+                              SIGTERM                                     SIGUSR1
+    python train.py           saves and leaves                            saves and leaves
+    deepspeed                 only `deepspeed` itself ends, its ranks     the same
+                              go on: signal a rank instead
+    torchrun                  saves and leaves, if 30 s are enough        ranks end at once, unsaved
+    all processes at once     saves and leaves; `deepspeed` and           saves and leaves
+                              torchrun kill what is left after 30 s
+    Slurm (not tried)         scancel and --signal=TERM@300 reach all     --signal=USR1@300: only without torchrun
+                              tasks of a step
 """
 
 import argparse
@@ -85,8 +104,10 @@ TOY = os.path.join(HERE, "assets", "toy.safetensors")
 
 # By family of the model: the recipe of the paper, and the toy's.
 DEFAULTS = {
-    "SVD": dict(frames=128, size=(512, 512), steps=64000, lr=1e-5, save_every=500, keep_every=5000, sample_every=0),
-    "toy": dict(frames=40, size=(128, 128), steps=200, lr=3e-4, save_every=100, keep_every=100, sample_every=50),
+    "SVD": dict(frames=128, size=(512, 512), steps=64000, lr=1e-5, checkpoint="memory", save_every=500, keep_every=5000,
+                sample_every=0),
+    "toy": dict(frames=40, size=(128, 128), steps=200, lr=1e-3, checkpoint="none", save_every=100, keep_every=100,
+                sample_every=50),
 }
 # Flags that --deepspeed_config may set too: the key there, and what holds if neither does (lr: see DEFAULTS).
 DEEPSPEED_KEYS = {
@@ -120,14 +141,14 @@ def number(kind, low, high=math.inf):
     return convert
 
 
-def size(text):
+def pixel_size(text):
     width, height = (int(n) for n in text.lower().split("x"))
     if min(width, height) < 64 or width % 64 or height % 64:
         raise argparse.ArgumentTypeError(f"{text}: both must be multiples of 64, as in 512x512")
     return width, height
 
 
-def motion(text):
+def bucket(text):
     return text if text == "exvideo" else float(text)
 
 
@@ -169,13 +190,13 @@ def parse(argv=None):
              "on names such as unet.down.1.attn.temporal.attn1.to_q.weight [temporal]")
     add("--frames", type=number(int, 1),
         help=f"per clip; more than the model's native length extends it [{shown('frames')}]")
-    add("--size", type=size, help=f"WIDTHxHEIGHT, multiples of 64 [{shown('size')}]")
+    add("--size", type=pixel_size, help=f"WIDTHxHEIGHT, multiples of 64 [{shown('size')}]")
     add("--short-clips", type=number(float, 0, 1), default=0.0, metavar="SHARE",
         help="share of passes on clips of the base's native length instead, so that what it could do is not "
              "forgotten [0: the paper's]")
     add("--stride", type=number(int, 1), default=1, help="take every k-th frame of a video [1]")
     add("--fps", type=number(float, 1e-3), help="take frames at this rate instead of a stride")
-    add("--motion", type=motion, default="exvideo",
+    add("--motion", type=bucket, default="exvideo",
         help="exvideo: motion buckets 0..127 by the measure ExVideo's release was tuned with; or a number, the bucket "
              "of every clip. SVD's own scale runs to 255, and how it was measured was not published [exvideo]")
     add("--skip-static", type=number(float, 0, 1), default=0.0, metavar="CHANGE",
@@ -207,9 +228,9 @@ def parse(argv=None):
     add("--offload", action="store_true", default=None,
         help="masters, moments and EMA in CPU memory, optimiser on the CPU")
     add("--deepspeed_config", type=json_file, metavar="FILE", help="JSON, merged over the settings in this file")
-    add("--checkpoint", choices=("memory", "speed", "none"), default="memory",
+    add("--checkpoint", choices=("memory", "speed", "none"),
         help="what is kept for the way back: least memory, a sixth less work at twice the memory, or everything "
-             "[memory]")
+             f"[{shown('checkpoint')}]")
     add("--workers", type=number(int, 0), default=2, help="processes per rank that read clips [2]")
     add("--lost-after", type=number(float, 1), default=300, metavar="SECONDS",
         help="end when nothing was heard of another rank for so long, since its node may be gone [300]")
@@ -370,6 +391,7 @@ class Shards:
     per rank; the fp32 master of our part is single_partition_of_fp32_groups. Not a documented API: hence the pinned
     minor version.
     """
+    ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
     def __init__(self, engine, names, decay):
         self.engine, self.zero = engine, engine.optimizer
@@ -383,8 +405,8 @@ class Shards:
             size = master.numel() * self.world
             assert master.dtype == torch.float32 and size == flat.numel() >= offset + shape.numel(), \
                 f"DeepSpeed cut {flat.numel()} parameters into {self.world} parts of {master.numel()}"
-        found = sorted(name for group in self.layout for name, _, _ in group)
-        assert found == sorted(names), f"DeepSpeed trains {len(found)} tensors, {len(names)} were meant"
+        trained = sorted(name for group in self.layout for name, _, _ in group)
+        assert trained == sorted(names), f"DeepSpeed trains {len(trained)} tensors, {len(names)} were meant"
         self.elements = sum(shape.numel() for group in self.layout for _, shape, _ in group)
         self.average = [m.detach().clone() for m in self.masters]
         self.updates = 0
@@ -442,7 +464,7 @@ class Shards:
             "updates": self.updates,
             "numbers": numbers,
             "loss_scaler": {k: v for k, v in vars(self.zero.loss_scaler).items() if type(v) in (bool, int, float)},
-            "engine": {key: getattr(self.engine, key) for key in ENGINE_COUNTERS},
+            "engine": {key: getattr(self.engine, key) for key in self.ENGINE_COUNTERS},
             "scheduler": self.engine.lr_scheduler.state_dict() if self.engine.lr_scheduler else None,
         }
 
@@ -470,9 +492,6 @@ class Shards:
         self.zero.update_lp_params()  # the model's half-precision weights, from the masters
 
 
-ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
 def read_range(files, name, begin, out):
     """Read a flat tensor, of which each file has an equal part, from element `begin` on into `out`; 0 after its end."""
     out.zero_()
@@ -488,10 +507,11 @@ def read_range(files, name, begin, out):
 # States and weights. A state is a folder that is complete or not there, and says itself whether it is undamaged.
 
 STATE = re.compile(r"state-(\d+)")
+DAMAGED = re.compile(r"damaged-(\d+)")  # a state that was passed over; it goes when there is a new one
 WEIGHTS = re.compile(r"(?:exvideo|model)-(\d+)\.safetensors")
 
 
-def found(out, pattern):
+def saved_steps(out, pattern):
     """{step: path} of what a run folder holds of a kind, in order of steps."""
     matches = [m for m in map(pattern.fullmatch, os.listdir(out)) if m]
     return {int(m[1]): os.path.join(out, m[0]) for m in sorted(matches, key=lambda m: int(m[1]))}
@@ -569,9 +589,10 @@ def save(a, shards, position, settings, write_weights):
     del average
     problem = first_problem(problem) or save_state(a, shards, position, settings)
     if master and not problem:
-        for path in list(found(a.out, STATE).values())[:-a.keep]:
+        damaged = list(saved_steps(a.out, DAMAGED).values())
+        for path in damaged + list(saved_steps(a.out, STATE).values())[:-a.keep]:
             remove(path)
-        for step, path in list(found(a.out, WEIGHTS).items())[:-a.keep]:
+        for step, path in list(saved_steps(a.out, WEIGHTS).items())[:-a.keep]:
             if step % a.keep_every:
                 remove(path)
     return problem
@@ -587,20 +608,19 @@ def save_state(a, shards, position, settings):
         saved = shards.save(path)
         sync(path)
         sync(part)  # every rank, since each node must flush what it wrote
+        written = checksum(path)
     except (OSError, SafetensorError) as e:
-        problem = f"{path}: {e}"
+        problem, written = f"{path}: {e}", None
     problem = first_problem(problem)
-    sums = [None] * shards.world
-    dist.all_gather_object(sums, None if problem else checksum(path))
+    checksums = [None] * shards.world
+    dist.all_gather_object(checksums, written)
     if shards.rank == 0 and not problem:
-        files = {f"rank-{r}.safetensors": c for r, c in enumerate(sums)}
+        files = {f"rank-{r}.safetensors": c for r, c in enumerate(checksums)}
         info = json.loads(json.dumps(position | {"shards": saved, "settings": settings, "files": files}))
         try:
             with open(os.path.join(part, "state.json"), "w") as f:
                 json.dump(info | {"checksum": fingerprint(json.dumps(info))}, f, indent=1)
             sync(f.name)
-            if os.path.exists(final):  # one that was passed over as damaged
-                remove(final)
             os.rename(part, final)
             sync(a.out)
         except OSError as e:
@@ -629,17 +649,22 @@ def read_state(folder, rank, world):
 
 
 def newest_state(a, rank, world, say):
-    """-> (folder, its state.json) of the newest undamaged state, or (None, None) where a run begins."""
-    candidates = [list(found(a.out, STATE).values())]
+    """-> (folder, its state.json) of the newest undamaged state, or (None, None) where a run begins. Newer ones, which
+    are damaged, get another name."""
+    candidates = [list(saved_steps(a.out, STATE).values())]
     dist.broadcast_object_list(candidates)  # rank 0's: all ranks look at the same
+    damaged = []
     for folder in reversed(candidates[0]):
         info, problem = read_state(folder, rank, world)
         if info:
+            for path in damaged if rank == 0 else ():
+                os.rename(path, os.path.join(a.out, os.path.basename(path).replace("state", "damaged")))
             return folder, info
         say(f"warning: {folder} is damaged and passed over ({problem})", file=sys.stderr)
-    if candidates[0]:
-        sys.exit(f"train.py: no state in {a.out} is undamaged: remove {STATE.pattern} there to begin anew, "
-                 "with --extension to start from weights of this run")
+        damaged.append(folder)
+    if damaged:
+        sys.exit(f"train.py: no state in {a.out} is undamaged: to begin anew, remove its folders state-*, with "
+                 "--extension to start from weights that are there")
     return None, None
 
 
