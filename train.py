@@ -735,7 +735,7 @@ class Log:
         os.replace(self.path + ".tmp", self.path)
 
     def row(self, step, videos, sums, grad_norm, lr, seconds_per_step, frames_per_second, device):
-        """sums: (2, bins + 1), losses and how many they are, in all and per sigma bin."""
+        """sums: see add_losses()"""
         loss = [f"{total / n:.5f}" if n else "" for total, n in zip(*sums.tolist())]
         norm = "" if grad_norm is None else f"{grad_norm:.4f}"
         memory = sample.peak_memory(device).split()[0]
@@ -795,6 +795,23 @@ def encode(vae, clip, item, clip_trains):
             conds.append(cond)
             ctxs.append(ctx[None])
     return torch.stack(latents), torch.stack(conds), torch.stack(ctxs)
+
+
+def inputs(item, vae, clip, clip_trains, device):
+    """What the model sees of a batch, fp32 on the device: x (B,T,4,h,w), scaled; cond (B,1,4,h,w); ctx; ids (B,3)."""
+    if "video" in item:
+        x, cond, ctx = encode(vae, clip, item, clip_trains)
+    else:
+        x, cond, ctx = item["latents"].to(device), item["cond"].to(device), item["ctx"].to(device)[:, None]
+    ids = torch.stack([item["fps"] - 1, item["motion"], item["aug"]], dim=1).to(device)
+    return x.float() * exsvd.VAE_SCALE, cond[:, None].float(), ctx.float(), ids
+
+
+def add_losses(sums, loss, sigma):
+    """sums (2, bins + 1): losses and how many they are, in all and per bin of sigma. loss and sigma (B,)"""
+    bins = torch.bucketize(sigma, torch.tensor(SIGMA_BINS, device=sigma.device)) + 1
+    for where in (torch.zeros_like(bins), bins):
+        sums.index_add_(1, where, torch.stack([loss, torch.ones_like(loss)]).double())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1043,6 +1060,30 @@ def refuse_other_settings(folder, theirs, ours):
                  "--extension to start from its weights")
 
 
+def resume(a, config, shards, settings, data_id, say):
+    """Go on from the newest state, if there is one. -> step, videos seen, sums of losses since log.csv's last row"""
+    step = videos = 0
+    sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=shards.device)  # see add_losses()
+    folder, info = newest_state(a, shards.rank, shards.world, say)
+    if folder:
+        refuse_other_settings(folder, info["settings"], settings)
+        shards.load([os.path.join(folder, name) for name in info["files"]], info["shards"])
+        step, videos = info["step"], info["videos"]
+        if shards.rank == 0:
+            sums += torch.tensor(info["sums"], device=shards.device)
+        say(f"resumed from {folder}: step {step}, {videos} videos seen")
+        if info["data"] != data_id:
+            say(f"warning: {a.data} holds other clips than when that was saved; from here on they come in another "
+                "order", file=sys.stderr)
+    elif shards.rank == 0:
+        keep_sources(a, config)
+    dist.barrier()
+    if not os.path.exists(os.path.join(a.out, "run.json")):
+        sys.exit(f"train.py: rank {shards.rank} does not see what rank 0 wrote to {a.out}: put --out on a file system "
+                 "that all nodes share")
+    return step, videos, sums
+
+
 def stop_for_bad_clips(bad):
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, sum(bad, []))
@@ -1101,25 +1142,7 @@ def main(argv=None):
     del start
 
     # Where the run goes on
-    step = videos = 0
-    sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=device)  # of losses, and how many they are
-    folder, info = newest_state(a, rank, world, say)
-    if folder:
-        refuse_other_settings(folder, info["settings"], settings)
-        shards.load([os.path.join(folder, name) for name in info["files"]], info["shards"])
-        step, videos = info["step"], info["videos"]
-        if master:
-            sums += torch.tensor(info["sums"], device=device)
-        say(f"resumed from {folder}: step {step}, {videos} videos seen")
-        if info["data"] != data_id:
-            say(f"warning: {a.data} holds other clips than when that was saved; from here on they come in another "
-                "order", file=sys.stderr)
-    elif master:
-        keep_sources(a, config)
-    dist.barrier()
-    if not os.path.exists(os.path.join(a.out, "run.json")):
-        sys.exit(f"train.py: rank {rank} does not see what rank 0 wrote to {a.out}: put --out on a file system that "
-                 "all nodes share")
+    step, videos, sums = resume(a, config, shards, settings, data_id, say)
     loader = iter(torch.utils.data.DataLoader(
         clips, batch_sampler=videos_of(rank, world, a.batch, videos), num_workers=a.workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
@@ -1169,19 +1192,13 @@ def main(argv=None):
         for _ in range(a.accumulate):
             item = next(loader)
             names += item["name"]
-            ids = torch.stack([item["fps"] - 1, item["motion"], item["aug"]], dim=1).to(device)
-            if dataset.pixels:
-                x, cond, ctx = encode(vae, clip, item, clip_trains)
-            else:
-                x, cond, ctx = item["latents"].to(device), item["cond"].to(device), item["ctx"].to(device)[:, None]
+            x, cond, ctx, ids = inputs(item, vae, clip, clip_trains, device)
             numbers = range(videos + rank * a.batch, videos + (rank + 1) * a.batch)
             sigma, noise, keep = (torch.stack(t).to(device) for t in zip(*(draw(a, n, x.shape[1:]) for n in numbers)))
-            loss = engine(x.float() * exsvd.VAE_SCALE, sigma, noise, cond[:, None].float(), ctx.float(), ids, keep)
+            loss = engine(x, sigma, noise, cond, ctx, ids, keep)
             engine.backward(loss.mean())
             engine.step()  # reduces gradients; updates on the last of --accumulate calls
-            bins = torch.bucketize(sigma, torch.tensor(SIGMA_BINS, device=device)) + 1
-            for where in (torch.zeros_like(bins), bins):
-                sums.index_add_(1, where, torch.stack([loss.detach(), torch.ones_like(loss)]).double())
+            add_losses(sums, loss.detach(), sigma)
             videos += world * a.batch
             frames += world * a.batch * x.shape[1]
         step += 1
