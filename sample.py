@@ -2,17 +2,34 @@
 
     python sample.py assets/img.png                                     # the toy that ships with the repository
     python sample.py photo.jpg --model svd_xt.safetensors --extension model.fp16.safetensors --size 512x512
+    python sample.py photo.jpg --end last.jpg                           # the same picture twice is a loop
+    python sample.py photo.jpg --frames 300 --keyframe 200=c.png        # in rounds, past the length the model knows
+    python sample.py --video out/photo.mp4 --strength 0.5 --size 1024x1024                      # the same, larger
+    python sample.py photos/*.jpg --seeds 5 --shard 0/8                 # a batch, and this GPU's share of it
     python sample.py --decode-only out/photo.latents.safetensors        # once more from saved latents
 
 In order: the image is read and fitted, encoded by CLIP and the VAE, noise is carried down the sigmas by a sampler, the
 latents are saved, decoded in overlapping chunks and streamed to a video file. Arithmetic on latents is float32.
+
+From text, by way of any text-to-image pipeline of diffusers:
+
+    import torch, sample
+    from diffusers import AutoPipelineForText2Image
+    text_to_image = AutoPipelineForText2Image.from_pretrained("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
+                                                              torch_dtype=torch.float16).to("cuda")
+    text_to_image("a lighthouse in a storm").images[0].save("lighthouse.png")
+    del text_to_image                                                   # the card is needed
+    sample.main(["lighthouse.png"])                                     # takes what the command takes
 """
 
 import argparse
+import functools
+import math
 import os
 import sys
 import tempfile
 import time
+from collections import namedtuple
 from contextlib import contextmanager
 
 import torch
@@ -24,17 +41,18 @@ import exsvd
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# What a run uses where no flag says otherwise. area: width x height, kept at the image's own aspect ratio.
+# What a run uses where no flag says otherwise. area: width x height, kept at the image's own aspect ratio; frames: the
+# rows of the extension's table, or the native length; beyond the ranges a model is far from what it was trained on.
 DEFAULTS = {
-    # as diffusers runs SVD and SVD-XT; frames: the native length
+    # as diffusers runs SVD and SVD-XT; the ranges are those of Stability's script
     "SVD": dict(area=1024 * 576, steps=25, sampler="euler", eta=0.0, share_noise=0, cfg=(1.0, 3.0),
-                fps=7, motion=127, aug=0.02, decode_chunk=14),
-    # as the ExVideo authors run their release; frames: the rows of its table
+                fps=7, motion=127, aug=0.02, decode_chunk=14, fps_range=(5, 30), motion_range=(0, 255)),
+    # as the ExVideo authors run their release, which was trained with 30 fps alone: the range is half and twice that
     "ExVideo": dict(area=512 * 512, steps=50, sampler="euler", eta=0.0, share_noise=0, cfg=(2.0, 2.0),
-                    fps=30, motion=127, aug=0.02, decode_chunk=16),
+                    fps=30, motion=127, aug=0.02, decode_chunk=16, fps_range=(15, 60), motion_range=(0, 127)),
     # fresh noise at every step corrects earlier ones: the tint of frames trembles less
     "toy": dict(area=128 * 128, steps=25, sampler="ddim", eta=1.0, share_noise=8, cfg=(1.0, 1.2),
-                fps=8, motion=20, aug=0.02, decode_chunk=16),
+                fps=8, motion=20, aug=0.02, decode_chunk=16, fps_range=(4, 16), motion_range=(0, 80)),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,7 +89,37 @@ def heun(denoise, x, sigmas, eta=0.0, draw=None):
     return x
 
 
-SAMPLERS = {"euler": ddim, "ddim": ddim, "heun": heun}
+def dpm(denoise, x, sigmas, eta=0.0, draw=None):
+    """DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order at Euler's cost, no fresh noise.
+
+    Euler's step, but towards D as the line through it and the one before, over ln sigma, has it half a step ahead.
+    """
+    for i, (sigma, nxt) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        D = target = denoise(x, sigma)
+        if i > 0 and nxt > 0:
+            target = D + (D - D_before) * (sigma / nxt).log() / (sigmas[i - 1] / sigma).log() / 2
+        x = target + (x - target) * (nxt / sigma)
+        D_before = D
+    return x
+
+
+SAMPLERS = {"euler": ddim, "ddim": ddim, "heun": heun, "dpm++": dpm}
+
+# Align Your Steps (Sabour et al. 2024, arXiv:2404.14507): ten steps for SVD. The last level is 0, as in diffusers.
+AYS = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
+
+
+def ays_sigmas(steps):
+    """AYS for any number of steps, by linear interpolation of ln sigma: (steps + 1,), float32."""
+    logs = torch.tensor(AYS, dtype=torch.float64).log()
+    at = torch.linspace(0, len(AYS) - 1, steps + 1, dtype=torch.float64)
+    left = at.long().clamp(max=len(AYS) - 2)
+    sigmas = torch.lerp(logs[left], logs[left + 1], at - left).exp()
+    sigmas[-1] = 0
+    return sigmas.float()
+
+
+SCHEDULES = {"karras": exsvd.karras_sigmas, "ays": ays_sigmas}
 
 
 def shared_noise(noise, block):
@@ -120,6 +168,39 @@ def guided(unet, image_latents, ctx, ids, cfg, frames, interval=None):
         return D
 
     return denoise
+
+
+def fused(forward, backward, frames):
+    """denoise(x, sigma) of a video that begins and ends with given images: Time Reversal Fusion (Feng et al. 2024,
+    arXiv:2403.14611) without its extra rounds of noise, which fresh noise (eta) stands for.
+
+    forward knows the first image; backward knows the last one, and is shown the frames in reverse order. Their
+    estimates are blended: the first frame is forward's alone, the last one backward's.
+    """
+    def denoise(x, sigma):
+        weight = torch.linspace(0, 1, frames, device=x.device).view(1, -1, 1, 1, 1)
+        return torch.lerp(forward(x, sigma), backward(x.flip(1), sigma).flip(1), weight)
+
+    return denoise
+
+
+def held(denoise, known, mask):
+    """denoise(x, sigma) where the frames in mask (T,) are known: (1,T,4,h,w), of which the others don't matter.
+
+    Their estimate is the truth, so samplers keep them at known + sigma * noise, as masked frames are in the official
+    ExVideo code, and end with the truth itself.
+    """
+    mask = mask.view(1, -1, 1, 1, 1).to(known.device)
+    return lambda x, sigma: torch.where(mask, known, denoise(x, sigma))
+
+
+def rounds(frames, length, overlap):
+    """A long video in rounds of `length` frames that begin with `overlap` frames of the one before, the last one with
+    as many as it takes: [(start, stop), ...]"""
+    starts = [0]
+    while starts[-1] + length < frames:
+        starts.append(min(starts[-1] + length - overlap, frames - length))
+    return [(start, min(start + length, frames)) for start in starts]
 
 
 def adjust(z, match, contrast):
@@ -230,6 +311,22 @@ def frame_size(text):
     return W, H
 
 
+def keyframe(text):
+    """An argparse type: NUMBER=IMAGE -> (number, path)."""
+    number, _, path = text.partition("=")
+    if not number.isdigit() or not path:
+        raise argparse.ArgumentTypeError(f"{text}: write it as NUMBER=IMAGE, for example 64=photo.png")
+    return int(number), path
+
+
+def shard(text):
+    """An argparse type: I/N -> (i, n)."""
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise argparse.ArgumentTypeError(f"{text}: write it as I/N with I from 0 to N - 1, for example 0/8")
+    return int(i), int(n)
+
+
 def parse(argv):
     p = argparse.ArgumentParser(
         usage="sample.py IMAGE... [options], --help lists them",
@@ -249,11 +346,24 @@ def parse(argv):
     add("--native", type=at_least(1, kind=int), metavar="N",
         help="frames the base was trained on [25, or what the model's files say; 14 for svd.safetensors]")
     add("--frames", type=at_least(1, kind=int), metavar="N",
-        help="frames to make [all rows of the extension's table, or the native length]")
+        help="frames to make, in rounds where an extension has fewer [all rows of its table, or the native length]")
+    add("--overlap", type=at_least(1, kind=int), metavar="N",
+        help="frames that a round takes over from the one before [an eighth of a round; without extension no rounds]")
+    add("--end", metavar="IMAGE", help="what the video ends with; the first IMAGE again makes a loop. Twice the time")
+    add("--keyframe", type=keyframe, action="append", default=[], metavar="NUMBER=IMAGE",
+        help="what the frame of that number shows, counted from 0; may be given more than once")
+    add("--video", metavar="FILE",
+        help="refine a video, or *.latents.safetensors of the same size, instead of making one from noise. Where they "
+             "are not given, IMAGE is its first frame, and --size, --frames and --fps are its own")
+    add("--strength", type=at_least(0, 1), default=0.5,
+        help="of the refinement: the share of the steps that are made; 0.5 keeps structure and motion [0.5]")
     add("--size", type=frame_size, metavar="WxH",
         help="multiples of 64 [the family's area at the image's own aspect ratio]")
     add("--steps", type=at_least(1, kind=int), metavar="N", help=f"noise levels {shown('steps')}")
-    add("--sampler", choices=tuple(SAMPLERS), help=f"euler and ddim are the same, heun costs twice {shown('sampler')}")
+    add("--schedule", choices=tuple(SCHEDULES), default="karras",
+        help="ays: Align Your Steps, made for 10 steps of SVD [karras]")
+    add("--sampler", choices=tuple(SAMPLERS),
+        help=f"euler and ddim are the same, heun costs twice, dpm++ needs fewer steps {shown('sampler')}")
     add("--eta", type=at_least(0, 1), help="share of the noise that euler and ddim replace by fresh noise at each step "
                                            f"{shown('eta')}, 0 where --sampler is given")
     add("--share-noise", type=at_least(0, kind=int), metavar="BLOCK",
@@ -270,6 +380,11 @@ def parse(argv):
     add("--aug", type=at_least(0), help=f"noise added to the image, which frees the motion from it {shown('aug')}")
     add("--seed", type=at_least(0, kind=int), default=0,
         help="of all noise, drawn on the CPU: the same on every device [0]")
+    add("--seeds", type=at_least(1, kind=int), default=1, metavar="N",
+        help="videos of each image, with seeds from --seed on: <name>-0.mp4, <name>-1.mp4, ... [1]")
+    add("--shard", type=shard, default=(0, 1), metavar="I/N",
+        help="make every N-th video of the list alone, from the I-th on (0 to N - 1): one shard per GPU")
+    add("--overwrite", action="store_true", help="make videos again that are there; [of several they are skipped]")
     add("--decode-chunk", type=at_least(1, kind=int), metavar="N",
         help=f"frames decoded at once; fewer need less memory {shown('decode_chunk')}")
     add("--match-stats", action=argparse.BooleanOptionalAction,
@@ -279,8 +394,8 @@ def parse(argv):
     add("--decode-only", metavar="FILE",
         help="decode latents saved by an earlier run, instead of sampling. --fps, --decode-chunk, --match-stats, "
              "--contrast and --dtype may differ from that run's")
-    add("--out", default="out/{name}.mp4",
-        help=".mp4, .webm, .gif or a folder of PNGs; {name} is the image's name [out/{name}.mp4]")
+    add("--out", help=".mp4, .webm, .gif or a folder of PNGs; {name} is the image's name and {seed} the seed "
+                      "[out/{name}.mp4; with --video out/{name}-refined.mp4]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one, else cpu]")
     add("--offload", action="store_true", help="for small cards: CLIP and VAE, then the UNet, then the VAE are on the "
                                                "device, the others wait in CPU memory")
@@ -290,23 +405,43 @@ def parse(argv):
         help="of the networks [bfloat16; the toy on the CPU: float32]")
     a = p.parse_args(argv)
 
-    if bool(a.images) == bool(a.decode_only):
+    if bool(a.images or a.video) == bool(a.decode_only):
         p.error("give at least one image, such as assets/img.png, or --decode-only FILE, and not both")
+    if a.video and len(a.images) > 1:
+        p.error("--video refines one video: give one IMAGE, or none")
     if a.cfg_interval and a.cfg_interval[0] >= a.cfg_interval[1]:
         p.error(f"--cfg-interval {a.cfg_interval[0]:g} {a.cfg_interval[1]:g}: LOW must be below HIGH")
+    if len(dict(a.keyframe)) < len(a.keyframe):
+        p.error("--keyframe: two images for the same frame")
     if a.eta and SAMPLERS[a.sampler or "ddim"] is not ddim:
         p.error(f"--eta {a.eta:g}: {a.sampler} adds no fresh noise; use --sampler ddim, or leave --eta out")
     try:
         torch.zeros(1, device=a.device).cpu()
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
-    names = [os.path.splitext(os.path.basename(path))[0] for path in a.images]
-    if a.decode_only:
-        names = [os.path.basename(a.decode_only).removesuffix(".safetensors").removesuffix(".latents")]
-    a.outs = [a.out.replace("{name}", name) for name in names]
-    if len(set(a.outs)) < len(a.outs):
+    jobs = jobs_of(a)
+    a.batch = len(jobs) > 1
+    a.jobs = jobs[a.shard[0]::a.shard[1]]
+    outs = [out for _, _, out in jobs]
+    if len(set(outs)) < len(outs):
         p.error("two images would be written to the same file: put {name} into --out, and give images of other names")
+    if a.video and os.path.abspath(a.video) in map(os.path.abspath, outs):
+        p.error(f"--out {a.video} is what --video reads: choose another")
     return a
+
+
+def jobs_of(a):
+    """What is to be made, one video after the other: [(image, seed, output)]."""
+    out = a.out or ("out/{name}-refined.mp4" if a.video else "out/{name}.mp4")
+    if a.seeds > 1 and "{seed}" not in out:
+        stem, extension = os.path.splitext(out.rstrip("/"))
+        out = stem + "-{seed}" + extension
+    jobs = []
+    for image in a.images or [a.video or a.decode_only]:
+        name = os.path.splitext(os.path.basename(image))[0].removesuffix(".latents")
+        for seed in range(a.seed, a.seed + a.seeds):
+            jobs.append((image, seed, out.replace("{name}", name).replace("{seed}", str(seed))))
+    return jobs
 
 
 def default_model(a):
@@ -357,31 +492,68 @@ def on_device(device, *networks):
 
 
 @torch.inference_mode()
-def make_latents(svd, img, s, device):
-    """One image (3,H,W) in [-1,1] to scaled latents (1,T,4,H/8,W/8) on the device. s: the settings, all of them."""
+def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
+    """One image (3,H,W) in [-1,1] to scaled latents (1,T,4,H/8,W/8) on the device. s: the settings, all of them.
+
+    video: scaled latents to start from instead of noise, like the result. end, keyframes {number: image}: images that
+    the last frame and others show.
+    """
     H, W = img.shape[1:]
     generator = torch.Generator().manual_seed(s["seed"])
+    length = min(s["round"], s["frames"])
+    sigmas = SCHEDULES[s["schedule"]](s["steps"])  # on the CPU, so that no step waits for the device to compare them
+    if video is not None:
+        sigmas = sigmas[-1 - max(1, round(s["strength"] * s["steps"])):]
+    parts = rounds(s["frames"], length, s["overlap"])
+    steps = len(sigmas) - 1
+    passes = len(parts) * (2 * steps - 1 if s["sampler"] == "heun" else steps)
+    ids = torch.tensor([[s["fps"] - 1, s["motion"], s["aug"]]], device=device)
 
     def draw():  # on the CPU: a seed means one video, whatever the device
-        noise = torch.randn(1, s["frames"], 4, H // 8, W // 8, generator=generator)
+        noise = torch.randn(1, length, 4, H // 8, W // 8, generator=generator)
         return shared_noise(noise, s["share_noise"]).to(device)
 
-    noise = draw()
-    with on_device(device, svd.clip, svd.vae):
+    def told(img):  # a denoiser that knows the image
         image_noise = torch.randn(1, 3, H, W, generator=generator)
         image_latents, ctx = condition(svd, img, s["aug"], image_noise, device)
-    ids = torch.tensor([[s["fps"] - 1, s["motion"], s["aug"]]], device=device)
-    denoise = guided(svd.unet, image_latents, ctx, ids, s["cfg"], s["frames"], s["cfg_interval"])
-    sigmas = exsvd.karras_sigmas(s["steps"])  # on the CPU, so that no step waits for the device to compare them
-    passes = 2 * s["steps"] - 1 if s["sampler"] == "heun" else s["steps"]
-    with on_device(device, svd.unet), tqdm(total=passes, desc="sampling", unit="step") as bar:
-        def counted(x, sigma):
-            D = denoise(x, sigma)
-            bar.update()
-            return D
+        return guided(svd.unet, image_latents, ctx, ids, s["cfg"], length, s["cfg_interval"])
 
-        start = noise * (sigmas[0] ** 2 + 1).sqrt()
-        return SAMPLERS[s["sampler"]](counted, start, sigmas, s["eta"], draw)
+    z = torch.zeros(1, s["frames"], 4, H // 8, W // 8, device=device) if video is None else video.clone()
+    known, made = torch.zeros(s["frames"], dtype=torch.bool), 0  # the frames of z that are as they will be
+    with tqdm(total=passes, desc="sampling", unit="pass") as bar:
+        for start, stop in parts:
+            noise = draw()
+            with on_device(device, svd.clip, svd.vae):
+                if start == 0:
+                    for number, frame in keyframes.items():
+                        z[:, number] = svd.vae.encode(frame[None].to(device)) * exsvd.VAE_SCALE
+                        known[number] = True
+                else:  # goes on from its first frame, which the round before has made
+                    img = frame_of(svd.vae, z[:, :made], start, s)
+                denoise = told(img)
+                if end is not None and stop == s["frames"]:
+                    denoise = fused(denoise, told(end), length)
+            if known[start:stop].any():
+                denoise = held(denoise, z[:, start:stop].clone(), known[start:stop])
+
+            def counted(x, sigma):
+                D = denoise(x, sigma)
+                bar.update()
+                return D
+
+            level = (sigmas[0] ** 2 + 1).sqrt() if video is None else sigmas[0]  # latents have a variance of about 1
+            with on_device(device, svd.unet):
+                x = z[:, start:stop] + level * noise
+                z[:, start:stop] = SAMPLERS[s["sampler"]](counted, x, sigmas, s["eta"], draw)
+            known[start:stop], made = True, stop
+    return z
+
+
+def frame_of(vae, latents, number, s):
+    """One frame (3,H,W) of scaled latents (1,T,4,h,w), decoded with its neighbours."""
+    first = max(0, number - s["decode_chunk"] // 2)
+    z = adjust(latents, s["match_stats"], s["contrast"])[:, first:first + s["decode_chunk"]]
+    return torch.cat(list(decode(vae, z / exsvd.VAE_SCALE, s["decode_chunk"])))[number - first].clamp(-1, 1)
 
 
 @torch.inference_mode()
@@ -395,27 +567,55 @@ def write_video(vae, latents, s, out):
             bar.update(len(frames))
 
 
-def settings_of(a, family, extension, config, max_frames, img):
-    """Every number that shapes the video: flags, and the family's defaults where there are none. No paths, no times."""
+@functools.cache
+def warn(text):
+    """Once per text, however many videos are made."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def settings_of(a, family, svd, img, seed, video=None):
+    """Every number that shapes the video: flags, and the family's defaults where there are none. No paths, no times.
+
+    img (H,W,3); video: a Video to refine. Warns of what the model was not trained on.
+    """
     chosen = DEFAULTS[family] | {flag: value for flag, value in vars(a).items() if value is not None}
     if a.sampler and a.eta is None:
         chosen["eta"] = 0.0  # the default belongs to the default sampler
-    native = a.native or config.native_frames
-    frames = a.frames or max_frames or native
-    if max_frames and frames > max_frames:
-        raise exsvd.WeightsError(f"--frames {frames}: the extension was made for {max_frames}, the most it can do")
-    if not max_frames and frames > native:
-        print(f"warning: --frames {frames}, but this model without extension knows {native}: expect motion that "
-              "jitters or fades after those (--extension for longer videos, --native N if the model's is another)",
-              file=sys.stderr)
-    width, height = a.size or data.default_size(img.shape[1], img.shape[0], chosen["area"])
-    published = extension == {}  # names of the ExVideo release and none of our metadata: only that is corrected
+    native = a.native or svd.unet.config.native_frames
+    length = svd.unet.max_frames or native
+    frames = a.frames or (min(len(video.frames), length) if video else length)
+    if frames > length and not svd.unet.max_frames and not a.overlap:
+        warn(f"--frames {frames}, but this model without extension knows {native}: expect motion that jitters or fades "
+             "after those (--extension for longer videos, --overlap for rounds, --native N if the model's is another)")
+        length = frames
+    overlap = a.overlap or max(1, length // 8)
+    if frames > length and overlap >= length:
+        raise data.MediaError(f"--overlap {overlap}: must be less than a round, which is {length} frames")
+    for number, _ in a.keyframe:
+        if number >= frames:
+            raise data.MediaError(f"--keyframe {number}: the video has the frames 0 to {frames - 1}")
+    if video and a.fps is None:
+        chosen["fps"] = max(1.0, video.fps * frames / len(video.frames))  # as fast as it was
+    area = img.shape[0] * img.shape[1] if video else chosen["area"]
+    width, height = a.size or data.default_size(img.shape[1], img.shape[0], area)
+    near = chosen["area"] / 2 <= width * height <= chosen["area"] * 2
+    if not near and not video:
+        warn(f"{width}x{height}, but {family} was trained on about {math.isqrt(chosen['area'])} squared: expect "
+             "repetition or blur (make it at that size, and then larger: --video FILE --size WxH)")
+    for key in ("fps", "motion"):
+        low, high = chosen[f"{key}_range"]
+        if not low <= chosen[key] <= high:
+            warn(f"--{key} {chosen[key]:g}, but {family} was trained on {low} to {high}: expect artefacts")
+    published = svd.extension == {}  # names of the ExVideo release and none of our metadata: only that is corrected
     return dict(
         family=family,
         frames=frames,
+        round=length,
+        overlap=overlap,
         width=width,
         height=height,
         steps=chosen["steps"],
+        schedule=a.schedule,
         sampler=chosen["sampler"],
         eta=chosen["eta"],
         share_noise=chosen["share_noise"],
@@ -424,7 +624,10 @@ def settings_of(a, family, extension, config, max_frames, img):
         fps=chosen["fps"],
         motion=chosen["motion"],
         aug=chosen["aug"],
-        seed=a.seed,
+        seed=seed,
+        strength=a.strength if video else None,
+        end=bool(a.end),
+        keyframes=[number for number, _ in a.keyframe],
         dtype=a.dtype,
         decode_chunk=chosen["decode_chunk"],
         match_stats=chosen.get("match_stats", published),
@@ -450,28 +653,66 @@ def check_writable(out, fps):
         raise data.MediaError(f"{out}: {folder} cannot be written to ({e.strerror}); choose another --out") from None
 
 
-def decode_again(a, model, toy, device):
-    """--decode-only: a video from the latents that an earlier run saved."""
-    file = exsvd.Tensors(a.decode_only)
+def saved_latents(path):
+    """What an earlier run saved: scaled latents (1,T,4,h,w) and the settings they were made with."""
+    file = exsvd.Tensors(path)
     s = file.meta.get("settings")
     shape = tuple(file.shape("latents")) if "latents" in file.names else None
     if not isinstance(s, dict) or shape != (1, s.get("frames"), 4, s.get("height", 0) // 8, s.get("width", 0) // 8):
-        raise exsvd.WeightsError(f"{a.decode_only} holds no latents saved by sample.py, "
-                                 "whose names end in .latents.safetensors")
-    if toy != (s["family"] == "toy"):
-        raise exsvd.WeightsError(f"{a.decode_only} was made by a model of the {s['family']} family: "
-                                 "give the same --model")
-    latents = file.get("latents").to(device)
+        raise exsvd.WeightsError(f"{path} holds no latents saved by sample.py, whose names end in .latents.safetensors")
+    latents = file.get("latents")
     if not latents.isfinite().all():
-        raise exsvd.WeightsError(f"{a.decode_only}: the latents are not finite; sample again, "
-                                 "with --dtype bfloat16 or float32")
+        raise exsvd.WeightsError(f"{path}: the latents are not finite; sample again, with --dtype bfloat16 or float32")
+    return latents, s
+
+
+def decode_again(a, model, toy, device):
+    """--decode-only: a video from the latents that an earlier run saved."""
+    latents, s = saved_latents(a.decode_only)
+    out = a.jobs[0][2]
+    if toy != (s["family"] == "toy"):
+        raise exsvd.WeightsError(f"{a.decode_only} was made by a model of the {s['family']} family: give its --model")
     for flag in ("fps", "decode_chunk", "match_stats", "contrast", "dtype"):
         if getattr(a, flag) is not None:
             s[flag] = getattr(a, flag)
     vae = exsvd.load(model, None, getattr(torch, s["dtype"]), device, parts=("vae",)).vae
-    write_video(vae, latents, s, a.outs[0])
-    print(f"{a.outs[0]}: {s['frames']} frames of {s['width']}x{s['height']} at {s['fps']:g} fps, "
+    write_video(vae, latents.to(device), s, out)
+    print(f"{out}: {s['frames']} frames of {s['width']}x{s['height']} at {s['fps']:g} fps, "
           f"{peak_memory(device)} at the peak")
+
+
+# A video to refine. frames: uint8 (n,H,W,3), or scaled latents (n,4,h,w) with the settings they were made with.
+Video = namedtuple("Video", "frames fps settings")
+
+
+def open_video(path):
+    if path.endswith(".safetensors"):
+        latents, s = saved_latents(path)
+        return Video(latents[0], s["fps"], s)
+    return Video(*data.read_video(path), None)
+
+
+@torch.inference_mode()
+def first_frame(vae, video, device):
+    """uint8 (H,W,3)"""
+    if video.settings is None:
+        return video.frames[0]
+    with on_device(device, vae):
+        return to_pixels(frame_of(vae, video.frames[None].to(device), 0, video.settings)[None])[0]
+
+
+@torch.inference_mode()
+def encode_video(vae, video, s, device):
+    """A video resampled in time: scaled latents (1,T,4,h,w)."""
+    frames = video.frames[torch.linspace(0, len(video.frames) - 1, s["frames"]).round().long()]
+    if video.settings is None:
+        with on_device(device, vae):
+            fitted = (data.fit_image(frame, s["width"], s["height"])[None].to(device) for frame in frames)
+            return torch.stack([vae.encode(frame) for frame in fitted], dim=1) * exsvd.VAE_SCALE
+    if frames.shape[2:] != (s["height"] // 8, s["width"] // 8):
+        raise data.MediaError(f"--size {s['width']}x{s['height']}: the latents are of {video.settings['width']}x"
+                              f"{video.settings['height']}; give the video itself to --video, or leave --size out")
+    return frames[None].to(device)
 
 
 def load(a, model, extension, toy, device):
@@ -486,14 +727,17 @@ def load(a, model, extension, toy, device):
     return svd, family
 
 
-def make_video(svd, img, s, device, out):
-    """One image (H,W,3), uint8, to a video file, and its latents to a file beside it."""
+def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
+    """One image (H,W,3), uint8, to a video file, and its latents to a file beside it. The rest as in make_latents()."""
+    def fit(picture):
+        return data.fit_image(picture, s["width"], s["height"])
+
     begin = time.perf_counter()
-    latents = make_latents(svd, data.fit_image(img, s["width"], s["height"]), s, device)
+    latents = make_latents(svd, fit(img), s, device, video and encode_video(svd.vae, video, s, device),
+                           None if end is None else fit(end), {i: fit(frame) for i, frame in keyframes.items()})
     sampled = time.perf_counter()
     if not latents.isfinite().all():
-        raise exsvd.WeightsError(f"{out}: the latents are not finite; weights and --dtype {s['dtype']} "
-                                 "do not go together")
+        raise exsvd.WeightsError(f"{out}: the latents are not finite; try another --dtype than {s['dtype']}")
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     exsvd.save(latents_path(out), {"latents": latents}, {"settings": s})  # an hour's work, should the decoder fail
     try:
@@ -509,7 +753,8 @@ def make_video(svd, img, s, device, out):
 def main(argv=None):
     """The command. Raises WeightsError, MediaError and OSError for what the caller can mend."""
     a = parse(argv)
-    for out in a.outs:
+    warn.cache_clear()
+    for _, _, out in a.jobs:
         check_writable(out, a.fps or 1)
     device = torch.device(a.device)
     model, extension = default_model(a)
@@ -520,22 +765,39 @@ def main(argv=None):
         decode_again(a, model, toy, device)
         return
 
+    video = open_video(a.video) if a.video else None
+    end = data.read_image(a.end) if a.end else None
+    keyframes = {number: data.read_image(path) for number, path in a.keyframe}
     svd, failed = None, []
-    for path, out in zip(a.images, a.outs):
+    for image, seed, out in a.jobs:
+        if a.batch and os.path.exists(out) and not a.overwrite:
+            print(f"{out}: is there, and skipped (--overwrite makes it again)")
+            continue
         try:
-            img = data.read_image(path)
+            img = data.read_image(image) if a.images else None
         except data.MediaError as e:  # one picture out of many: the others are made all the same
-            if len(a.images) == 1:
+            if not a.batch:
                 raise
             print(f"sample.py: {e}", file=sys.stderr)
-            failed.append(path)
+            failed.append(image)
             continue
         if svd is None:
             svd, family = load(a, model, extension, toy, device)
-        s = settings_of(a, family, svd.extension, svd.unet.config, svd.unet.max_frames, img)
-        make_video(svd, img, s, device, out)
+        if img is None:
+            img = first_frame(svd.vae, video, device)
+        s = settings_of(a, family, svd, img, seed, video)
+        make_video(svd, img, s, device, out, video, end, keyframes)
     if failed:
-        raise data.MediaError(f"{len(failed)} of {len(a.images)} images could not be read: {', '.join(failed)}")
+        raise data.MediaError(f"{len(failed)} of {len(a.jobs)} videos were not made, for want of {', '.join(failed)}")
+
+
+# What to try where memory runs out, cheapest first.
+OUT_OF_MEMORY = """out of memory. While sampling, from what costs least to what costs most:
+    --dtype bfloat16    half of what --dtype float32 takes
+    --offload           only the network at work is on the device: some seconds more per video
+    --frames 64         fewer frames: a shorter video
+    --size 512x320      fewer pixels: less detail (then --video FILE --size WxH --frames N for a part of it)
+While decoding: --decode-chunk 8, 4, 2 (seams may show), with --decode-only FILE if the latents are there."""
 
 
 def command(argv=None):
@@ -547,8 +809,7 @@ def command(argv=None):
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
-        sys.exit("sample.py: out of memory; lower --frames or --size, or --decode-chunk if it was decoding "
-                 "(then see --decode-only)")
+        sys.exit(f"sample.py: {OUT_OF_MEMORY}")
 
 
 if __name__ == "__main__":

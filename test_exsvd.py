@@ -1795,7 +1795,7 @@ def test_samplers_hit_a_gaussian(name, eta):
     assert abs(out.mean() - 1.5) < 0.02 and abs(out.std() - 0.5) < 0.02, (out.mean(), out.std())
 
 
-@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("dpm++", 2)])
 def test_order_of_a_sampler(name, order):
     x, error = torch.tensor([8.0]).double(), {}
     for steps in (40, 80):
@@ -1803,6 +1803,17 @@ def test_order_of_a_sampler(name, order):
         exact = 1.5 + (x - 1.5) * ((0.1**2 + 0.5**2) / (10**2 + 0.5**2)) ** 0.5  # the probability flow ODE, solved
         error[steps] = (sampled(name, gaussian_denoiser(1.5, 0.5), x, sigmas) - exact).abs().item()
     assert 0.9 < math.log2(error[40] / error[80]) / order < 1.1, error
+
+
+def test_align_your_steps():
+    sigmas = sample.ays_sigmas(10)
+    assert torch.equal(sigmas, torch.tensor([*sample.AYS[:-1], 0.0]))
+    finer = sample.ays_sigmas(20)
+    assert torch.allclose(finer[::2], sigmas)
+    assert torch.allclose(finer[1::2] ** 2, sigmas[:-1] * torch.tensor(sample.AYS[1:])), "means of the logarithms"
+    for steps in (1, 3, 25):
+        sigmas = sample.ays_sigmas(steps)
+        assert len(sigmas) == steps + 1 and sigmas[0] == 700 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
 
 
 def test_eta_replaces_noise_by_fresh_noise():
@@ -1853,6 +1864,43 @@ def test_guidance_goes_linearly_over_the_frames(monkeypatch):
         # unconditional: both image inputs zero, the ids as they were
         assert [c[:2] for c in calls] == [(True, True), (False, False)][:passes]
         assert all(torch.equal(c[2], told[2]) for c in calls)
+
+
+def test_time_reversal_fusion_ends_with_each_image():
+    a, b, x, seen = torch.randn(1, 5, 4, 2, 2), torch.randn(1, 5, 4, 2, 2), torch.randn(1, 5, 4, 2, 2), []
+
+    def backward(x, sigma):
+        seen.append(x)
+        return b
+
+    D = sample.fused(lambda x, sigma: a, backward, 5)(x, 1.0)
+    assert torch.equal(D[:, 0], a[:, 0]) and torch.equal(D[:, -1], b[:, 0]) and torch.equal(seen[0], x.flip(1))
+    assert torch.allclose(D[:, 1], 0.75 * a[:, 1] + 0.25 * b[:, 3])
+    same = sample.fused(lambda x, sigma: 2 * x, lambda x, sigma: 2 * x, 5)(x, 1.0)
+    assert torch.allclose(same, 2 * x)
+
+
+@pytest.mark.parametrize("name, eta", [*((name, 0.0) for name in sample.SAMPLERS), ("ddim", 1.0)])
+def test_held_frames_come_out_as_they_are_known(name, eta):
+    known, noise, levels = torch.randn(1, 6, 4, 2, 2), torch.randn(1, 6, 4, 2, 2), []
+    mask = torch.tensor([1, 1, 0, 0, 1, 0]).bool()
+    ideal, sigmas = gaussian_denoiser(0.3, 1.0), exsvd.karras_sigmas(8)
+
+    def spy(x, sigma):
+        levels.append((x - known)[:, mask].std() / sigma)  # the noise that a held frame carries
+        return ideal(x, sigma)
+
+    start = known * mask.view(1, 6, 1, 1, 1) + sigmas[0] * noise
+    out = sampled(name, sample.held(spy, known, mask), start, sigmas, eta)
+    assert torch.allclose(out[:, mask], known[:, mask], atol=1e-4) and all(0.6 < level < 1.4 for level in levels)
+    free = sampled(name, ideal, start, sigmas, eta)
+    assert torch.allclose(out[:, ~mask], free[:, ~mask], atol=1e-5)
+
+
+def test_rounds_of_a_long_video():
+    assert sample.rounds(8, 20, 2) == [(0, 8)] and sample.rounds(20, 20, 2) == [(0, 20)]
+    assert sample.rounds(21, 20, 2) == [(0, 20), (1, 21)]
+    assert sample.rounds(45, 20, 4) == [(0, 20), (16, 36), (25, 45)]
 
 
 def test_adjust_matches_frames_and_raises_contrast():
@@ -1976,6 +2024,7 @@ def make(tiny_model, picture, tmp_path):
             images.append(flags.pop(0))
         if not images and "--decode-only" not in flags:
             images = [picture]
+        images = [image for image in images if image != "None"]
         defaults = {"--model": tiny_model, "--steps": "1", "--size": "64x64", "--out": str(tmp_path / name)}
         rest = [word for flag, value in defaults.items() if flag not in flags for word in (flag, value)]
         sample.main([*images, *flags, *rest])
@@ -2090,7 +2139,7 @@ def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
     (torch.zeros(1, 2, 4, 8, 8), [1], "no latents saved by sample.py"),
     (torch.zeros(2, 4, 8, 8), {"frames": 2, "width": 64, "height": 64}, "no latents saved by sample.py"),
     (torch.full((1, 2, 4, 8, 8), torch.nan), {"family": "toy", "frames": 2, "width": 64, "height": 64}, "not finite"),
-    (torch.zeros(1, 2, 4, 8, 8), {"family": "SVD", "frames": 2, "width": 64, "height": 64}, "give the same --model"),
+    (torch.zeros(1, 2, 4, 8, 8), {"family": "SVD", "frames": 2, "width": 64, "height": 64}, "give its --model"),
 ])
 def test_latents_that_cannot_be_decoded(make, tmp_path, latents, settings, words):
     exsvd.save(tmp_path / "a.safetensors", {"latents": latents}, {"settings": settings})
@@ -2140,7 +2189,8 @@ def test_default_model(tmp_path, monkeypatch, capsys):
     assert chosen(extension=tmp_path / "e") == ("weights/svd_xt.safetensors", "e") and not capsys.readouterr().err
 
 
-def test_a_bad_image_does_not_stop_the_others(make, picture, tmp_path, monkeypatch, capsys):
+def test_a_batch(make, picture, tmp_path, monkeypatch, capsys):
+    """Seeds, a bad image, what is there already, shares of the work, and a model that is loaded once."""
     (tmp_path / "bad.png").write_bytes(b"no picture")
     data.write_png(tmp_path / "second.png", world.clip(0, 1, 1, 64)[0][0])
     loads, load = [], exsvd.load
@@ -2151,20 +2201,152 @@ def test_a_bad_image_does_not_stop_the_others(make, picture, tmp_path, monkeypat
 
     monkeypatch.setattr(exsvd, "load", spy)
     images = [picture, tmp_path / "bad.png", tmp_path / "second.png"]
-    with pytest.raises(data.MediaError, match="1 of 3 images"):
-        make(*images, "--frames", 2, "--size", "128x64", name="{name}.mp4")
+    flags = [*images, "--frames", 2, "--size", "128x64", "--seed", 3, "--seeds", 2]
+    with pytest.raises(data.MediaError, match="2 of 6 videos"):
+        make(*flags, name="{name}.mp4")
     assert f"sample.py: {tmp_path / 'bad.png'}: " in capsys.readouterr().err and len(loads) == 1
-    for name in ("picture", "second"):
-        assert data.read_video(tmp_path / f"{name}.mp4")[0].shape == (2, 64, 128, 3)
+    outs = [tmp_path / f"{name}-{seed}.mp4" for name in ("picture", "second") for seed in (3, 4)]
+    assert sorted(tmp_path.glob("*.mp4")) == outs and len({out.read_bytes() for out in outs}) == 4
+    assert data.read_video(outs[0])[0].shape == (2, 64, 128, 3) and data.read_settings(outs[1])["seed"] == 4
+
+    before = outs[3].read_bytes()
+    outs[3].unlink()
+    flags[:3] = [picture, tmp_path / "second.png"]
+    make(*flags, "--shard", "0/2", name="{name}.mp4")
+    assert not outs[3].exists(), "seed 4 of the second is the other shard's"
+    capsys.readouterr()
+    make(*flags, "--shard", "1/2", name="{name}.mp4")
+    assert outs[3].read_bytes() == before and "picture-4.mp4: is there" in capsys.readouterr().out and len(loads) == 2
+    make(*flags, "--shard", "3/4", "--overwrite", name="{name}.mp4")
+    assert outs[3].read_bytes() == before and len(loads) == 3
 
 
-def test_more_frames_than_the_model_knows(make, tiny_extension, capsys):
+def oracle(monkeypatch, *clips):
+    """From now on the model sees the first of these latents, then the second, ... in whatever it is shown. -> calls"""
+    calls, clips = [], iter(clips)
+
+    def guided(unet, image_latents, ctx, ids, cfg, frames, interval):
+        z = next(clips)
+
+        def denoise(x, sigma):
+            calls.append((x, sigma))
+            return z
+        return denoise
+
+    monkeypatch.setattr(sample, "guided", guided)
+    return calls
+
+
+def latents_of(out):
+    return load_file(sample.latents_path(str(out)))["latents"]
+
+
+def test_longer_than_the_table_in_rounds(make, tiny_extension, monkeypatch):
+    clips, images, condition = torch.randn(3, 1, 20, 4, 8, 8), [], sample.condition
+    oracle(monkeypatch, *clips)
+
+    def spy(svd, img, *rest):
+        images.append(img)
+        return condition(svd, img, *rest)
+
+    monkeypatch.setattr(sample, "condition", spy)
+    out = make("--extension", tiny_extension[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45, name="frames")
+    assert torch.equal(latents_of(out), torch.cat([clips[0], clips[1][:, 4:], clips[2][:, 11:]], 1))
+    video = data.read_video(out)[0].permute(0, 3, 1, 2) / 127.5 - 1
+    for img, start in zip(images[1:], (16, 25)):  # a round is told of its own first frame, as the model was trained
+        assert (video - img).square().mean((1, 2, 3)).argmin() == start
+    assert len(video) == 45 and len(images) == 3
+
+
+def test_an_end_and_key_frames(make, tiny_model, picture, tmp_path, monkeypatch):
+    data.write_png(tmp_path / "second.png", world.clip(0, 1, 1, 64)[0][0])
+    a, b = torch.randn(2, 1, 8, 4, 8, 8)
+    oracle(monkeypatch, a, b)
+    out = make("--end", picture, "--keyframe", f"3={tmp_path / 'second.png'}")
+    z, expected = latents_of(out), torch.lerp(a, b.flip(1), torch.linspace(0, 1, 8).view(1, 8, 1, 1, 1))
+    img = data.fit_image(data.read_image(tmp_path / "second.png"), 64, 64)
+    with torch.no_grad():
+        expected[:, 3] = exsvd.load(tiny_model, parts=("vae",)).vae.encode(img[None]) * exsvd.VAE_SCALE
+    assert torch.allclose(z, expected, atol=1e-5) and data.read_settings(out)["keyframes"] == [3]
+
+
+@pytest.mark.parametrize("strength, steps", [(0.5, 2), (1, 4), (0, 1)])
+def test_a_video_is_refined_from_where_the_strength_says(make, tiny_model, monkeypatch, strength, steps):
+    first = make("--frames", 8, name="first.mp4")
+    video, fps = data.read_video(first)
+    with torch.no_grad():
+        vae = exsvd.load(tiny_model, parts=("vae",)).vae
+        encoded = data.encode_frames(vae, video.permute(0, 3, 1, 2) / 127.5 - 1)[None] * exsvd.VAE_SCALE
+    sigma = exsvd.karras_sigmas(4)[-1 - steps]
+    noise = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    flags = ["--strength", strength, "--steps", 4, "--share-noise", 0, "--seed", 5, "--frames", 4]
+    for source, z in ((first, encoded), (sample.latents_path(str(first)), latents_of(first))):
+        calls = oracle(monkeypatch, torch.zeros(1, 4, 4, 8, 8))
+        out = make(None, "--video", source, *flags, name="refined.mp4")
+        assert len(calls) == steps and calls[0][1] == sigma
+        assert torch.allclose(calls[0][0], z[:, [0, 2, 5, 7]] + sigma * noise, rtol=1e-4, atol=1e-3)
+        refined, its_fps = data.read_video(out)
+        assert refined.shape == (4, 64, 64, 3) and its_fps == fps / 2, "it lasts as long as the video did"
+    with pytest.raises(data.MediaError, match="latents are of 64x64"):
+        make("--video", source, "--size", "128x128")
+
+
+def test_warnings_off_the_trained_range(make, picture, tmp_path, capsys):
+    data.write_png(tmp_path / "second.png", world.clip(0, 1, 1, 64)[0][0])
+    make(picture, tmp_path / "second.png", "--frames", 1, "--fps", 100, "--motion", 90, name="{name}.mp4")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [line.split()[1].strip(",") for line in warnings] == ["64x64", "--fps", "--motion"], "one line each, once"
+    make("--frames", 1, "--size", "128x128", "--fps", 8, "--motion", 20)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_out_of_memory_names_what_helps_in_order(make, tiny_model, picture, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(sample, "make_latents", fail)
+    with pytest.raises(SystemExit) as exit:
+        sample.command([picture, "--model", tiny_model])
+    flags = re.findall(r"--[a-z-]+", exit.value.code)
+    assert flags[:4] == ["--dtype", "--dtype", "--offload", "--frames"] and "--decode-chunk" in flags
+
+
+def test_text_to_video_by_the_snippet(tiny_model, tmp_path, monkeypatch):
+    """The very lines of sample.py's docstring, with a pipeline of random weights in place of the real one."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    files = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    tokenizer = transformers.CLIPTokenizer(*files, model_max_length=77)
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=32, attention_head_dim=8)
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
+    pipeline = diffusers.StableDiffusionPipeline(vae, text, tokenizer, unet, diffusers.DDIMScheduler(), None, None,
+                                                 requires_safety_checker=False)
+    here = argparse.Namespace(to=lambda device: pipeline)  # there is no cuda
+    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", lambda name, torch_dtype: here)
+    monkeypatch.setattr(sample, "default_model", lambda a: (tiny_model, None))
+    monkeypatch.setitem(sample.DEFAULTS, "toy", sample.DEFAULTS["toy"] | {"steps": 1, "area": 64 * 64})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sample", sample)
+    snippet = sample.__doc__[sample.__doc__.index("    import torch, sample"):]
+    exec(re.sub("^    ", "", snippet, flags=re.MULTILINE), {})
+    assert data.read_video("out/lighthouse.mp4")[0].shape == (8, 64, 64, 3)
+    assert data.read_image("lighthouse.png").shape == (8, 8, 3)
+
+
+def test_more_frames_than_the_model_knows(make, tiny_model, capsys):
     make("--frames", 9)
     assert "warning: --frames 9" in capsys.readouterr().err
-    make("--frames", 9, "--native", 9)
-    assert "warning" not in capsys.readouterr().err
-    with pytest.raises(exsvd.WeightsError, match="made for 20"):
-        make("--extension", tiny_extension[0], "--frames", 21)
+    for flags in (["--native", 9], ["--overlap", 1]):  # the model is said to know them; they are made in rounds
+        make("--frames", 9, *flags)
+        assert "warning: --frames" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args, words", [
@@ -2174,6 +2356,16 @@ def test_more_frames_than_the_model_knows(make, tiny_extension, capsys):
     ("{picture} --sampler heun --eta 0.5", "--sampler ddim"),
     ("{picture} --eta 2", "at most 1"),
     ("{picture} --frames 0", "at least 1"),
+    ("{picture} --frames 9 --overlap 8", "less than a round"),
+    ("{picture} --keyframe 8={picture}", "the frames 0 to 7"),
+    ("{picture} --keyframe c.png", "NUMBER=IMAGE"),
+    ("{picture} --keyframe 1=a.png --keyframe 1=b.png", "two images"),
+    ("{picture} --end missing.png", "missing.png"),
+    ("{picture} --video missing.mp4", "missing.mp4"),
+    ("{picture} {picture} --video missing.mp4", "one video"),
+    ("--video a.mp4 --out a.mp4", "choose another"),
+    ("{picture} --strength 2", "at most 1"),
+    ("{picture} --shard 2/2", "I/N"),
     ("{picture} --frames 1.5", "a whole number"),
     ("{picture} --fps nan", "at least 1"),
     ("{picture} --cfg nan 1", "at least 0"),
