@@ -24,6 +24,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -542,7 +543,8 @@ class UNet(nn.Module):
     Long videos are worked on in slices; `unet.slice_size = None` switches that off (see Slices). In training mode
     activations are checkpointed, in residual and transformer blocks alike: per slice, and per block around that.
     `unet.checkpointing` is "memory" (default: every block that has a transformer), "speed" (blocks of the finest level
-    only: a sixth less work, twice the memory) or None (keep everything).
+    only: a sixth less work, twice the memory) or None (keep everything). `unet.stream = Stream(unet, device)` keeps
+    weights and skips in CPU memory until they are needed.
     """
 
     def __init__(self, config=UNetConfig()):
@@ -550,6 +552,7 @@ class UNet(nn.Module):
         self.config = config
         self.checkpointing = "memory"
         self.slice_size = Slices.size
+        self.stream = None
         C, emb_dim = config.channels, 4 * config.channels[0]
         res = partial(SpatioTemporalRes, emb_dim=emb_dim, groups=config.groups)
         attn = partial(SpatioTemporalTransformer, context_dim=config.context_dim, groups=config.groups)
@@ -624,17 +627,23 @@ class UNet(nn.Module):
 
             return checkpoint(again, *inputs, use_reentrant=False)
 
+        # inputs: the list alone holds what goes into a block, see Block.forward
+        stream = self.stream or Resident()
         h = self.down[0].conv(x.to(dtype).flatten(0, 1))                                  # (B*T, C, H, W)
-        skips = [h]
-        for block in self.down[1:]:
-            h = run(block, [h, None]) if block.conv is None else block.conv(h)
-            skips.append(h)
-        for block in self.mid:
-            h = run(block, [h, None])
+        skips = [stream.put(h)]
+        for block in stream.visit(self.down[1:]):
+            inputs = [h, None]
+            del h
+            h = block.conv(inputs[0]) if block.res is None else run(block, inputs)
+            skips.append(stream.put(h))
+        for block in stream.visit(self.mid):
+            inputs = [h, None]
+            del h
+            h = run(block, inputs)
         upsample = None
-        for block in self.up:
+        for block in stream.visit(self.up, skips):
             inputs = [h, skips.pop()]
-            del h  # the list alone holds it, see Block.forward
+            del h
             h = run(block, inputs, upsample)
             upsample = block.conv  # waits for the next block, which does it slice by slice
 
@@ -642,6 +651,89 @@ class UNet(nn.Module):
             return self.conv_out(F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled()))
 
         return slices(out, h).unflatten(0, (B, T)).to(x.dtype)                            # (B, T, 4, H, W)
+
+
+class Resident:
+    """Weights and skips of a UNet where they are, in the order in which a pass asks for them."""
+
+    def visit(self, blocks, skips=()):
+        return blocks
+
+    def put(self, skip):
+        return skip
+
+
+class Stream(Resident):
+    """For small cards: what a pass does not need yet waits in CPU memory. `unet.stream = Stream(unet, device)`.
+
+    The weights of two blocks are on the device: of the one that computes, and of the next, copied meanwhile. Skips of
+    at least `large` bytes leave as soon as they are there, and come back while the block before theirs computes. CUDA
+    does this in a stream of its own and from pinned memory; without CUDA the same lines run one after the other. The
+    results are the same bits. For inference alone: no gradient reaches weights that are copies.
+    """
+
+    def __init__(self, unet, device, large=2**26):
+        self.device, self.large = torch.device(device), large
+        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        waiting = {p for block in (*unet.down, *unet.mid, *unet.up) for _, _, p in self.weights(block)}
+        for module in unet.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, self.copy(p, "cpu" if p in waiting else self.device))
+
+    def weights(self, block):
+        """(module, name, parameter) of a block but its conv, always on the device: upsampling is left to the next."""
+        parts = [part for part in (block.res, block.attn) if part is not None]
+        return [(m, *named) for part in parts for m in part.modules() for named in m.named_parameters(recurse=False)]
+
+    @torch.inference_mode(False)  # there nothing requires a gradient, by which torch.matmul chooses its way
+    def copy(self, t, device):
+        pinned = self.side is not None and device == "cpu"  # else the copy would not run beside what computes
+        copy = torch.empty_like(t, device=device, pin_memory=pinned).copy_(t.detach(), non_blocking=True)
+        return nn.Parameter(copy, t.requires_grad) if isinstance(t, nn.Parameter) else copy
+
+    @contextmanager
+    def aside(self):
+        """Copies in here run beside what computes, after all that was asked for so far."""
+        if self.side is None:
+            yield
+        else:
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.side):
+                yield
+
+    def put(self, skip):
+        if skip.nbytes < self.large:
+            return skip
+        with self.aside():
+            waiting = self.copy(skip, "cpu")
+        if self.side is not None:
+            skip.record_stream(self.side)  # its memory is not to be used again before it is copied
+        return waiting
+
+    def visit(self, blocks, skips=()):
+        """Yields the blocks, each with its weights and the last of the skips on the device."""
+        fetched, arrived = self.fetch(blocks[0], skips, -1)
+        for block, following in zip(blocks, [*blocks[1:], None]):
+            at_home = self.weights(block)
+            for (module, name, _), t in zip(at_home, fetched):
+                setattr(module, name, t)
+            if arrived is not None:
+                torch.cuda.current_stream(self.device).wait_event(arrived)
+            if following is not None:
+                fetched, arrived = self.fetch(following, skips, -2)
+            try:
+                yield block
+            finally:
+                for module, name, p in at_home:
+                    setattr(module, name, p)
+
+    def fetch(self, block, skips, i):
+        """Begin to copy a block's weights, and skips[i] if it left, to the device: (copies, event at their end)."""
+        with self.aside():
+            copies = [self.copy(p, self.device) for _, _, p in self.weights(block)]
+            if len(skips) >= -i and skips[i].nbytes >= self.large:
+                skips[i] = self.copy(skips[i], self.device)
+            return copies, None if self.side is None else self.side.record_event()
 
 
 def compile_blocks(unet):
@@ -810,7 +902,7 @@ def preprocess_clip(img, size=224):
             taps, pad = taps.view(1, 1, 1, k), (k // 2, k // 2, 0, 0)
         x = F.conv2d(F.pad(x, pad, mode="reflect"), taps.repeat(3, 1, 1, 1), groups=3)
     x = F.interpolate(x, (size, size), mode="bicubic", align_corners=True)
-    mean, std = (torch.tensor(v, device=img.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1).to(img.device) for v in (CLIP_MEAN, CLIP_STD))
     return ((x + 1) / 2 - mean) / std
 
 

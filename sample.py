@@ -398,7 +398,7 @@ def parse(argv):
                       "[out/{name}.mp4; with --video out/{name}-refined.mp4]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one, else cpu]")
     add("--offload", action="store_true", help="for small cards: CLIP and VAE, then the UNet, then the VAE are on the "
-                                               "device, the others wait in CPU memory")
+                                               "device (the UNet two blocks at a time), the others wait in CPU memory")
     add("--compile", action="store_true",
         help="torch.compile of the UNet's blocks; the first step takes minutes, and a compiler is needed")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
@@ -475,6 +475,7 @@ def peak_memory(device):
 @contextmanager
 def on_device(device, *networks):
     """Networks on the device for a while, then back where they wait. Nothing moves where that is the same place."""
+    networks = [network for network in networks if getattr(network, "stream", None) is None]  # else it moves by itself
     homes = [next(network.parameters()).device for network in networks]
 
     def move(*places):
@@ -487,7 +488,7 @@ def on_device(device, *networks):
         yield
     finally:
         move(*homes)
-        if device.type == "cuda" and homes[0].type == "cpu":
+        if device.type == "cuda" and homes and homes[0].type == "cpu":
             torch.cuda.empty_cache()  # or the memory stays reserved in blocks that the next network does not fit
 
 
@@ -598,6 +599,8 @@ def settings_of(a, family, svd, img, seed, video=None):
         chosen["fps"] = max(1.0, video.fps * frames / len(video.frames))  # as fast as it was
     area = img.shape[0] * img.shape[1] if video else chosen["area"]
     width, height = a.size or data.default_size(img.shape[1], img.shape[0], area)
+    if a.offload and a.decode_chunk is None:  # about 3 GB: 4 frames of 1024x1024 at once, 16 of 512x512
+        chosen["decode_chunk"] = max(4, min(chosen["decode_chunk"], 2**22 // (width * height)))
     near = chosen["area"] / 2 <= width * height <= chosen["area"] * 2
     if not near and not video:
         warn(f"{width}x{height}, but {family} was trained on about {math.isqrt(chosen['area'])} squared: expect "
@@ -719,6 +722,8 @@ def load(a, model, extension, toy, device):
     """The three networks, ready to sample, and the family they belong to."""
     a.dtype = a.dtype or ("float32" if toy and device.type == "cpu" else "bfloat16")
     svd = exsvd.load(model, extension, getattr(torch, a.dtype), "cpu" if a.offload else device)
+    if a.offload:
+        svd.unet.stream = exsvd.Stream(svd.unet, device)
     if a.compile:
         exsvd.compile_blocks(svd.unet)
     family = "toy" if toy else "ExVideo" if svd.unet.max_frames else "SVD"
