@@ -7,6 +7,7 @@
 
     count      peak live bytes of activations and matrix work of one UNet pass, at any shape (fake tensors, nothing is run)
     train      the same of forward and backward, temporal blocks trained, checkpointed; on a GPU also really run
+    offload    bytes on the device, weights included, where the others wait in CPU memory (exsvd.Stream)
     vae        the same of VAE decoding; --shape counts latents
     time       seconds of a pass, ours against each other code: median ratio of alternating pairs [quartiles]; share of the
                device's matrix rate, as one large product has it; on a GPU the allocator's peak
@@ -17,7 +18,7 @@
     decode     memory of sample.decode for longer and longer videos
 
 Every network has the size of SVD-XT and random weights, in bfloat16, unless a row says otherwise. DiffSynth's last release
-with SVD is 1.1.7: `pip download diffsynth==1.1.7 --no-deps`, unzip the wheel into FOLDER. What is not installed is left out.
+with SVD is 1.1.9: `pip download diffsynth==1.1.9 --no-deps`, unzip the wheel into FOLDER. What is not installed is left out.
 """
 
 import argparse
@@ -150,18 +151,20 @@ def weight_bytes(*networks):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made and that still live, `peak` the most there were. Each storage counts once,
-    however many tensors share it; hidden copies inside an operation and a library's workspace are not seen."""
+    """Bytes of the storages that operations made and that still live [on one device], `peak` the most there were. Each
+    counts once, however many tensors share it; copies inside an operation and a library's workspace are not seen."""
 
-    def __init__(self, weights):
+    def __init__(self, weights, device=None):
         super().__init__()
+        self.device = device
         self.known = {w.untyped_storage()._cdata for w in weights}
         self.live = self.peak = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+            counts = isinstance(tensor, torch.Tensor) and self.device in (None, tensor.device.type)
+            if counts and tensor.untyped_storage()._cdata not in self.known:
                 storage = tensor.untyped_storage()
                 self.known.add(storage._cdata)
                 self.live += storage.nbytes()
@@ -369,6 +372,19 @@ def train_on_gpu(code, a, shape, setting):
         return {"note": f"{note}; out of memory"}
 
 
+def offload_rows(a):
+    """On the device that a Stream serves: "meta", which under FakeTensorMode is one as any other."""
+    new = partial(torch.empty, device="meta")
+    for shape in a.shape or [(128, 64, 64), (128, 128, 128)]:
+        T, H, W = shape
+        with FakeTensorMode():
+            m = build("ours", a, T, device="cpu")[0]
+            with LiveBytes([], "meta") as live, torch.no_grad():
+                m.stream = exsvd.Stream(m, "meta")
+                exsvd.denoise(m, new(1, T, 4, H, W), new(1), new(1, 1, 4, H, W), new(1, 1, 1024), new(1, 3))
+        yield "denoise() with exsvd.Stream, counted", "ours", shape, {"peak GB": gb(live.peak), "note": "with weights"}
+
+
 def vae_rows(a):
     for shape in a.shape or [(8, 128, 128)]:
         for code in others(a, ("ours", "diffusers", "diffsynth")):
@@ -469,7 +485,7 @@ def decode_rows(a):
             "peak GB": gb(in_fresh_process(decode_frames, T, a, 256)), "note": "whole process; VAE a quarter as wide, float32, chunks of 16"}
 
 
-TASKS = {"count": count_rows, "train": train_rows, "vae": vae_rows, "time": time_rows, "process": process_rows,
+TASKS = {"count": count_rows, "train": train_rows, "offload": offload_rows, "vae": vae_rows, "time": time_rows, "process": process_rows,
          "frames": frames_rows, "attention": attention_rows, "load": load_rows, "decode": decode_rows}
 
 
@@ -496,7 +512,7 @@ def parse():
     p.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)} [count]")
     p.add_argument("--shape", type=shape, nargs="+", help="frames x height x width of the latents [of each task, see bench/README.md]; "
                                                           "frames takes two, the long one first")
-    p.add_argument("--diffsynth", metavar="FOLDER", help="holds diffsynth/ and its dist-info: an unpacked wheel of 1.1.7, to be compared with")
+    p.add_argument("--diffsynth", metavar="FOLDER", help="holds diffsynth/ and its dist-info: an unpacked wheel of 1.1.9, to be compared with")
     p.add_argument("--pairs", type=int, default=9, help="alternating pairs of runs [9; fewer are for trying out]")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="to run on; counts need none [cpu]")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [what torch chooses]")
@@ -507,7 +523,7 @@ def parse():
     if unknown := [t for t in a.tasks if t not in TASKS]:
         p.error(f"unknown task {unknown[0]}: there are {', '.join(TASKS)}")
     if a.diffsynth and not version("diffsynth", a.diffsynth):
-        p.error(f"--diffsynth {a.diffsynth}: no unpacked wheel there (a folder with diffsynth/ and diffsynth-1.1.7.dist-info/)")
+        p.error(f"--diffsynth {a.diffsynth}: no unpacked wheel there (a folder with diffsynth/ and diffsynth-1.1.9.dist-info/)")
     if "frames" in a.tasks and a.shape and len(a.shape) != 2:
         p.error("frames takes two shapes, the long one first")
     if a.pairs < 2:
