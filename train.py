@@ -49,6 +49,7 @@ Another number of ranks continues too, exactly, from where the others stopped: t
 seen twice; --batch must stay, --accumulate may make up for ranks that are gone. Several nodes:
 
     deepspeed --hostfile hosts train.py --model ... --data ... --out /shared/run     # by ssh; or on each node k of 2:
+    deepspeed --hostfile hosts --no_ssh --node_rank k --master_addr HOST train.py ...
     torchrun --nnodes 2 --node_rank k --nproc_per_node 8 --master_addr HOST --master_port 29500 train.py ...
     srun --nodes 2 --ntasks-per-node 1 bash -c 'torchrun --nnodes 2 --node_rank $SLURM_NODEID --nproc_per_node 8 ...'
 
