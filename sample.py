@@ -184,14 +184,14 @@ def fused(forward, backward, frames):
     return denoise
 
 
-def held(denoise, known, mask):
-    """denoise(x, sigma) where the frames in mask (T,) are known: (1,T,4,h,w), of which the others don't matter.
+def held(denoise, known, weight):
+    """denoise(x, sigma) that draws frames to known latents (1,T,4,h,w), by weights (T,) from 0 to 1.
 
-    Their estimate is the truth, so samplers keep them at known + sigma * noise, as masked frames are in the official
-    ExVideo code, and end with the truth itself.
+    At weight 1 the estimate is the truth, so samplers keep a frame at known + sigma * noise, as masked frames are in
+    the official ExVideo code, and end with the truth itself.
     """
-    mask = mask.view(1, -1, 1, 1, 1).to(known.device)
-    return lambda x, sigma: torch.where(mask, known, denoise(x, sigma))
+    weight = weight.view(1, -1, 1, 1, 1).to(known.device)
+    return lambda x, sigma: torch.lerp(denoise(x, sigma), known, weight)
 
 
 def rounds(frames, length, overlap):
@@ -348,7 +348,7 @@ def parse(argv):
     add("--frames", type=at_least(1, kind=int), metavar="N",
         help="frames to make, in rounds where an extension has fewer [all rows of its table, or the native length]")
     add("--overlap", type=at_least(1, kind=int), metavar="N",
-        help="frames that a round takes over from the one before [an eighth of a round; without extension no rounds]")
+        help="frames that a round shares with the one before [an eighth of a round; without extension no rounds]")
     add("--end", metavar="IMAGE", help="what the video ends with; the first IMAGE again makes a loop. Twice the time")
     add("--keyframe", type=keyframe, action="append", default=[], metavar="NUMBER=IMAGE",
         help="what the frame of that number shows, counted from 0; may be given more than once")
@@ -419,6 +419,8 @@ def parse(argv):
         torch.zeros(1, device=a.device).cpu()
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
+    if a.decode_only and (a.seeds > 1 or a.shard != (0, 1)):
+        p.error("--decode-only makes one video: leave --seeds and --shard out")
     jobs = jobs_of(a)
     a.batch = len(jobs) > 1
     a.jobs = jobs[a.shard[0]::a.shard[1]]
@@ -514,28 +516,34 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
         noise = torch.randn(1, length, 4, H // 8, W // 8, generator=generator)
         return shared_noise(noise, s["share_noise"]).to(device)
 
-    def told(img):  # a denoiser that knows the image
+    def told(img, own_latents=None):  # a denoiser that knows the image
         image_noise = torch.randn(1, 3, H, W, generator=generator)
         image_latents, ctx = condition(svd, img, s["aug"], image_noise, device)
+        if own_latents is not None:  # decoded and encoded again they would lose contrast, round by round
+            image_latents = own_latents
         return guided(svd.unet, image_latents, ctx, ids, s["cfg"], length, s["cfg_interval"])
 
     z = torch.zeros(1, s["frames"], 4, H // 8, W // 8, device=device) if video is None else video.clone()
-    known, made = torch.zeros(s["frames"], dtype=torch.bool), 0  # the frames of z that are as they will be
+    fixed, made = torch.zeros(s["frames"]), 0  # 1 for key frames, whose latents z holds; frames made so far
     with tqdm(total=passes, desc="sampling", unit="pass") as bar:
         for start, stop in parts:
-            noise = draw()
+            noise, own_latents = draw(), None
             with on_device(device, svd.clip, svd.vae):
                 if start == 0:
                     for number, frame in keyframes.items():
                         z[:, number] = svd.vae.encode(frame[None].to(device)) * exsvd.VAE_SCALE
-                        known[number] = True
+                        fixed[number] = 1
                 else:  # goes on from its first frame, which the round before has made
                     img = frame_of(svd.vae, z[:, :made], start, s)
-                denoise = told(img)
+                    own_latents = z[:, start:start + 1] / exsvd.VAE_SCALE
+                denoise = told(img, own_latents)
                 if end is not None and stop == s["frames"]:
                     denoise = fused(denoise, told(end), length)
-            if known[start:stop].any():
-                denoise = held(denoise, z[:, start:stop].clone(), known[start:stop])
+            weight = fixed[start:stop].clone()
+            ramp = torch.linspace(1, 0, max(0, made - start) + 1)[:-1]  # weights of 1 would end in a jump
+            weight[:len(ramp)] = torch.maximum(weight[:len(ramp)], ramp)
+            if weight.any():
+                denoise = held(denoise, z[:, start:stop].clone(), weight)
 
             def counted(x, sigma):
                 D = denoise(x, sigma)
@@ -546,7 +554,7 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
             with on_device(device, svd.unet):
                 x = z[:, start:stop] + level * noise
                 z[:, start:stop] = SAMPLERS[s["sampler"]](counted, x, sigmas, s["eta"], draw)
-            known[start:stop], made = True, stop
+            made = stop
     return z
 
 
@@ -751,7 +759,7 @@ def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
         print(f"the latents are safe: go on with --decode-only '{latents_path(out)}'", file=sys.stderr)
         raise
     print(f"{out}: {s['frames']} frames of {s['width']}x{s['height']} at {s['fps']:g} fps, "
-          f"{(sampled - begin) / s['steps']:.2f} s per step, {time.perf_counter() - sampled:.1f} s to decode, "
+          f"{sampled - begin:.1f} s to sample, {time.perf_counter() - sampled:.1f} s to decode, "
           f"{peak_memory(device)} at the peak")
 
 
