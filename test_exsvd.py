@@ -2912,7 +2912,8 @@ def test_a_run_that_is_killed_all_the_time(in_soak_only, small, videos, tmp_path
         p = launch(*args, "--out", out, ranks=2, wait=False, preexec_fn=nothing_over_100_kB if full else None)
         before, ranks, waits = set(out.glob("state-*")), [], rng.uniform(5, 25)
         while p.poll() is None and len(ranks) < 2:
-            ranks = [rank for launcher in psutil.Process(p.pid).children() for rank in launcher.children()]
+            with contextlib.suppress(psutil.NoSuchProcess):  # the launcher has short-lived children too
+                ranks = [rank for launcher in psutil.Process(p.pid).children() for rank in launcher.children()]
             time.sleep(0.1)
         if kills % 2 and not full:  # else it is killed wherever it is, while it starts perhaps
             while p.poll() is None and set(out.glob("state-*")) <= before:
@@ -2922,7 +2923,8 @@ def test_a_run_that_is_killed_all_the_time(in_soak_only, small, videos, tmp_path
         while p.poll() is None and time.monotonic() < until:
             time.sleep(0.1)
         if p.poll() is None:
-            ranks[rng.integers(2)].kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                ranks[rng.integers(2)].kill()
             kills += 1
         text = p.communicate()[0]
         states = sorted(out.glob("state-*"))
