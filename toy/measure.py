@@ -2,7 +2,8 @@
 
     python toy/measure.py out/img.mp4 assets/img.png             # a line per video and picture, two arguments each
 
-Videos are float32 (T, 3, S, S) and pictures (3, P, P), P = S or more, in [-1, 1]; the first frame shows all of the picture.
+Videos are float32 (T, 3, S, S) and pictures (3, P, P), P = S or more, in [-1, 1]; the first frame shows all of the
+picture.
 """
 
 import math
@@ -21,7 +22,7 @@ FIT = 64            # pixels at which windows are compared
 
 
 def flatten(images):
-    """Images (n,3,h,w) as vectors of length 1 without the mean of each channel: what is left does not depend on tint."""
+    """Images (n,3,h,w) as vectors of length 1 without the mean of each channel: what is left does not tell tints."""
     x = (images - images.mean((2, 3), keepdim=True)).flatten(1)
     return x / x.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
@@ -30,7 +31,7 @@ def camera_path(video, picture):
     """The window of the picture that each frame shows, as its scale: 1 is all of it, 0.5 the middle half; float (T,).
 
     The scale with the highest correlation, tried from 0.5 to 1.1 in steps of 0.01 and refined by a parabola. Colours
-    that drift as a whole do not matter; what the frames have no room for, another motion than into the middle, is not seen.
+    that drift as a whole do not matter; another motion than into the middle is not seen.
     """
     tried = torch.arange(0.5, 1.105, 0.01)
     frames = flatten(F.interpolate(video, (FIT, FIT), mode="bilinear", antialias=True, align_corners=False))
@@ -42,7 +43,7 @@ def camera_path(video, picture):
 
 
 def way(path, motion, fps):
-    """Camera path (T,) -> the share of the way to the true flight's last frame that is behind the camera at each frame."""
+    """Camera path (T,) -> the share of the way to the true flight's last frame that is behind it, (T,)."""
     return -path.log() / (motion / 1000 / fps * (len(path) - 1))
 
 
@@ -58,9 +59,12 @@ def change(video):
 
 
 def measure(video, picture, motion, fps):
-    """{name: value} of a sample at a motion bucket above 0. The camera's way, in shares of the true one: "path" at every
-    frame, "arrival" at the last, "rms" its distance from the straight path, "back" its longest step back. "flicker": change
-    from frame to frame, over that of the true flight. "psnr": low-passed, against the true flight, at every frame, in dB."""
+    """{name: value} of a sample at a motion bucket above 0.
+
+    The camera's way, in shares of the true one: "path" at every frame, "arrival" at the last, "rms" its distance from
+    the straight path, "back" its longest step back. "flicker": change from frame to frame, over that of the true
+    flight. "psnr": low-passed, against the true flight, at every frame, in dB.
+    """
     T, S = len(video), video.shape[-1]
     truth = world.flight(picture, world.scales(motion, fps, T), S)
     path = way(camera_path(video, picture), motion, fps)

@@ -1,22 +1,24 @@
 """Makes the toy that ships, assets/toy.safetensors and assets/toy-exvideo.safetensors, from nothing but toy/world.py:
 
-    python toy/pretrain.py                        # its VAE -> runs/toy/start.safetensors, then, with a better decoder, vae.safetensors
+    python toy/pretrain.py                             # its VAE: runs/toy/start.safetensors, later vae.safetensors
 
-    base="--model runs/toy/start.safetensors --train all --frames 8 --batch 8 --ema 0.999 --warmup 100 --drop 0 --sample-every 0"
-    python train.py $base --lr 2e-3 --steps 4000 --out runs/toy/base             # the UNet on 8 frames, and CLIP with it
-    python toy/pretrain.py --pack runs/toy/base/model-004000.safetensors --vae runs/toy/vae.safetensors --out assets/toy.safetensors
+    base="--model runs/toy/start.safetensors --train all --frames 8 --batch 8 --ema 0.995 --warmup 100 --drop 0"
+    base="$base --sample-every 0 --checkpoint none --lr 2e-3 --steps 4000"
+    python train.py $base --out runs/toy/base          # the UNet on 8 frames, and CLIP with it
+    python toy/pretrain.py --pack runs/toy/base/model-004000.safetensors --vae runs/toy/vae.safetensors \\
+        --out assets/toy.safetensors
 
     tune="--model assets/toy.safetensors --frames 40 --batch 2 --ema 0.98 --warmup 10 --drop 0 --sample-every 50"
-    python train.py $tune --lr 1e-3 --steps 400 --out runs/toy/tuned             # ExVideo: 40 frames
+    python train.py $tune --lr 1e-3 --steps 400 --out runs/toy/tuned                # ExVideo: 40 frames
     python toy/pretrain.py --pack runs/toy/tuned/exvideo-000400.safetensors --out assets/toy-exvideo.safetensors
 
 Every command goes on where it stopped when it is given again. The networks are SVD's, block for block, only narrower;
 128 x 128 pixels are 16 x 16 latents.
 
 The VAE learns in two phases. First encoder and decoder together, and a picture that moves is to be latents that move
-(EQ-VAE, arXiv:2502.09509): every other step enlarges picture and latents alike, or the UNet could not learn to fly. Then
-the latents are given mean 0 and variance 1, the encoder is left alone, and the decoder gets better at them. From then on
-the base can be trained on them, beside it: start.safetensors is written.
+(EQ-VAE, arXiv:2502.09509): every other step enlarges picture and latents alike, or the UNet could not learn to fly.
+Then the latents are given mean 0 and variance 1, the encoder is left alone, and the decoder gets better at them. From
+then on the base can be trained on them, beside it: start.safetensors is written.
 """
 
 import argparse
@@ -37,7 +39,7 @@ import exsvd
 from toy import world
 
 UNET = exsvd.UNetConfig(channels=(48,) * 4, heads=(3,) * 4, context_dim=64, groups=8, native_frames=world.SHORT)
-VAE = exsvd.VAEConfig(channels=(24, 48, 96, 96), groups=2)  # few groups: normalising pairs of channels would lose colour
+VAE = exsvd.VAEConfig(channels=(24, 48, 96, 96), groups=2)  # few groups: normalising pairs would lose colour
 CLIP = exsvd.CLIPConfig(width=64, layers=2, heads=4, patch=28, out_dim=64)
 CROP = 64                    # pixels of what the VAE sees, half a frame of the toy
 LATENT_NOISE = 0.1           # standard deviation added to latents in VAE training: errors this small will not show
@@ -86,12 +88,12 @@ def crops(pictures, n, frames):
         images = images.flip(-1)
     scales, offsets = random_windows(n, 0.55)
     path = 0.5 * scales[:, None] * world.scales(torch.rand(()) * 160, world.FPS, frames)       # (n, frames)
-    video = world.windows(images.repeat_interleave(frames, 0), path.flatten(), offsets.repeat_interleave(frames, 0), CROP)
-    return video.unflatten(0, (n, frames))
+    images, offsets = images.repeat_interleave(frames, 0), offsets.repeat_interleave(frames, 0)
+    return world.windows(images, path.flatten(), offsets, CROP).unflatten(0, (n, frames))
 
 
 def reconstruction_loss(a, b):
-    """L1 and L2 on images (n,3,H,W) and on their 2, 4 and 8 times smaller versions: colours of areas, then edges. Scalar."""
+    """L1 and L2 on images (n,3,H,W) and on their 2, 4 and 8 times smaller versions, for colours of areas. Scalar."""
     loss = 0
     for _ in range(4):
         loss = loss + (a - b).abs().mean() + 2 * (a - b).square().mean()
@@ -100,10 +102,11 @@ def reconstruction_loss(a, b):
 
 
 def colour_loss(z, x):
-    """Of latents (n,4,h,w) whose first three are not the mean colours of their 8x8 pixels of images x (n,3,8h,8w). Scalar.
+    """Of latents (n,4,h,w) whose first three are not the mean colours of their 8x8 pixels of x (n,3,8h,8w). Scalar.
 
-    Pictures are mostly brightness. Without this at the start two of the four latents went to edges, and an axis of colour
-    was lost for good."""
+    Pictures are mostly brightness. Without this at the start two of the four latents went to edges, and an axis of
+    colour was lost for good.
+    """
     return (z[:, :3] - 2 * F.avg_pool2d(x, 8)).square().mean()
 
 
@@ -116,11 +119,11 @@ def vae_psnr(vae, images):
 
 @torch.no_grad()
 def normalise(vae, pictures):
-    """Fold mean and deviation of the latents into the layers around them: latents * VAE_SCALE get mean 0 and variance 1.
+    """Fold mean and deviation of the latents into the layers around: scaled latents get mean 0, variance 1.
     Returns what LATENT_NOISE then is, (4,1,1)."""
     torch.manual_seed(0)
     z = torch.cat([vae.encode(crops(pictures, 8, 1).flatten(0, 1)) for _ in range(128)])
-    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3)) * exsvd.VAE_SCALE             # (4,) each; new latents: (z - mean) / std
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3)) * exsvd.VAE_SCALE  # (4,) each; new latents: (z - mean) / std
     quant, conv_in = vae.quant_conv, vae.decoder.conv_in
     # Zeros around the latents now mean `mean`, which conv_in's bias can't express: the decoder learns its rim anew.
     conv_in.bias += (conv_in.weight.sum((2, 3)) * mean).sum(1)
@@ -186,7 +189,7 @@ def train_vae(args):
         if step == args.steps[0]:
             save("before.safetensors")
             noise, opt = normalise(vae, pictures), optimizer(1)
-            save("start.safetensors")                                             # the decoder's new rim comes with vae.safetensors
+            save("start.safetensors")  # the decoder's new rim comes with vae.safetensors
         phase, done = (0, step) if step < args.steps[0] else (1, step - args.steps[0])
         for group in opt.param_groups:
             cosine = 0.5 * (1 + math.cos(math.pi * done / args.steps[phase]))
@@ -201,7 +204,8 @@ def train_vae(args):
                 x = world.windows(x.flatten(0, 1), scale, offset, CROP).unflatten(0, x.shape[:2])
                 grid = torch.cat([scale.view(-1, 1, 1) * torch.eye(2), offset[..., None]], -1)
                 grid = F.affine_grid(grid, (len(grid), 4, *z.shape[-2:]), align_corners=False)
-                z = F.grid_sample(z.flatten(0, 1), grid, padding_mode="border", align_corners=False).unflatten(0, z.shape[:2])
+                moved = F.grid_sample(z.flatten(0, 1), grid, padding_mode="border", align_corners=False)
+                z = moved.unflatten(0, z.shape[:2])
             y = vae.decode(z + noise * torch.randn_like(z)).float()
         loss = reconstruction_loss(y.flatten(0, 1), x.flatten(0, 1))
         if phase == 0:
@@ -214,7 +218,8 @@ def train_vae(args):
         step += 1
         average += (loss.item() - average) / min(step - first, 200)
         if step % 250 == 0 or step == sum(args.steps):
-            line = dict(step=step, loss=round(average, 4), psnr=round(vae_psnr(vae, held_out), 2), seconds=round(time.time() - start))
+            line = dict(step=step, loss=round(average, 4), psnr=round(vae_psnr(vae, held_out), 2),
+                        seconds=round(time.time() - start))
             print(json.dumps(line), flush=True)
             with open(os.path.join(args.out, "vae.log"), "a") as f:
                 f.write(json.dumps(line) + "\n")
@@ -230,7 +235,7 @@ if __name__ == "__main__":
     p.add_argument("--pictures", type=int, default=3000, help="synthetic stills to train on")
     p.add_argument("--steps", type=int, nargs=2, default=(7000, 12000), help="of the two phases, 8 frames each")
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of each phase")
-    p.add_argument("--pack", metavar="FILE", help="train nothing: write this model or extension, as train.py saved it, to --out in float16")
+    p.add_argument("--pack", metavar="FILE", help="train nothing: write this model or extension of train.py's to --out")
     p.add_argument("--vae", metavar="FILE", help="with --pack: the model whose VAE goes with it")
     args = p.parse_args()
     if args.pack:
@@ -243,6 +248,6 @@ if __name__ == "__main__":
             exsvd.save(args.out, {name: file.get(name).half() for name in sorted(file.names)}, file.meta)
         sys.exit()
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)                                                # branches that start at zero make many
+    torch.set_flush_denormal(True)  # branches that start at zero make many
     os.makedirs(args.out, exist_ok=True)
     train_vae(args)

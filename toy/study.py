@@ -1,15 +1,15 @@
 """Does ExVideo work? Asked in the toy's world, where the future of a first picture is known.
 
-    python toy/study.py             # HOURS on two cores -> runs/study/{tables.md,figure.png,strip.png}; needs matplotlib
-    python toy/study.py --quick     # MINUTES: one seed, few steps, shows that it runs and little more
+    python toy/study.py             # -> runs/study/{tables.md,figure.png,strip.png}; needs matplotlib
+    python toy/study.py --quick     # one seed, few steps: shows that it runs and little more
 
     1. Rows       what is compared: untuned and post-tuned extensions, a model from scratch, the alternatives, ablations
     2. Training   train.py, as anybody would call it, from assets/toy.safetensors
     3. Samples    40 frames of each picture, and how they compare with the true flight
     4. Report     tables, the figure, a strip of frames
 
-The same command goes on where it stopped: what is there already is kept. The base knows 8 frames; all is judged on 40, of
-pictures that nothing was trained on: synthetic ones, assets/img.png and the photographs in toy/photographs.
+The same command goes on where it stopped: what is there already is kept. The base knows 8 frames; all is judged on 40,
+of pictures that nothing was trained on: synthetic ones, assets/img.png and the photographs in toy/photographs.
 """
 
 import argparse
@@ -40,7 +40,12 @@ OVERLAP = 3                         # frames that chained windows share, in the 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Rows
 
-TABLES = {"fold": exsvd.fold_positions(SHORT, T), "stretch": torch.linspace(0, SHORT - 1, T), "sinusoid": range(T), "random": None}
+TABLES = {                          # positions, known to the base or not, that the frame tables start from
+    "fold": exsvd.fold_positions(SHORT, T),
+    "stretch": torch.linspace(0, SHORT - 1, T),
+    "sinusoid": range(T),
+    "random": None,
+}
 ABLATIONS = {                       # what train.py is told beside the common settings
     "no identity convolution": ["--train", r"\.attn\.temporal\.(?!frame_conv)"],
     "positions only": ["--train", r"frame_(table|embed)"],
@@ -57,7 +62,7 @@ def slug(name):
 
 
 def runs(a):
-    """{name of a training run: (starting table, seed, train.py's extra arguments)}; the first ones are the paper's way."""
+    """{name of a training run: (starting table, seed, train.py's extra arguments)}; the paper's way comes first."""
     found = {f"fold, seed {seed}": ("fold", seed, []) for seed in range(a.seeds)}
     found |= {f"{table} table": (table, 0, []) for table in TABLES if table != "fold"}
     return found | {name: ("fold", 0, extra) for name, extra in ABLATIONS.items()}
@@ -117,8 +122,9 @@ def train(a, name, *arguments):
     """One run of train.py, resumed where it stopped; nothing happens if it has ended."""
     out = os.path.join(a.out, "runs", slug(name))
     os.makedirs(out, exist_ok=True)
-    command = [sys.executable, os.path.join(ROOT, "train.py"), "--out", out, "--data", "synthetic", "--batch", str(a.batch),
-               "--workers", "1", "--sample-every", "0", "--drop", "0", "--warmup", "10", "--lr", str(a.lr), *arguments]
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "--out", out, "--data", "synthetic", "--workers", "1",
+               "--sample-every", "0", "--drop", "0", "--warmup", "10", "--batch", str(a.batch),
+               "--lr", str(a.lr), *arguments]
     with open(os.path.join(out, "output.txt"), "a") as log:
         subprocess.run(command, stdout=log, stderr=log, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -128,10 +134,11 @@ def train_all(a, pool):
     quarter = ["--save-every", str(max(1, a.steps // 4)), "--keep", "4"]
     for name, (table, seed, extra) in runs(a).items():
         ema = [] if "--ema" in extra else ["--ema", "0.98"]
-        jobs.append(pool.submit(train, a, name, "--model", BASE, "--extension", start(a, table, seed), "--frames", str(T),
-                                "--steps", str(a.steps), "--seed", str(seed), *quarter, *ema, *extra))
-    jobs.append(pool.submit(train, a, "scratch", "--model", scratch(a), "--train", "^unet", "--frames", str(T), "--steps",
-                            str(5 * a.steps), "--save-every", str(a.steps), "--ema", "0.98"))
+        common = ["--model", BASE, "--extension", start(a, table, seed), "--frames", str(T), "--seed", str(seed)]
+        jobs.append(pool.submit(train, a, name, *common, "--steps", str(a.steps), *quarter, *ema, *extra))
+    common = ["--model", scratch(a), "--train", "^unet", "--frames", str(T), "--ema", "0.98"]
+    longer = ["--steps", str(5 * a.steps), "--save-every", str(a.steps)]
+    jobs.append(pool.submit(train, a, "scratch", *common, *longer))
     for job in jobs:
         job.result()
 
@@ -143,18 +150,22 @@ def train_all(a, pool):
 def pictures(a):
     """{name: (3,256,256) in [-1,1]}, none of them trained on."""
     files = sorted(glob(os.path.join(ROOT, "toy", "photographs", "*.jpg"))) + [os.path.join(ROOT, "assets", "img.png")]
-    found = {os.path.basename(f): data.fit_image(data.read_image(f), world.PICTURE, world.PICTURE) for f in files[-a.pictures:]}
+    size = world.PICTURE
+    found = {os.path.basename(f): data.fit_image(data.read_image(f), size, size) for f in files[-a.pictures:]}
     return found | {f"synthetic {i}": world.picture(pretrain.HELD_OUT, i) for i in range(a.pictures)}
 
 
 @torch.inference_mode()
 def generate(svd, first, frames, fps=world.FPS, known=None):
-    """What a model makes of a first frame (3,S,S): unscaled latents (1,frames,4,h,w). known: latents that the first frames
-    are held to, noised anew at every step."""
+    """What a model makes of a first frame (3,S,S): unscaled latents (1,frames,4,h,w).
+
+    known: latents that the first frames are held to, noised anew at every step.
+    """
     s, generator = sample.DEFAULTS["toy"], torch.Generator().manual_seed(0)
     draw = lambda: torch.randn(1, frames, 4, SIZE // 8, SIZE // 8, generator=generator)
     noise = lambda: sample.shared_noise(draw(), s["share_noise"]) if s["share_noise"] else draw()
-    cond, ctx = sample.condition(svd, first, s["aug"], torch.randn(first[None].shape, generator=generator), torch.device("cpu"))
+    image_noise = torch.randn(first[None].shape, generator=generator)
+    cond, ctx = sample.condition(svd, first, s["aug"], image_noise, torch.device("cpu"))
     ids = torch.tensor([[fps - 1, MOTION, s["aug"]]])
 
     def denoise(x, sigma):
@@ -176,13 +187,13 @@ def decode(svd, latents):
 
 def imitate(svd, how, first):
     """40 frames by a base that knows 8: the alternatives of the paper's introduction."""
-    if how.startswith("interpolated"):                                            # 8 frames, or 8 that are further apart
+    if how.startswith("interpolated"):  # 8 frames, or 8 that are further apart
         latents = generate(svd, first, SHORT, 1.6 if how.endswith("1.6 fps") else world.FPS)
         key = decode(svd, latents).flatten(1).T[None]                             # (1, pixels, 8)
         return F.interpolate(key, T, mode="linear", align_corners=True)[0].T.unflatten(1, (3, SIZE, SIZE))
     latents = generate(svd, first, SHORT)
     overlap = OVERLAP if how.endswith("overlapping") else 1
-    while latents.shape[1] < T:                                                   # the next window begins in this one's end
+    while latents.shape[1] < T:  # the next window begins in this one's end
         begin = decode(svd, latents[:, -SHORT:])[SHORT - overlap]
         known = latents[:, -overlap:] if overlap > 1 else None
         latents = torch.cat([latents, generate(svd, begin, SHORT, known=known)[:, overlap:]], dim=1)
@@ -200,8 +211,9 @@ def losses(svd, frames, clips=8):
         x = data.encode_frames(svd.vae, video)[None]
         cond, ctx = data.encode_condition(svd.vae, svd.clip, video[0], 0.0, torch.zeros_like(video[0]))
         ids, noise = torch.tensor([[fps - 1, motion, 0.0]]), torch.randn(x.shape)
-        found.append([exsvd.edm_loss(svd.unet, x * exsvd.VAE_SCALE, torch.tensor([s]), noise, cond[None, None], ctx[None, None],
-                                     ids).item() for s in SIGMAS])
+        told = cond[None, None], ctx[None, None], ids
+        x = x * exsvd.VAE_SCALE
+        found.append([exsvd.edm_loss(svd.unet, x, torch.tensor([s]), noise, *told).item() for s in SIGMAS])
     return torch.tensor(found).mean(0).tolist()
 
 
@@ -253,25 +265,32 @@ def table(found):
     columns = list(max(found.values(), key=len))
     cell = lambda v: "" if v is None else f"{v:.1f}" if abs(v) >= 10 else f"{v:.3f}"
     lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    return "\n".join(lines + [f"| {row} | " + " | ".join(cell(v.get(c)) for c in columns) + " |" for row, v in found.items()])
+    lines += [f"| {row} | " + " | ".join(cell(v.get(c)) for c in columns) + " |" for row, v in found.items()]
+    return "\n".join(lines)
 
 
 def figure(a, found):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    tuned = f"post-tuned: fold, seed 0"
-    panels = (("untuned: where the camera goes", [r for r in found if r.startswith("untuned")] + ["true"]),
-              ("the fold post-tuned, and the alternatives", [f"{tuned}, 25 %", f"{tuned}, 50 %", tuned, *ALTERNATIVES[::2],
-                                                            next(r for r in found if r.startswith("from scratch")), "true"]))
+    tuned = "post-tuned: fold, seed 0"
+    untuned = [row for row in found if row.startswith("untuned")]
+    scratch_row = next(row for row in found if row.startswith("from scratch"))
+    others = [f"{tuned}, 25 %", f"{tuned}, 50 %", tuned, *ALTERNATIVES[::2], scratch_row]
+    panels = (("untuned: where the camera goes", [*untuned, "true"]),
+              ("the fold post-tuned, and the alternatives", [*others, "true"]))
+
+    def over_frames(row, key):
+        return torch.tensor([m[key] for m in found[row]["pictures"].values()]).mean(0)
+
     plots = plt.figure(figsize=(15, 4.5)).subplots(1, 3)
     for axes, (title, names) in zip(plots, panels):
         for name in names:
-            path = torch.linspace(0, 1, T) if name == "true" else torch.tensor([m["path"] for m in found[name]["pictures"].values()]).mean(0)
+            path = torch.linspace(0, 1, T) if name == "true" else over_frames(name, "path")
             axes.plot(path, "k--" if name == "true" else "-", label=name)
         axes.set(title=title, xlabel="frame", ylabel="share of the camera's way")
-    for name in [r for r in panels[1][1] if r != "true"] + ["untuned: fold"]:
-        plots[2].plot(torch.tensor([m["psnr"] for m in found[name]["pictures"].values()]).mean(0), label=name)
+    for name in [*others, "untuned: fold"]:
+        plots[2].plot(over_frames(name, "psnr"), label=name)
     plots[2].set(title="low-passed PSNR against the true flight", xlabel="frame", ylabel="dB")
     for axes in plots:
         axes.legend(fontsize=7)
@@ -281,7 +300,7 @@ def figure(a, found):
 
 
 def strip(a):
-    """Frames 0, 5, ... 35, 39 of the first picture, a row each: true, untuned, post-tuned, chained, interpolated, scratch."""
+    """Frames 0, 5, ... 39 of the first picture; rows: true, untuned, post-tuned, chained, interpolated, scratch."""
     shown = [0, 5, 10, 15, 20, 25, 30, 35, 39]
     scratch_row = next(r for r in rows(a) if r.startswith("from scratch"))
     picture = next(iter(pictures(a).values()))
@@ -299,7 +318,8 @@ def report(a):
     text = table({row: summary(values) for row, values in found.items()})
     seeds = [summary(found[f"post-tuned: fold, seed {seed}"]) for seed in range(a.seeds)]
     spread = {c: f"{min(s[c] for s in seeds):.3f} to {max(s[c] for s in seeds):.3f}" for c in seeds[0]}
-    text += "\n\nThe fold, post-tuned, least to most of its seeds: " + ", ".join(f"{c} {v}" for c, v in spread.items()) + ".\n"
+    seeds = ", ".join(f"{c} {v}" for c, v in spread.items())
+    text += f"\n\nThe fold, post-tuned, least to most of its seeds: {seeds}.\n"
     with open(os.path.join(a.out, "tables.md"), "w") as f:
         f.write(text)
     figure(a, found)
@@ -308,7 +328,8 @@ def report(a):
 
 
 def main():
-    p = argparse.ArgumentParser(description="Study ExVideo in the toy's world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Study ExVideo in the toy's world.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default=os.path.join(ROOT, "runs", "study"))
     p.add_argument("--steps", type=int, default=400, help="of post-tuning")
     p.add_argument("--batch", type=int, default=1, help="clips a step")
@@ -331,7 +352,8 @@ def main():
     with ThreadPoolExecutor(a.jobs) as pool:
         train_all(a, pool)
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        list(pool.map(lambda row: subprocess.run([sys.executable, *sys.argv, "--row", row], check=True, env=env), rows(a)))
+        command = [sys.executable, *sys.argv, "--row"]
+        list(pool.map(lambda row: subprocess.run([*command, row], check=True, env=env), rows(a)))
     report(a)
 
 

@@ -1,12 +1,13 @@
-"""The toy's world: a still picture into which a camera flies. Everything the toy, its training and the study see is made here.
+"""The toy's world: a still picture into which a camera flies. All that the toy, its training and the study see.
 
     picture(seed, index)               a synthetic still in the colours of photographs
     flight(image, scales, size)        a camera flies into an image: what it sees
     clip(seed, index, frames, size)    a training clip, with its frame rate and its motion bucket
 
-The future of a first frame is determined: nothing appears that was not there at the start, and how fast the camera flies
-is told by the motion bucket, 1000 times its speed. At speed v the window that the camera sees of the picture shrinks by a
-factor of exp(-v) per second. So every sample can be compared with the truth, frame by frame (toy/measure.py).
+The future of a first frame is determined: nothing appears that was not there at the start, and how fast the camera
+flies is told by the motion bucket, 1000 times its speed. At speed v the window that the camera sees of the picture
+shrinks by a factor of exp(-v) per second. So every sample can be compared with the truth, frame by frame
+(toy/measure.py).
 
 Pictures are "dead leaves", shapes of all sizes that hide each other, on 1/f noise: together they have the statistics of
 photographs (Lee, Mumford & Huang 2001). Images are float32 (3, H, W) in [-1, 1].
@@ -31,7 +32,7 @@ def log_uniform(rng, low, high):
 
 
 def power_noise(rng, size, steepness):
-    """Two fields of mean 0 and variance 1 whose amplitude falls as 1 / frequency**steepness: float32 (2, size, size)."""
+    """Two fields of mean 0 and variance 1, their amplitude falling as 1 / frequency**steepness: (2,size,size)."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])
     frequency[0, 0] = np.inf
     white = rng.standard_normal((2, size, size))
@@ -41,7 +42,7 @@ def power_noise(rng, size, steepness):
 
 
 def outline(rng, x, y):
-    """Signed distance, negative inside, from a random convex shape of radius about 1 around the origin: like x and y."""
+    """Signed distance, negative inside, from a random convex shape of radius about 1 around the origin; like x, y."""
     turn, flat = rng.uniform(0, 2 * math.pi), rng.uniform(0.4, 1)
     u = math.cos(turn) * x + math.sin(turn) * y
     v = math.cos(turn) * y - math.sin(turn) * x
@@ -61,14 +62,14 @@ def picture(seed, index):
     smooth, rough = power_noise(rng, size, rng.uniform(1.3, 1.9)), power_noise(rng, size, rng.uniform(0.8, 1.4))
     y, x = np.mgrid[:size, :size].astype(np.float32)
 
-    vivid = rng.uniform(0.1, 0.9)                                                 # photographs are pale, and of few colours
+    vivid = rng.uniform(0.1, 0.9)  # photographs are pale, and of few colours
     palette = [colorsys.hsv_to_rgb(rng.uniform(), vivid * rng.beta(1.2, 1.5), rng.uniform(0.05, 1)**0.8)
                for _ in range(rng.integers(2, 7))]
 
     def colour():
         return np.clip(palette[rng.integers(len(palette))] + rng.normal(0, 0.06, 3), 0, 1).astype(np.float32)
 
-    angle = rng.uniform(0, 2 * math.pi)                                           # the ground: a gradient and tinted noise
+    angle = rng.uniform(0, 2 * math.pi)  # the ground: a gradient and tinted noise
     slope = (math.cos(angle) * (x - size / 2) + math.sin(angle) * (y - size / 2)) / (size * rng.uniform(0.4, 1.2))
     ramp = np.clip(0.5 + slope, 0, 1)[..., None]
     image = colour() * ramp + colour() * (1 - ramp)                               # (size, size, 3)
@@ -99,8 +100,10 @@ def picture(seed, index):
 
 
 def windows(images, scales, offsets, size):
-    """Windows onto images (n,3,H,W), of scales (n,), 1 being all of it, whose middles lie at offsets (n,2) from the image's,
-    where 1 is half an image: (n,3,size,size). Each pixel is the mean of four samples, against aliasing."""
+    """Windows onto images (n,3,H,W): (n,3,size,size), each pixel the mean of four samples, against aliasing.
+
+    scales (n,): 1 is all of an image. offsets (n,2): of a window's middle from the image's; 1 is half an image.
+    """
     theta = torch.cat([scales.view(-1, 1, 1) * torch.eye(2), offsets[..., None]], dim=-1)   # (n,2,3)
     grid = F.affine_grid(theta, (len(images), 3, 2 * size, 2 * size), align_corners=False)
     return F.avg_pool2d(F.grid_sample(images, grid, padding_mode="border", align_corners=False), 2)
@@ -112,17 +115,19 @@ def scales(motion, fps, frames):
 
 
 def flight(image, scales, size, offset=(0.0, 0.0)):
-    """What a camera sees that flies into an image (3,H,W), H = W, at window scales (T,), towards the point at `offset` from
-    its middle: float32 (T,3,size,size). The point stays where it is in the first frame; see clip()."""
+    """What a camera sees that flies into an image (3,H,W), H = W: float32 (T,3,size,size).
+
+    scales (T,): of its window. offset: of the point it flies to, the middle of every frame, from the image's middle.
+    """
     offsets = torch.as_tensor(offset).expand(len(scales), 2)
     return windows(image.expand(len(scales), -1, -1, -1), scales, offsets, size)
 
 
 def clip(seed, index, frames, size):
-    """A clip to train on, a function of its arguments alone: uint8 (frames, size, size, 3), frames per second, motion bucket.
+    """A clip to train on: uint8 (frames, size, size, 3), frames per second, motion bucket. Its arguments decide all.
 
-    The camera starts at a window of 0.7 to 1 of a synthetic picture, flies into that window's middle, and stands still in
-    one of eight clips. Short clips come at each of RATES, as SVD's did, so that the model learns what the frame rate says.
+    The camera starts at a window of 0.7 to 1 of a synthetic picture, flies into that window's middle, and stands still
+    in one of eight clips. Short clips come at each of RATES, as SVD's did: the model learns what the frame rate says.
     """
     rng = np.random.default_rng([seed, index, 1])
     fps = float(rng.choice(RATES)) if frames <= SHORT else float(FPS)
