@@ -1,24 +1,25 @@
 """Memory, work and time of this repository beside diffusers and DiffSynth's ExVideo classes: one command, one table.
 
-    python bench/compare.py                                             # work and memory of a UNet pass at three shapes, no GPU
-    python bench/compare.py count train vae --diffsynth FOLDER          # every count of bench/README.md, a quarter of an hour
-    python bench/compare.py time process --shape 16x32x32               # full-size networks, really run: 10 GB of memory
+    python bench/compare.py                                             # counts of a UNet pass at three shapes, no GPU
+    python bench/compare.py count train vae --diffsynth FOLDER          # every count of bench/README.md, 15 minutes
+    python bench/compare.py time process --shape 16x32x32               # full size, really run: 10 GB of memory
     python bench/compare.py count time train attention --device cuda    # all that a GPU can tell
 
-    count      peak live bytes of activations and matrix work of one UNet pass, at any shape (fake tensors, nothing is run)
+    count      peak live bytes of activations and matrix work of one UNet pass at any shape (fake tensors)
     train      the same of forward and backward, temporal blocks trained, checkpointed; on a GPU also really run
     offload    bytes on the device, weights included, where the others wait in CPU memory (exsvd.Stream)
     vae        the same of VAE decoding; --shape counts latents
-    time       seconds of a pass, ours against each other code: median ratio of alternating pairs [quartiles]; share of the
-               device's matrix rate, as one large product has it; on a GPU the allocator's peak
+    time       seconds of a pass, ours against each other code: median ratio of alternating pairs [quartiles]; share of
+               the device's matrix rate, as one large product has it; on a GPU the allocator's peak
     process    memory of a process that builds a network and runs one pass
     frames     seconds per frame of a long clip over those of a short one, and the same of the counted work
     attention  ours with each attention backend, and compiled
     load       an SVD-XT-shaped float32 file (random values, written first: 10 GB) to a bfloat16 model, against cat
     decode     memory of sample.decode for longer and longer videos
 
-Every network has the size of SVD-XT and random weights, in bfloat16, unless a row says otherwise. DiffSynth's last release
-with SVD is 1.1.9: `pip download diffsynth==1.1.9 --no-deps`, unzip the wheel into FOLDER. What is not installed is left out.
+Every network has the size of SVD-XT and random weights, in bfloat16, unless a row says otherwise. DiffSynth's last
+release with SVD is 1.1.9: `pip download diffsynth==1.1.9 --no-deps`, unzip the wheel into FOLDER. What is not installed
+is left out.
 """
 
 import argparse
@@ -53,9 +54,11 @@ import exsvd
 import sample
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The networks. unet() gives a module, pass(T, H, W) with random inputs, and which parameters post-tuning trains; build() applies them.
+# The networks. unet() gives a module, pass(T, H, W) with random inputs, and which parameters post-tuning trains;
+# build() applies them.
 
-CODES = ("ours", "diffsynth", "ours-base", "diffusers", "diffsynth-base")  # the first two extended to 128 frames or more
+# the first two extended to 128 frames or more
+CODES = ("ours", "diffsynth", "ours-base", "diffusers", "diffsynth-base")
 
 
 def diffsynth_classes(folder):
@@ -87,7 +90,8 @@ def unet(code, frames, folder, new, checkpointing):
         from diffusers import UNetSpatioTemporalConditionModel
         m = UNetSpatioTemporalConditionModel(num_frames=25, num_attention_heads=(5, 10, 20, 20))
         m.enable_gradient_checkpointing()  # takes effect in training mode only, as in the others
-        return m, lambda T, H, W: m(new(1, T, 8, H, W), sigma(), context(), ids()).sample, (".temporal_transformer_blocks.",)
+        run = lambda T, H, W: m(new(1, T, 8, H, W), sigma(), context(), ids()).sample
+        return m, run, (".temporal_transformer_blocks.",)
     if code in ("diffsynth", "diffsynth-base"):
         module = diffsynth_classes(folder)[0]
         m = module.SVDUNet(add_positional_conv=frames if code == "diffsynth" else None)
@@ -105,7 +109,8 @@ def vae(code, folder, new):
     if code == "diffusers":
         from diffusers import AutoencoderKLTemporalDecoder
         m = AutoencoderKLTemporalDecoder(
-            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4, layers_per_block=2)
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4,
+            layers_per_block=2)
         return m, lambda T, H, W: m.decode(new(T, 4, H, W), num_frames=T).sample
     if code == "diffsynth":  # one tile; it tiles what is larger than 8 x 128x128
         m = diffsynth_classes(folder)[1].SVDVAEDecoder()
@@ -130,8 +135,8 @@ def build(code, a, T=128, part="unet", train=False, checkpointing="memory", devi
     if train:
         for name, p in m.named_parameters():
             p.requires_grad_(any(part in name for part in trained))
-    # Otherwise parameters require gradients, as in a network that was just loaded. Trap: switched off, torch.matmul takes a
-    # slower path for small strided contexts, and diffusers takes two and a half times as long on a CPU.
+    # Otherwise parameters require gradients, as in a network that was just loaded. Trap: switched off, torch.matmul
+    # takes a slower path for small strided contexts, and diffusers takes two and a half times as long on a CPU.
     return m.train(train), run
 
 
@@ -179,7 +184,8 @@ class LiveBytes(TorchDispatchMode):
 
 def count(code, a, shape, part="unet", train=False, checkpointing="memory"):
     """(peak bytes of activations, and gradients if training; multiply-adds times two) of a pass in bfloat16."""
-    small, exsvd.CPU_SLICES = exsvd.CPU_SLICES, 1  # on the CPU, so that a count is the same everywhere, but of what a GPU needs
+    # on the CPU, so that a count is the same everywhere, but of what a GPU needs
+    small, exsvd.CPU_SLICES = exsvd.CPU_SLICES, 1
     try:
         with FakeTensorMode():
             m, run = build(code, a, shape[0], part, train, checkpointing, device="cpu")
@@ -188,7 +194,8 @@ def count(code, a, shape, part="unet", train=False, checkpointing="memory"):
                 one_pass(run, shape, train)
             m.zero_grad(set_to_none=True)
             if not train:
-                m.requires_grad_(False)  # the counter follows modules by their gradients, and trips over parameters without any
+                # the counter follows modules by their gradients, and trips over parameters without any
+                m.requires_grad_(False)
             flops = FlopCounterMode(display=False)  # apart: it keeps tensors alive
             with flops:
                 one_pass(run, shape, train)
@@ -229,7 +236,7 @@ def gpu_peak(f, device):
 
 
 def matrix_rate(device):
-    """Operations per second of one large bfloat16 product: what this device does at best, measured, not from a data sheet."""
+    """Operations per second of one large bfloat16 product: what this device does at best, as measured."""
     n = 8192 if device == "cuda" else 2048
     x, y = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
     times = [seconds(lambda: x @ y, device) for _ in range(20)]
@@ -237,8 +244,9 @@ def matrix_rate(device):
 
 
 def pairs(f, g, a):
-    """Alternating runs: seconds (2, pairs) of f and g, and of CPU time. What else the machine does then hits both alike."""
-    times = torch.tensor([(clocks(f, a.device), clocks(g, a.device)) for _ in range(a.pairs + 1)][1:])  # the first warms up
+    """Alternating runs: seconds (2, pairs) of f and g, and of CPU time. What else the machine does hits both alike."""
+    times = torch.tensor([(clocks(f, a.device), clocks(g, a.device)) for _ in range(a.pairs + 1)])
+    times = times[1:]  # the first warms up
     return times[..., 0].T.tolist(), times[..., 1].T.tolist()
 
 
@@ -258,7 +266,7 @@ def in_fresh_process(f, *args):
 
 
 def status(key):
-    """A line of /proc/self/status in bytes (Linux). VmHWM is the peak of the process; ru_maxrss would start at its parent's."""
+    """A line of /proc/self/status in bytes (Linux). VmHWM is the peak; ru_maxrss would start at the parent's."""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key + ":"))
 
@@ -349,9 +357,12 @@ def count_rows(a):
 
 
 def train_rows(a):
+    settings = [("ours", "memory"), ("ours", "speed")]
+    settings += [(code, "its own") for code in others(a, ("diffsynth", "diffusers"))]
     for shape in a.shape or [(128, 64, 64)]:
-        for code, setting in [("ours", "memory"), ("ours", "speed"), *((c, "its own") for c in others(a, ("diffsynth", "diffusers")))]:
-            yield counted("UNet forward + backward", code, a, shape, f"checkpointing: {setting}", train=True, checkpointing=setting)
+        for code, setting in settings:
+            yield counted("UNet forward + backward", code, a, shape, f"checkpointing: {setting}", train=True,
+                          checkpointing=setting)
             if a.device == "cuda":
                 yield "UNet forward + backward", code, shape, train_on_gpu(code, a, shape, setting)
 
@@ -411,10 +422,10 @@ def time_rows(a):
             for code, t, cpu_t, peak, weight in zip((ours, other), times, cpu, peaks, weights):
                 flops = count(code, a, shape)[1]
                 yield "UNet forward", code, shape, {
-                    "peak GB": gb(peak), "seconds": quartiles(t), "of matrix rate": f"{flops / statistics.median(t) / rate:.2f}",
-                    "ratio": ratio(*times) if code == ours else None,
-                    "note": f"{a.pairs} pairs; CPU time {quartiles(cpu_t)} s, ratio {ratio(*cpu)}; {rate / 1e12:.2f} TFLOP/s is 1; "
-                            f"weights of {gb(weight)} GB come on top of the peak"}
+                    "peak GB": gb(peak), "seconds": quartiles(t), "ratio": ratio(*times) if code == ours else None,
+                    "of matrix rate": f"{flops / statistics.median(t) / rate:.2f}",
+                    "note": f"{a.pairs} pairs; CPU time {quartiles(cpu_t)} s, ratio {ratio(*cpu)}; "
+                            f"{rate / 1e12:.2f} TFLOP/s is 1; weights of {gb(weight)} GB come on top of the peak"}
 
 
 def process_rows(a):
@@ -434,7 +445,8 @@ def frames_rows(a):
     for shape, t in zip((long, short), times):
         yield "UNet forward", "ours", shape, {"seconds": quartiles(t)}
     yield "per frame, long over short", "ours", long, {
-        "ratio": quartiles(per_frame(times)), "note": f"over the ratio of work, {work:.4f}; CPU time {quartiles(per_frame(cpu))}; {a.pairs} pairs"}
+        "ratio": quartiles(per_frame(times)),
+        "note": f"over the ratio of work, {work:.4f}; CPU time {quartiles(per_frame(cpu))}; {a.pairs} pairs"}
 
 
 def attention_rows(a):
@@ -442,9 +454,12 @@ def attention_rows(a):
     for shape in a.shape or [(128, 64, 64)]:
         m, run = build("ours", a, shape[0])
         step = partial(one_pass, run, shape)
-        kinds = {"as torch chooses": nullcontext(), "flash (torch)": sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-                 "cuDNN": sdpa_kernel(SDPBackend.CUDNN_ATTENTION), "efficient": sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
-                 "flash-attn": nullcontext(), "compiled": nullcontext()}
+        kinds = {"as torch chooses": nullcontext(),
+                 "flash (torch)": sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+                 "cuDNN": sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+                 "efficient": sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
+                 "flash-attn": nullcontext(),
+                 "compiled": nullcontext()}
         for kind, context in kinds.items():
             if kind == "flash-attn" and flash is None:
                 yield "attention", "ours", shape, {"note": f"{kind}: not installed"}
@@ -458,9 +473,11 @@ def attention_rows(a):
                     peak = gpu_peak(step, a.device)
                     t = [seconds(step, a.device) for _ in range(a.pairs)]
             except RuntimeError as e:  # no kernel of this kind for this device, dtype or head size; out of memory
-                yield "attention", "ours", shape, {"note": f"{kind}: {(str(e) or type(e).__name__).splitlines()[0][:80]}"}
+                problem = str(e) or type(e).__name__
+                yield "attention", "ours", shape, {"note": f"{kind}: {problem.splitlines()[0][:80]}"}
                 continue
-            yield "attention", "ours", shape, {"peak GB": gb(peak), "seconds": quartiles(t), "note": f"{kind}; first pass {first:.1f} s"}
+            yield "attention", "ours", shape, {
+                "peak GB": gb(peak), "seconds": quartiles(t), "note": f"{kind}; first pass {first:.1f} s"}
         exsvd.flash_attn_func = flash
         del m, run, step
 
@@ -473,20 +490,24 @@ def load_rows(a):
         cat(path)
         runs = [(cat(path), *in_fresh_process(load_once, path, a)) for _ in range(3)]
         cats, loads, peaks, before, sizes = zip(*runs)
-        yield "cat FILE > /dev/null, warm", "", None, {"seconds": f"{statistics.median(cats):.2f}", "note": f"{gb(os.path.getsize(path))} GB"}
+        yield "cat FILE > /dev/null, warm", "", None, {
+            "seconds": f"{statistics.median(cats):.2f}", "note": f"{gb(os.path.getsize(path))} GB"}
         yield "exsvd.load, float32 file to bfloat16", "ours", None, {
-            "seconds": f"{statistics.median(loads):.2f}", "ratio": f"{statistics.median(l / c for l, c in zip(loads, cats)):.2f}",
-            "peak GB": gb(max(peaks)), "note": f"RssAnon, {gb(max(before))} before; the model has {gb(sizes[0])}; 3 runs"}
+            "peak GB": gb(max(peaks)), "seconds": f"{statistics.median(loads):.2f}",
+            "ratio": f"{statistics.median(l / c for l, c in zip(loads, cats)):.2f}",
+            "note": f"RssAnon, {gb(max(before))} before; the model has {gb(sizes[0])}; 3 runs"}
 
 
 def decode_rows(a):
     for T in (32, 64, 128):
         yield f"sample.decode of {T} frames of 256x256", "ours", None, {
-            "peak GB": gb(in_fresh_process(decode_frames, T, a, 256)), "note": "whole process; VAE a quarter as wide, float32, chunks of 16"}
+            "peak GB": gb(in_fresh_process(decode_frames, T, a, 256)),
+            "note": "whole process; VAE a quarter as wide, float32, chunks of 16"}
 
 
-TASKS = {"count": count_rows, "train": train_rows, "offload": offload_rows, "vae": vae_rows, "time": time_rows, "process": process_rows,
-         "frames": frames_rows, "attention": attention_rows, "load": load_rows, "decode": decode_rows}
+TASKS = {"count": count_rows, "train": train_rows, "offload": offload_rows, "vae": vae_rows, "time": time_rows,
+         "process": process_rows, "frames": frames_rows, "attention": attention_rows, "load": load_rows,
+         "decode": decode_rows}
 
 
 def hardware(device):
@@ -506,13 +527,16 @@ def parse():
             assert T > 0 and H > 0 and W > 0 and H % 8 == W % 8 == 0
             return T, H, W
         except (ValueError, AssertionError):
-            raise argparse.ArgumentTypeError(f"{text}: write FRAMESxHEIGHTxWIDTH of the latents, multiples of 8, such as 128x64x64") from None
+            raise argparse.ArgumentTypeError(f"{text}: write FRAMESxHEIGHTxWIDTH of the latents, multiples of 8, such "
+                                             "as 128x64x64") from None
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)} [count]")
-    p.add_argument("--shape", type=shape, nargs="+", help="frames x height x width of the latents [of each task, see bench/README.md]; "
-                                                          "frames takes two, the long one first")
-    p.add_argument("--diffsynth", metavar="FOLDER", help="holds diffsynth/ and its dist-info: an unpacked wheel of 1.1.9, to be compared with")
+    p.add_argument("--shape", type=shape, nargs="+",
+                   help="frames x height x width of the latents [of each task, see bench/README.md]; frames takes two, "
+                        "the long one first")
+    p.add_argument("--diffsynth", metavar="FOLDER",
+                   help="holds diffsynth/ and its dist-info: an unpacked wheel of 1.1.9, to be compared with")
     p.add_argument("--pairs", type=int, default=9, help="alternating pairs of runs [9; fewer are for trying out]")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="to run on; counts need none [cpu]")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [what torch chooses]")
@@ -523,7 +547,8 @@ def parse():
     if unknown := [t for t in a.tasks if t not in TASKS]:
         p.error(f"unknown task {unknown[0]}: there are {', '.join(TASKS)}")
     if a.diffsynth and not version("diffsynth", a.diffsynth):
-        p.error(f"--diffsynth {a.diffsynth}: no unpacked wheel there (a folder with diffsynth/ and diffsynth-1.1.9.dist-info/)")
+        p.error(f"--diffsynth {a.diffsynth}: no unpacked wheel there (a folder with diffsynth/ and "
+                "diffsynth-1.1.9.dist-info/)")
     if "frames" in a.tasks and a.shape and len(a.shape) != 2:
         p.error("frames takes two shapes, the long one first")
     if a.pairs < 2:
@@ -546,8 +571,11 @@ def main():
     for task in a.tasks:
         for what, code, size, values in TASKS[task](a):
             load = "" if a.device == "cuda" else f", load {os.getloadavg()[0]:.1f}"
-            conditions = f"torch {torch.__version__}, {hardware(a.device)}, {a.threads} CPU thread(s){load}, {a.date}, `{command(task, a)}`"
-            cells = [what, f"{code} ({version(code, a.diffsynth)})" if code else "", f"{size[0]} x {size[1]}x{size[2]}" if size else "",
+            conditions = (f"torch {torch.__version__}, {hardware(a.device)}, {a.threads} CPU thread(s){load}, "
+                          f"{a.date}, `{command(task, a)}`")
+            cells = [what,
+                     f"{code} ({version(code, a.diffsynth)})" if code else "",
+                     f"{size[0]} x {size[1]}x{size[2]}" if size else "",
                      *(values.get(column) or "" for column in COLUMNS), conditions]
             print(f"| {' | '.join(cells)} |", flush=True)
             gc.collect()
