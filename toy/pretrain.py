@@ -30,6 +30,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -146,7 +147,7 @@ def save_state(path, vae, opt, noise, step):
 def load_state(path, vae, opt):
     """Returns (noise, step)."""
     state = load_file(path)
-    with exsvd.safe_open(path, "pt") as f:
+    with safe_open(path, "pt") as f:
         step = int(f.metadata()["step"])
     moments = {}
     for name in [name for name in state if name.startswith("optimizer.")]:
@@ -180,7 +181,7 @@ def train_vae(args):
 
     opt, noise, step = optimizer(0), torch.full((4, 1, 1), LATENT_NOISE), 0
     if os.path.exists(path):
-        with exsvd.safe_open(path, "pt") as f:
+        with safe_open(path, "pt") as f:
             opt = optimizer(int(int(f.metadata()["step"]) > args.steps[0]))
         noise, step = load_state(path, vae, opt)
         print(f"resumed at step {step}", flush=True)
@@ -232,8 +233,8 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Train the toy's VAE, or pack a trained toy.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default=os.path.join(ROOT, "runs", "toy"), help="folder of the VAE, or file of --pack")
-    p.add_argument("--pictures", type=int, default=3000, help="synthetic stills to train on")
-    p.add_argument("--steps", type=int, nargs=2, default=(7000, 12000), help="of the two phases, 8 frames each")
+    p.add_argument("--pictures", type=int, default=1500, help="synthetic stills to train on")
+    p.add_argument("--steps", type=int, nargs=2, default=(4000, 1900), help="of the two phases, 8 frames each")
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of each phase")
     p.add_argument("--pack", metavar="FILE", help="train nothing: write this model or extension of train.py's to --out")
     p.add_argument("--vae", metavar="FILE", help="with --pack: the model whose VAE goes with it")

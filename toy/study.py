@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from glob import glob
 
 import torch
@@ -113,7 +114,7 @@ def scratch(a):
     if not os.path.exists(path):
         torch.manual_seed(0)
         svd = exsvd.load(BASE)
-        unet = pretrain.init(exsvd.UNet(exsvd.replace(svd.unet.config, native_frames=T)))
+        unet = pretrain.init(exsvd.UNet(replace(svd.unet.config, native_frames=T)))
         exsvd.save_model(path, unet, svd.vae, svd.clip, dtype=torch.float16, family="toy")
     return path
 
