@@ -638,7 +638,7 @@ def made_there(network, dtype, device):
 
 @pytest.mark.parametrize("dtype, offload", [(torch.bfloat16, True), (torch.float16, False)], ids=str)
 def test_sampling_on_another_device(dtype, offload):
-    """All of it on a device that is not the CPU, tensors without contents: what mixes devices or reads a value fails."""
+    """All of it on a device that is not the CPU, tensors without contents: mixed devices and reads of values fail."""
     there = "meta"  # under FakeTensorMode a device as any other, on which nothing need exist
     frames, (h, w) = 9, (8, 16)
     sigmas = exsvd.karras_sigmas(2).tolist()
