@@ -3,7 +3,7 @@
     python bench/compare.py                                             # counts of a UNet pass at three shapes, no GPU
     python bench/compare.py count train vae --diffsynth FOLDER          # every count of bench/README.md, 15 minutes
     python bench/compare.py time process --shape 16x32x32               # full size, really run: 10 GB of memory
-    python bench/compare.py count time train attention --device cuda    # all that a GPU can tell
+    python bench/compare.py gpu --diffsynth FOLDER                      # what a GPU tells, 9 minutes; gpu2: the rest
 
     count      peak live bytes of activations and matrix work of one UNet pass at any shape (fake tensors)
     train      the same of forward and backward, temporal blocks trained, checkpointed; on a GPU also really run
@@ -13,9 +13,17 @@
                the device's matrix rate, as one large product has it; on a GPU the allocator's peak
     process    memory of a process that builds a network and runs one pass
     frames     seconds per frame of a long clip over those of a short one, and the same of the counted work
-    attention  ours with each attention backend, and compiled
+    attention  ours with each attention backend
     load       an SVD-XT-shaped float32 file (random values, written first: 10 GB) to a bfloat16 model, against cat
     decode     memory of sample.decode for longer and longer videos
+    stream     seconds of a pass with exsvd.Stream (sample.py --offload), beside one without; on a GPU the peak
+    compile    the same of exsvd.compile_blocks (sample.py --compile)
+    parity     bfloat16 and float16 beside float32, the same weights and inputs
+    step       steps of train.py: both settings of checkpointing, and --offload. On the CPU of the toy
+    repeat     train.py --deterministic on the toy: twice, and stopped and resumed; are the states equal?
+    gpu, gpu2  the above in order of worth, each with a time limit (GPU_PLAN), at most 9 minutes, then at most 14; rows
+               go to --out at once, and what fails or is cut off is a row that says so. To try it without a GPU:
+               compare.py gpu gpu2 --device cpu --shape 2x16x16 --pairs 2
 
 Every network has the size of SVD-XT and random weights, in bfloat16, unless a row says otherwise. DiffSynth's last
 release with SVD is 1.1.9: `pip download diffsynth==1.1.9 --no-deps`, unzip the wheel into FOLDER. What is not installed
@@ -23,6 +31,7 @@ is left out.
 """
 
 import argparse
+import csv
 import gc
 import glob
 import importlib.metadata
@@ -33,6 +42,7 @@ import os
 import platform
 import statistics
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -43,13 +53,15 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 import exsvd
 import sample
 
@@ -338,6 +350,7 @@ def decode_frames(T, a, pixels):
 # The table: each task yields rows (what, code, shape, {column: value})
 
 COLUMNS = ("peak GB", "TFLOP", "seconds", "ratio", "of matrix rate", "note")
+HEADER = ("", "code", "shape", *COLUMNS, "conditions")
 gb = lambda n: None if n is None else f"{n / 1e9:.3f}"
 
 
@@ -458,15 +471,12 @@ def attention_rows(a):
                  "flash (torch)": sdpa_kernel(SDPBackend.FLASH_ATTENTION),
                  "cuDNN": sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
                  "efficient": sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
-                 "flash-attn": nullcontext(),
-                 "compiled": nullcontext()}
+                 "flash-attn": nullcontext()}
         for kind, context in kinds.items():
             if kind == "flash-attn" and flash is None:
                 yield "attention", "ours", shape, {"note": f"{kind}: not installed"}
                 continue
-            exsvd.flash_attn_func = flash if kind in ("flash-attn", "compiled") else None
-            if kind == "compiled":
-                exsvd.compile_blocks(m)
+            exsvd.flash_attn_func = flash if kind == "flash-attn" else None
             try:
                 with context:
                     first = seconds(step, a.device)  # compiles, chooses kernels
@@ -505,9 +515,142 @@ def decode_rows(a):
             "note": "whole process; VAE a quarter as wide, float32, chunks of 16"}
 
 
+def beside_plain(what, change, a):
+    """Ours after change(network) beside ours as it is, in alternating runs."""
+    for shape in a.shape or [(128, 64, 64), (128, 128, 128)]:
+        try:
+            networks, runs = zip(build("ours", a, shape[0]), build("ours", a, shape[0]))
+            change(networks[0])
+            runs = [partial(one_pass, run, shape) for run in runs]
+            peaks = [gpu_peak(run, a.device) for run in runs]
+            times, _ = pairs(*runs, a)
+        except torch.OutOfMemoryError:
+            yield what, "ours", shape, {"note": "out of memory"}
+            continue
+        for name, m, t, peak in zip((what, "neither"), networks, times, peaks):
+            there = sum(p.nbytes for p in m.parameters() if p.device.type == a.device)
+            yield f"UNet forward, {name}", "ours", shape, {
+                "peak GB": gb(peak), "seconds": quartiles(t), "ratio": ratio(*times) if m is networks[0] else None,
+                "note": f"{a.pairs} pairs; on top of the peak come weights of {gb(there)} GB that stay on the device"}
+        del networks, runs, m
+
+
+def stream_rows(a):
+    def stream(unet):
+        unet.stream = exsvd.Stream(unet, a.device)
+
+    return beside_plain("exsvd.Stream", stream, a)
+
+
+def compile_rows(a):
+    return beside_plain("compiled", exsvd.compile_blocks, a)
+
+
+@torch.no_grad()
+def parity_rows(a):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32
+    new = partial(torch.randn, device=a.device)
+    for shape in a.shape or [(128, 64, 64)]:
+        T, H, W = shape
+        with torch.device(a.device):
+            m = exsvd.extend(exsvd.UNet(), max(T, 128))
+        inputs = new(1, T, 8, H, W), new(1), new(1, 1, 1024), new(1, 3)
+        expected = m(*inputs)
+        for dtype in (torch.bfloat16, torch.float16):
+            weights = {name: p.to(dtype) for name, p in m.named_parameters()}
+            error = torch.func.functional_call(m, weights, tuple(t.to(dtype) for t in inputs)).float() - expected
+            note = f"root mean square of the error {error.norm() / expected.norm():.2e}, largest " \
+                   f"{error.abs().max() / expected.std():.2e}, over the output's; of random weights"
+            yield f"UNet forward, {dtype} beside float32", "ours", shape, {"note": note}
+
+
+def post_tune(out, a, arguments, shape):
+    """Run train.py into the folder `out` on synthetic clips. RuntimeError with its last line if it fails."""
+    size = [] if shape is None else ["--frames", str(shape[0]), "--size", f"{8 * shape[2]}x{8 * shape[1]}"]
+    env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if a.device == "cpu" else {})
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), "--data", "synthetic", "--out", out, *size,
+                           "--sample-every", "0", "--log-every", "1", *arguments], env=env, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(last_line(done.stderr, done.returncode))
+
+
+def last_line(text, code):
+    return (text.strip().splitlines() or [f"exit code {code}"])[-1][:200].replace("|", "/")
+
+
+def step_rows(a):
+    for shape in a.shape or [(128, 64, 64)]:
+        with tempfile.TemporaryDirectory() as folder:
+            model = os.path.join(ROOT, "assets", "toy.safetensors")
+            if a.device == "cuda":
+                model = os.path.join(folder, "random.safetensors")
+                with torch.device(a.device):
+                    parts = exsvd.UNet(), exsvd.VAE(), exsvd.ImageEncoder()
+                exsvd.save_model(model, *(m.to("cpu", torch.bfloat16) for m in parts))
+                del parts
+                torch.cuda.empty_cache()
+            for settings in ("--checkpoint memory", "--checkpoint speed", "--checkpoint memory --offload"):
+                out = os.path.join(folder, settings.replace(" ", ""))
+                try:
+                    post_tune(out, a, ["--model", model, "--steps", "3", "--workers", "4", *settings.split()], shape)
+                except RuntimeError as e:
+                    yield "post-tuning step", "ours", shape, {"note": f"{settings}: failed: {e}"}
+                    continue
+                with open(os.path.join(out, "log.csv"), newline="") as f:
+                    last = list(csv.DictReader(f))[-1]
+                yield "post-tuning step", "ours", shape, {
+                    "peak GB": last["peak_memory_GB"], "seconds": last["seconds_per_step"],
+                    "note": f"{settings}; the third step, VAE, CLIP and optimiser included; loss {last['loss']}"}
+
+
+def repeat_rows(a):
+    """Masters, moments and EMA after four steps, of float32: a run, the same again, and one that stopped after two."""
+    with tempfile.TemporaryDirectory() as folder:
+        states = []
+        for name, stops in ("once", ["4"]), ("again", ["4"]), ("resumed", ["2", "4"]):
+            out = os.path.join(folder, name)
+            for steps in stops:
+                post_tune(out, a, ["--deterministic", "--steps", steps], a.shape[0] if a.shape else None)
+            states.append(load_file(os.path.join(out, "state-00000004", "rank-0.safetensors")))
+            if name != "once":
+                apart = [key for key in states[0] if not torch.equal(states[0][key], states[-1][key])]
+                note = f"{len(apart)} of {len(states[0])} tensors differ" if apart else "equal in every bit"
+                yield f"the toy's training, --deterministic, {name}", "ours", None, {"note": note}
+
+
+# In order of worth: (limit in seconds, task, shapes, pairs)
+GPU_PLAN = {"gpu": [(100, "attention", ["128x64x64"], 3),
+                    (100, "time", ["128x64x64"], 5),
+                    (110, "time", ["128x128x128"], 2),
+                    (90, "stream", ["128x64x64", "128x128x128"], 2),
+                    (140, "step", ["128x64x64"], 2)],
+            "gpu2": [(240, "compile", ["128x64x64"], 3),
+                     (90, "parity", ["128x64x64"], 2),
+                     (240, "repeat", [], 2),
+                     (240, "train", ["128x64x64"], 3)]}
+
+
+def gpu_rows(half, a):
+    for limit, task, shapes, pairs in GPU_PLAN[half]:
+        if a.shape:
+            shapes = [f"{T}x{H}x{W}" for T, H, W in a.shape]
+        command = ["timeout", "--kill-after=5", str(limit), sys.executable, os.path.abspath(__file__), task,
+                   "--device", a.device, "--threads", str(a.threads), "--pairs", str(min(pairs, a.pairs)),
+                   "--out", a.out]
+        command += ["--shape", *shapes] if shapes else []
+        command += ["--diffsynth", a.diffsynth] if a.diffsynth else []
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode in (124, 137):
+            yield f"{task} {' '.join(shapes)}", "", None, {"note": f"cut off after {limit} s"}
+        elif done.returncode:
+            yield f"{task} {' '.join(shapes)}", "", None, {"note": f"failed: {last_line(done.stderr, done.returncode)}"}
+
+
 TASKS = {"count": count_rows, "train": train_rows, "offload": offload_rows, "vae": vae_rows, "time": time_rows,
          "process": process_rows, "frames": frames_rows, "attention": attention_rows, "load": load_rows,
-         "decode": decode_rows}
+         "decode": decode_rows, "stream": stream_rows, "compile": compile_rows, "parity": parity_rows,
+         "step": step_rows, "repeat": repeat_rows, "gpu": partial(gpu_rows, "gpu"), "gpu2": partial(gpu_rows, "gpu2")}
 
 
 def hardware(device):
@@ -538,7 +681,8 @@ def parse():
     p.add_argument("--diffsynth", metavar="FOLDER",
                    help="holds diffsynth/ and its dist-info: an unpacked wheel of 1.1.9, to be compared with")
     p.add_argument("--pairs", type=int, default=9, help="alternating pairs of runs [9; fewer are for trying out]")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="to run on; counts need none [cpu]")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="to run on; counts need none [cpu; of gpu and gpu2 cuda]")
+    p.add_argument("--out", help="append every row to OUT.md and OUT.jsonl too [of gpu and gpu2: gpu]")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU [what torch chooses]")
     p.add_argument("--file", help="of load: kept, and used again if it is there [a temporary one]")
     p.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="written into every row [today]")
@@ -553,8 +697,11 @@ def parse():
         p.error("frames takes two shapes, the long one first")
     if a.pairs < 2:
         p.error("--pairs: quartiles take at least two")
+    plan = any(task in GPU_PLAN for task in a.tasks)
+    a.device = a.device or ("cuda" if plan else "cpu")
+    a.out = a.out or ("gpu" if plan else None)
     if a.device == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda: torch sees no GPU here")
+        sys.exit("compare.py: torch sees no GPU here")
     return a
 
 
@@ -563,11 +710,25 @@ def command(task, a):
     return f"compare.py {task}{' --shape' + shapes if shapes else ''} --pairs {a.pairs} --device {a.device}"
 
 
+def write_row(cells, a):
+    line = f"| {' | '.join(cells)} |"
+    print(line, flush=True)
+    if a.out:
+        with open(a.out + ".md", "a") as table, open(a.out + ".jsonl", "a") as objects:
+            table.write(line + "\n")
+            objects.write(json.dumps(dict(zip(("row", *HEADER[1:]), cells))) + "\n")
+
+
 def main():
     a = parse()
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
-    print(f"| | code | shape | {' | '.join(COLUMNS)} | conditions |\n|{' --- |' * (len(COLUMNS) + 4)}")
+    if not (a.out and os.path.exists(a.out + ".md")):  # where it is, rows are added to a table that has begun
+        head = f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}"
+        print(head, flush=True)
+        if a.out:
+            with open(a.out + ".md", "w") as f:
+                f.write(head + "\n")
     for task in a.tasks:
         for what, code, size, values in TASKS[task](a):
             load = "" if a.device == "cuda" else f", load {os.getloadavg()[0]:.1f}"
@@ -577,7 +738,7 @@ def main():
                      f"{code} ({version(code, a.diffsynth)})" if code else "",
                      f"{size[0]} x {size[1]}x{size[2]}" if size else "",
                      *(values.get(column) or "" for column in COLUMNS), conditions]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            write_row(cells, a)
             gc.collect()
             if a.device == "cuda":
                 torch.cuda.empty_cache()
