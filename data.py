@@ -877,8 +877,9 @@ def _add_to_log(log, lines):
     if log is not None:
         known = set(Path(log).read_text().splitlines()) if os.path.exists(log) else ()
         new = "".join(f"{line}\n" for line in lines if line not in known)
-        with open(log, "ab", buffering=0) as f:                                     # one write: lines don't interleave
-            f.write(new.encode())
+        with contextlib.suppress(OSError):  # a full disk must not end the run
+            with open(log, "ab", buffering=0) as f:                                 # one write: lines don't interleave
+                f.write(new.encode())
 
 
 class VideoClips(Clips):

@@ -85,7 +85,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import numpy as np
@@ -467,6 +467,7 @@ class Shards:
             "loss_scaler": {k: v for k, v in vars(self.zero.loss_scaler).items() if type(v) in (bool, int, float)},
             "engine": {key: getattr(self.engine, key) for key in self.ENGINE_COUNTERS},
             "scheduler": self.engine.lr_scheduler.state_dict() if self.engine.lr_scheduler else None,
+            "lr": [group["lr"] for group in self.zero.optimizer.param_groups],  # which the scheduler's state has not
         }
 
     @torch.no_grad()
@@ -490,6 +491,8 @@ class Shards:
                 setattr(target, key, value)
         if self.engine.lr_scheduler and saved["scheduler"]:
             self.engine.lr_scheduler.load_state_dict(saved["scheduler"])
+            for group, lr in zip(self.zero.optimizer.param_groups, saved["lr"]):
+                group["lr"] = lr
         self.zero.update_lp_params()  # the model's half-precision weights, from the masters
 
 
@@ -576,8 +579,11 @@ def save(a, shards, position, settings, write_weights):
     """
     master, problem = shards.rank == 0, None
     need = 1.05 * sum(bytes_to_save(shards.elements)) + 2**20
-    if master and not has_disk_space(a.out, need):
-        problem = f"{a.out} has no room for {need / 1e9:.2f} GB"
+    try:
+        if master and not has_disk_space(a.out, need):
+            problem = f"{a.out} has no room for {need / 1e9:.2f} GB"
+    except OSError as e:
+        problem = str(e)
     problem = first_problem(problem)
     if problem:
         return problem
@@ -590,13 +596,21 @@ def save(a, shards, position, settings, write_weights):
     del average
     problem = first_problem(problem) or save_state(a, shards, position, settings)
     if master and not problem:
-        damaged = list(saved_steps(a.out, DAMAGED).values())
-        for path in damaged + list(saved_steps(a.out, STATE).values())[:-a.keep]:
-            remove(path)
-        for step, path in list(saved_steps(a.out, WEIGHTS).items())[:-a.keep]:
-            if step % a.keep_every:
-                remove(path)
+        try:
+            prune(a)
+        except OSError as e:  # all is saved: nothing to end a run for
+            print(f"warning: what is not kept could not be removed ({e})", file=sys.stderr)
     return problem
+
+
+def prune(a):
+    """Remove damaged states, and states and weights that --keep and --keep-every do not keep."""
+    damaged = list(saved_steps(a.out, DAMAGED).values())
+    for path in damaged + list(saved_steps(a.out, STATE).values())[:-a.keep]:
+        remove(path)
+    for step, path in list(saved_steps(a.out, WEIGHTS).items())[:-a.keep]:
+        if step % a.keep_every:
+            remove(path)
 
 
 def save_state(a, shards, position, settings):
@@ -654,6 +668,9 @@ def newest_state(a, rank, world, say):
     are damaged, get another name."""
     candidates = [list(saved_steps(a.out, STATE).values())]
     dist.broadcast_object_list(candidates)  # rank 0's: all ranks look at the same
+    unseen = next((folder for folder in candidates[0] if not os.path.isdir(folder)), None)
+    if unseen := first_problem(unseen):  # another rank's disk, and not a damaged state
+        sys.exit(f"train.py: a rank does not see {unseen}: put --out on a file system that all nodes share")
     damaged = []
     for folder in reversed(candidates[0]):
         info, problem = read_state(folder, rank, world)
@@ -1041,7 +1058,9 @@ def say_needs(a, module, shards, say):
         f"weights of {readable(small)}")
     need, free = states * state + files * small, shutil.disk_usage(a.out).free
     for folder, _, names in os.walk(a.out):  # what is there already is among them
-        need -= sum(os.path.getsize(os.path.join(folder, name)) for name in names)
+        for name in names:
+            with suppress(OSError):  # a file that is being replaced
+                need -= os.path.getsize(os.path.join(folder, name))
     if need > free:
         say(f"warning: that takes {readable(need)} more in {a.out}, which has room for {readable(free)}: lower --keep, "
             "raise --keep-every, or make room", file=sys.stderr)
@@ -1112,6 +1131,10 @@ def main(argv=None):
     dataset, clips = open_clips(a, rank, native)
     say(dataset.describe() + (f"; {a.short_clips:.0%} of the passes on clips of {native}" if a.short_clips else ""))
     data_id = fingerprint(dataset.usable)
+    everyone = [None] * world
+    dist.all_gather_object(everyone, data_id)
+    if len(set(everyone)) > 1:
+        sys.exit(f"train.py: the ranks find different clips in {a.data}: let no file change while a run starts")
 
     # What trains
     svd = load_model(a, dataset, native)
@@ -1169,7 +1192,10 @@ def main(argv=None):
         if master:
             with weights_replaced(module, average):
                 frames = sample_video(a, SAMPLING[family], module.unet, *networks(), sampled_from, device)
-            measured, line = save_sample(a, family, step, frames, sampled_from)
+            try:
+                measured, line = save_sample(a, family, step, frames, sampled_from)
+            except OSError as e:  # a full disk must not end the run
+                measured, line = {}, f"warning: the sample of step {step} could not be written ({e})"
             engine.monitor.write_events([(f"sample/{key}", value, step) for key, value in measured.items()])
             say(line)
         dist.barrier()
@@ -1223,7 +1249,10 @@ def main(argv=None):
             if master:
                 seconds = time.perf_counter() - begin
                 norm, lr = engine.get_global_grad_norm(), engine.optimizer.param_groups[0]["lr"]
-                log.row(step, videos, total, norm, lr, seconds / (step - logged), frames / seconds, device)
+                try:
+                    log.row(step, videos, total, norm, lr, seconds / (step - logged), frames / seconds, device)
+                except OSError as e:  # a full disk must not end the run
+                    say(f"warning: step {step} is missing in log.csv ({e})", file=sys.stderr)
                 mean = float(total[0, 0] / total[1, 0])
                 engine.monitor.write_events([("train/loss", mean, step), ("train/lr", lr, step)])
                 bar.set_postfix(loss=f"{mean:.4f}")
