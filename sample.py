@@ -427,8 +427,12 @@ def parse(argv):
     outs = [out for _, _, out in jobs]
     if len(set(outs)) < len(outs):
         p.error("two images would be written to the same file: put {name} into --out, and give images of other names")
-    if a.video and os.path.abspath(a.video) in map(os.path.abspath, outs):
-        p.error(f"--out {a.video} is what --video reads: choose another")
+    read = [*a.images, *(path for _, path in a.keyframe), *filter(None, (a.video, a.end, a.decode_only))]
+    kept = read + ([latents_path(a.video)] if a.video else [])  # those of a video to refine are an hour's work too
+    written = outs if a.decode_only else outs + [latents_path(out) for out in outs]
+    for path in kept:
+        if any(is_in(path, out) for out in written):
+            p.error(f"{path} would be overwritten: choose another --out")
     return a
 
 
@@ -436,7 +440,7 @@ def jobs_of(a):
     """What is to be made, one video after the other: [(image, seed, output)]."""
     out = a.out or ("out/{name}-refined.mp4" if a.video else "out/{name}.mp4")
     if a.seeds > 1 and "{seed}" not in out:
-        stem, extension = os.path.splitext(out.rstrip("/"))
+        stem, extension = (out.rstrip("/"), "/") if out.endswith("/") else os.path.splitext(out)
         out = stem + "-{seed}" + extension
     jobs = []
     for image in a.images or [a.video or a.decode_only]:
@@ -444,6 +448,12 @@ def jobs_of(a):
         for seed in range(a.seed, a.seed + a.seeds):
             jobs.append((image, seed, out.replace("{name}", name).replace("{seed}", str(seed))))
     return jobs
+
+
+def is_in(path, out):
+    """Whether a path is an output, or lies in one that is a folder of PNGs."""
+    path, out = os.path.realpath(path), os.path.realpath(out)
+    return path == out or path.startswith(out + os.sep)
 
 
 def default_model(a):
@@ -531,7 +541,8 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
             with on_device(device, svd.clip, svd.vae):
                 if start == 0:
                     for number, frame in keyframes.items():
-                        z[:, number] = svd.vae.encode(frame[None].to(device)) * exsvd.VAE_SCALE
+                        shown = svd.vae.encode(frame[None].to(device)) * exsvd.VAE_SCALE
+                        z[:, number] = shown / (s["contrast"] or 1)  # adjust() puts it back
                         fixed[number] = 1
                 else:  # goes on from its first frame, which the round before has made
                     img = frame_of(svd.vae, z[:, :made], start, s)
@@ -605,8 +616,15 @@ def settings_of(a, family, svd, img, seed, video=None):
             raise data.MediaError(f"--keyframe {number}: the video has the frames 0 to {frames - 1}")
     if video and a.fps is None:
         chosen["fps"] = max(1.0, video.fps * frames / len(video.frames))  # as fast as it was
-    area = img.shape[0] * img.shape[1] if video else chosen["area"]
-    width, height = a.size or data.default_size(img.shape[1], img.shape[0], area)
+    if a.size:
+        width, height = a.size
+    elif video and video.settings:
+        width, height = video.settings["width"], video.settings["height"]
+    elif video:
+        H, W = video.frames.shape[1:3]
+        width, height = data.default_size(W, H, W * H)
+    else:
+        width, height = data.default_size(img.shape[1], img.shape[0], chosen["area"])
     if a.offload and a.decode_chunk is None:  # about 3 GB: 4 frames of 1024x1024 at once, 16 of 512x512
         chosen["decode_chunk"] = max(4, min(chosen["decode_chunk"], 2**22 // (width * height)))
     near = chosen["area"] / 2 <= width * height <= chosen["area"] * 2
@@ -799,6 +817,7 @@ def main(argv=None):
         if img is None:
             img = first_frame(svd.vae, video, device)
         s = settings_of(a, family, svd, img, seed, video)
+        check_writable(out, s["fps"])  # once more: a video to refine may be too fast for a GIF
         make_video(svd, img, s, device, out, video, end, keyframes)
     if failed:
         raise data.MediaError(f"{len(failed)} of {len(a.jobs)} videos were not made, for want of {', '.join(failed)}")
@@ -810,7 +829,7 @@ OUT_OF_MEMORY = """out of memory. While sampling, from what costs least to what 
     --offload           only the network at work is on the device: some seconds more per video
     --frames 64         fewer frames: a shorter video
     --size 512x320      fewer pixels: less detail (then --video FILE --size WxH --frames N for a part of it)
-While decoding: --decode-chunk 8, 4, 2 (seams may show), with --decode-only FILE if the latents are there."""
+While decoding, which went down to one frame at a time by itself: --decode-only FILE (no UNet in memory), or --size."""
 
 
 def command(argv=None):

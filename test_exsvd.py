@@ -2391,6 +2391,32 @@ def test_a_video_is_refined_from_where_the_strength_says(make, tiny_model, monke
         make("--video", source, "--size", "128x128")
 
 
+@pytest.mark.parametrize("flags", [
+    "a.mp4 --out a.mp4", "p.png --end a.mp4 --out a.mp4", "p.png --keyframe 1=a.mp4 --out a.mp4",
+    "f/frame_0000.png --out f/", "--video a.mp4 --out a.gif", "--video a.latents.safetensors --out a.webm"])
+def test_nothing_that_is_read_is_overwritten(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        sample.parse(flags.split())
+    assert "would be overwritten: choose another --out" in capsys.readouterr().err
+
+
+def test_a_video_to_refine_keeps_its_size(tiny_model, tmp_path):
+    """Whatever the size of IMAGE; latents also where they are wider than what is chosen for pictures."""
+    svd, large = exsvd.load(tiny_model), torch.zeros(200, 300, 3, dtype=torch.uint8)
+    a = sample.parse(["large.png", "--video", "a.mp4", "--out", str(tmp_path / "refined.mp4")])
+    pixels = sample.Video(torch.zeros(2, 64, 128, 3, dtype=torch.uint8), 8, None)
+    latents = sample.Video(torch.zeros(2, 4, 8, 40), 8, {"width": 320, "height": 64})
+    for video, size in ((pixels, (128, 64)), (latents, (320, 64))):
+        s = sample.settings_of(a, "toy", svd, large, 0, video)
+        assert (s["width"], s["height"]) == size
+
+
+def test_seeds_of_a_folder_are_folders():
+    a = argparse.Namespace(out="frames.d/", video=None, images=["a.png"], decode_only=None, seed=0, seeds=2)
+    assert [out for _, _, out in sample.jobs_of(a)] == ["frames.d-0/", "frames.d-1/"]
+
+
 def test_warnings_off_the_trained_range(make, picture, tmp_path, capsys):
     data.write_png(tmp_path / "second.png", world.clip(0, 1, 1, 64)[0][0])
     make(picture, tmp_path / "second.png", "--frames", 1, "--fps", 100, "--motion", 90, name="{name}.mp4")
@@ -2408,7 +2434,7 @@ def test_out_of_memory_names_what_helps_in_order(make, tiny_model, picture, monk
     with pytest.raises(SystemExit) as exit:
         sample.command([picture, "--model", tiny_model])
     flags = re.findall(r"--[a-z-]+", exit.value.code)
-    assert flags[:4] == ["--dtype", "--dtype", "--offload", "--frames"] and "--decode-chunk" in flags
+    assert flags[:4] == ["--dtype", "--dtype", "--offload", "--frames"] and "--decode-only" in flags
 
 
 def test_text_to_video_by_the_snippet(tiny_model, tmp_path, monkeypatch):
@@ -3046,6 +3072,22 @@ def test_monitors_get_loss_lr_and_motion_score(small, tmp_path):
         assert [(e.step, pytest.approx(e.value, abs=1e-5)) for e in board.Scalars(tag)] == logged
     assert [e.step for e in board.Scalars("sample/motion_score")] == [0, 2]
     assert all(e.value > 0 for e in board.Scalars("sample/motion_score"))
+
+
+def test_samples_never_end_a_run(small, tmp_path, monkeypatch, capsys):
+    """Not the rows of a run that ended before its first state, nor a disk that takes no video."""
+    (tmp_path / "progress").mkdir()
+    data.write_png(tmp_path / "progress" / "000001.png", torch.zeros(64, 64, 3, dtype=torch.uint8))
+    train_here("--model", small, "--out", tmp_path, *FAST, "--steps", 2, "--sample-every", 2)
+    assert sorted(os.listdir(tmp_path / "progress")) == ["000000.png", "000002.png"]
+
+    def fail(*_):
+        raise data.MediaError("cannot be written")
+
+    monkeypatch.setattr(train, "save_sample", fail)
+    train_here("--model", small, "--out", tmp_path, *FAST, "--steps", 3, "--sample-every", 1)
+    assert "the sample of step 3 could not be written" in capsys.readouterr().out
+    assert (tmp_path / "exvideo-000003.safetensors").exists()
 
 
 def test_draws_depend_on_seed_and_number():

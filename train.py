@@ -1187,6 +1187,12 @@ def main(argv=None):
     if a.sample_every and master:
         sampled_from = sample_start(a, family, dataset, networks)
 
+    def monitor(values):
+        try:
+            engine.monitor.write_events([(name, value, step) for name, value in values.items()])
+        except OSError as e:
+            say(f"warning: step {step} is missing in DeepSpeed's monitors ({e})", file=sys.stderr)
+
     def take_sample():
         average = shards.gather_average()
         if master:
@@ -1194,9 +1200,9 @@ def main(argv=None):
                 frames = sample_video(a, SAMPLING[family], module.unet, *networks(), sampled_from, device)
             try:
                 measured, line = save_sample(a, family, step, frames, sampled_from)
-            except OSError as e:  # a full disk must not end the run
+            except (OSError, data.MediaError) as e:  # a full disk must not end the run
                 measured, line = {}, f"warning: the sample of step {step} could not be written ({e})"
-            engine.monitor.write_events([(f"sample/{key}", value, step) for key, value in measured.items()])
+            monitor({f"sample/{key}": value for key, value in measured.items()})
             say(line)
         dist.barrier()
 
@@ -1205,6 +1211,8 @@ def main(argv=None):
 
     # The loop
     if a.sample_every and step == 0:
+        if master:  # rows of a run that ended before its first state
+            discard(os.path.join(a.out, "progress"))
         take_sample()
     bar = tqdm(total=a.steps, initial=step, desc="training", unit="step", disable=not master)
     bad = []  # names of the clips of each of the last steps that could not be applied
@@ -1254,7 +1262,7 @@ def main(argv=None):
                 except OSError as e:  # a full disk must not end the run
                     say(f"warning: step {step} is missing in log.csv ({e})", file=sys.stderr)
                 mean = float(total[0, 0] / total[1, 0])
-                engine.monitor.write_events([("train/loss", mean, step), ("train/lr", lr, step)])
+                monitor({"train/loss": mean, "train/lr": lr})
                 bar.set_postfix(loss=f"{mean:.4f}")
                 if logged == first:
                     pace = seconds / (step - first)
