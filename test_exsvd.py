@@ -2368,6 +2368,7 @@ def test_an_end_and_key_frames(make, tiny_model, picture, tmp_path, monkeypatch)
     with torch.no_grad():
         expected[:, 3] = exsvd.load(tiny_model, parts=("vae",)).vae.encode(img[None]) * exsvd.VAE_SCALE
     assert torch.allclose(z, expected, atol=1e-5) and data.read_settings(out)["keyframes"] == [3]
+    oracle(monkeypatch, a)
     z = latents_of(make("--keyframe", f"3={tmp_path / 'second.png'}", "--contrast", 1.2))
     assert torch.allclose(1.2 * z[:, 3], expected[:, 3], atol=1e-5), "contrast is for what the model made"
 
