@@ -9,17 +9,8 @@
     python sample.py --decode-only out/photo.latents.safetensors        # once more from saved latents
 
 In order: the image is read and fitted, encoded by CLIP and the VAE, noise is carried down the sigmas by a sampler, the
-latents are saved, decoded in overlapping chunks and streamed to a video file. Arithmetic on latents is float32.
-
-From text, by way of any text-to-image pipeline of diffusers:
-
-    import torch, sample
-    from diffusers import AutoPipelineForText2Image
-    text_to_image = AutoPipelineForText2Image.from_pretrained("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
-                                                              torch_dtype=torch.float16).to("cuda")
-    text_to_image("a lighthouse in a storm").images[0].save("lighthouse.png")
-    del text_to_image                                                   # the card is needed
-    sample.main(["lighthouse.png"])                                     # takes what the command takes
+latents are saved, decoded in overlapping chunks and streamed to a video file. Arithmetic on latents is float32. From
+text, by way of any text-to-image pipeline of diffusers: README.md, section More than one image.
 """
 
 import argparse
@@ -196,7 +187,13 @@ def held(denoise, known, weight):
 
 def rounds(frames, length, overlap):
     """A long video in rounds of `length` frames that begin with `overlap` frames of the one before, the last one with
-    as many as it takes: [(start, stop), ...]"""
+    as many as it takes: [(start, stop), ...]
+
+    Two things are not as one might expect. The image that a round is told of is its own first frame, which the one
+    before has made, since that is what SVD was trained on (the same as the last frame made where the overlap is 1).
+    And the common frames are held by weights that fall to 0: held firmly to the last of them, the toy's video jumped by
+    4.0 of 255 at the join, and with weights that fade by 1.7, where 1.2 is the median between frames.
+    """
     starts = [0]
     while starts[-1] + length < frames:
         starts.append(min(starts[-1] + length - overlap, frames - length))
@@ -331,7 +328,9 @@ def parse(argv):
     p = argparse.ArgumentParser(
         usage="sample.py IMAGE... [options], --help lists them",
         description="Image to video with SVD and ExVideo. Defaults depend on the model: SVD / ExVideo / toy.",
-        epilog="Real weights: see README.md, section Weights.")
+        epilog="A line warns where --size, --fps, --motion or --frames are far from what the model was trained on. Out of "
+               "memory: in this order --dtype bfloat16, --offload, fewer --frames, a smaller --size. In README.md: real "
+               "weights (section Weights), and from text to video (section More than one image).")
     add = p.add_argument
 
     def shown(key):
@@ -544,14 +543,14 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
                         shown = svd.vae.encode(frame[None].to(device)) * exsvd.VAE_SCALE
                         z[:, number] = shown / (s["contrast"] or 1)  # adjust() puts it back
                         fixed[number] = 1
-                else:  # goes on from its first frame, which the round before has made
+                else:  # told of its own first frame, not of the last one made: see rounds()
                     img = frame_of(svd.vae, z[:, :made], start, s)
                     own_latents = z[:, start:start + 1] / exsvd.VAE_SCALE
                 denoise = told(img, own_latents)
                 if end is not None and stop == s["frames"]:
                     denoise = fused(denoise, told(end), length)
             weight = fixed[start:stop].clone()
-            ramp = torch.linspace(1, 0, max(0, made - start) + 1)[:-1]  # weights of 1 would end in a jump
+            ramp = torch.linspace(1, 0, max(0, made - start) + 1)[:-1]  # fades out: see rounds()
             weight[:len(ramp)] = torch.maximum(weight[:len(ramp)], ramp)
             if weight.any():
                 denoise = held(denoise, z[:, start:stop].clone(), weight)
@@ -759,7 +758,10 @@ def load(a, model, extension, toy, device):
 
 
 def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
-    """One image (H,W,3), uint8, to a video file, and its latents to a file beside it. The rest as in make_latents()."""
+    """One image (H,W,3), uint8, to a video file, and its latents to a file beside it. The rest as in make_latents().
+
+    Raises FloatingPointError if the latents are not finite.
+    """
     def fit(picture):
         return data.fit_image(picture, s["width"], s["height"])
 
@@ -768,7 +770,7 @@ def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
                            None if end is None else fit(end), {i: fit(frame) for i, frame in keyframes.items()})
     sampled = time.perf_counter()
     if not latents.isfinite().all():
-        raise exsvd.WeightsError(f"{out}: the latents are not finite; try another --dtype than {s['dtype']}")
+        raise FloatingPointError(f"{out}: the latents are not finite; try another --dtype than {s['dtype']}")
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     exsvd.save(latents_path(out), {"latents": latents}, {"settings": s})  # an hour's work, should the decoder fail
     try:
@@ -782,7 +784,7 @@ def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
 
 
 def main(argv=None):
-    """The command. Raises WeightsError, MediaError and OSError for what the caller can mend."""
+    """The command. Raises WeightsError, MediaError, FloatingPointError and OSError for what the caller can mend."""
     a = parse(argv)
     warn.cache_clear()
     for _, _, out in a.jobs:
@@ -800,17 +802,21 @@ def main(argv=None):
     end = data.read_image(a.end) if a.end else None
     keyframes = {number: data.read_image(path) for number, path in a.keyframe}
     svd, failed = None, []
+
+    def fail(out, error):  # the others of a batch are made all the same
+        if not a.batch:
+            raise error
+        print(f"sample.py: {error}", file=sys.stderr)
+        failed.append(out)
+
     for image, seed, out in a.jobs:
         if a.batch and os.path.exists(out) and not a.overwrite:
             print(f"{out}: is there, and skipped (--overwrite makes it again)")
             continue
         try:
             img = data.read_image(image) if a.images else None
-        except data.MediaError as e:  # one picture out of many: the others are made all the same
-            if not a.batch:
-                raise
-            print(f"sample.py: {e}", file=sys.stderr)
-            failed.append(image)
+        except data.MediaError as e:
+            fail(out, e)
             continue
         if svd is None:
             svd, family = load(a, model, extension, toy, device)
@@ -818,9 +824,12 @@ def main(argv=None):
             img = first_frame(svd.vae, video, device)
         s = settings_of(a, family, svd, img, seed, video)
         check_writable(out, s["fps"])  # once more: a video to refine may be too fast for a GIF
-        make_video(svd, img, s, device, out, video, end, keyframes)
+        try:
+            make_video(svd, img, s, device, out, video, end, keyframes)
+        except FloatingPointError as e:
+            fail(out, e)
     if failed:
-        raise data.MediaError(f"{len(failed)} of {len(a.jobs)} videos were not made, for want of {', '.join(failed)}")
+        raise data.MediaError(f"{len(failed)} of {len(a.jobs)} videos were not made: {', '.join(failed)}")
 
 
 # What to try where memory runs out, cheapest first.
@@ -836,7 +845,7 @@ def command(argv=None):
     """main(), for a shell: what the user can mend is one line and exit code 1."""
     try:
         main(argv)
-    except (exsvd.WeightsError, data.MediaError, OSError) as e:
+    except (exsvd.WeightsError, data.MediaError, FloatingPointError, OSError) as e:
         sys.exit(f"sample.py: {e}")
     except RuntimeError as e:
         if not is_out_of_memory(e):

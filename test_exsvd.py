@@ -2185,6 +2185,20 @@ def test_offload_really_moves(make, tiny_model):
     make("--offload", "--device", "cuda")
 
 
+@pytest.mark.parametrize("schedule, sampler", [("ays", "dpm++"), ("karras", "dpm++"), ("ays", "ddim")])
+def test_fewer_steps(make, tiny_extension, monkeypatch, schedule, sampler):
+    """The model is asked once a step, at the schedule's noise levels, and what it says comes out."""
+    z = torch.randn(1, 20, 4, 8, 8)
+    calls = oracle(monkeypatch, z)
+    flags = ["--schedule", schedule, "--sampler", sampler, "--steps", 4]
+    out = make("--extension", tiny_extension[0], *flags)
+    sigmas = {"ays": sample.ays_sigmas(4), "karras": exsvd.karras_sigmas(4)}[schedule]
+    assert torch.equal(torch.stack([sigma for _, sigma in calls]), sigmas[:-1])
+    assert torch.allclose(latents_of(out), z, atol=1e-4)
+    settings = data.read_settings(out)
+    assert [settings[key] for key in ("schedule", "sampler", "eta", "steps")] == [schedule, sampler, 0, 4]
+
+
 def test_guidance_in_an_interval_of_noise_levels(make, monkeypatch):
     calls, denoise = [], exsvd.denoise
 
@@ -2286,22 +2300,31 @@ def test_default_model(tmp_path, monkeypatch, capsys):
 
 
 def test_a_batch(make, picture, tmp_path, monkeypatch, capsys):
-    """Seeds, a bad image, what is there already, shares of the work, and a model that is loaded once."""
+    """Seeds, a bad image, latents that overflow, what is there already, shares of the work, and a model that is loaded
+    once."""
     (tmp_path / "bad.png").write_bytes(b"no picture")
     data.write_png(tmp_path / "second.png", world.clip(0, 1, 1, 64)[0][0])
-    loads, load = [], exsvd.load
+    loads, load, made, make_latents = [], exsvd.load, [], sample.make_latents
 
     def spy(*args, **kw):
         loads.append(args)
         return load(*args, **kw)
 
+    def overflows_first(*args):
+        made.append(args)
+        return make_latents(*args) * (math.nan if len(made) == 1 else 1)
+
     monkeypatch.setattr(exsvd, "load", spy)
+    monkeypatch.setattr(sample, "make_latents", overflows_first)
     images = [picture, tmp_path / "bad.png", tmp_path / "second.png"]
     flags = [*images, "--frames", 2, "--size", "128x64", "--seed", 3, "--seeds", 2]
-    with pytest.raises(data.MediaError, match="2 of 6 videos"):
-        make(*flags, name="{name}.mp4")
-    assert f"sample.py: {tmp_path / 'bad.png'}: " in capsys.readouterr().err and len(loads) == 1
     outs = [tmp_path / f"{name}-{seed}.mp4" for name in ("picture", "second") for seed in (3, 4)]
+    with pytest.raises(data.MediaError, match="3 of 6 videos were not made: .*picture-3.mp4, .*bad-3.mp4, .*bad-4.mp4"):
+        make(*flags, name="{name}.mp4")
+    errors = capsys.readouterr().err
+    assert f"sample.py: {tmp_path / 'bad.png'}: " in errors and f"sample.py: {outs[0]}: the latents are not" in errors
+    assert sorted(tmp_path.glob("*.mp4")) == outs[1:] and len(loads) == 1
+    make(picture, "--seeds", 2, *flags[3:-2], name="{name}.mp4")
     assert sorted(tmp_path.glob("*.mp4")) == outs and len({out.read_bytes() for out in outs}) == 4
     assert data.read_video(outs[0])[0].shape == (2, 64, 128, 3) and data.read_settings(outs[1])["seed"] == 4
 
@@ -2312,9 +2335,9 @@ def test_a_batch(make, picture, tmp_path, monkeypatch, capsys):
     assert not outs[3].exists(), "seed 4 of the second is the other shard's"
     capsys.readouterr()
     make(*flags, "--shard", "1/2", name="{name}.mp4")
-    assert outs[3].read_bytes() == before and "picture-4.mp4: is there" in capsys.readouterr().out and len(loads) == 2
+    assert outs[3].read_bytes() == before and "picture-4.mp4: is there" in capsys.readouterr().out and len(loads) == 3
     make(*flags, "--shard", "3/4", "--overwrite", name="{name}.mp4")
-    assert outs[3].read_bytes() == before and len(loads) == 3
+    assert outs[3].read_bytes() == before and len(loads) == 4
 
 
 def oracle(monkeypatch, *clips):
@@ -2441,7 +2464,7 @@ def test_out_of_memory_names_what_helps_in_order(make, tiny_model, picture, monk
 
 
 def test_text_to_video_by_the_snippet(tiny_model, tmp_path, monkeypatch):
-    """The very lines of sample.py's docstring, with a pipeline of random weights in place of the real one."""
+    """The very lines of README.md, with a pipeline of random weights in place of the real one."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     letters = "abcdefghijklmnopqrstuvwxyz"
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
@@ -2458,16 +2481,31 @@ def test_text_to_video_by_the_snippet(tiny_model, tmp_path, monkeypatch):
     vae = diffusers.AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
     pipeline = diffusers.StableDiffusionPipeline(vae, text, tokenizer, unet, diffusers.DDIMScheduler(), None, None,
                                                  requires_safety_checker=False)
-    here = argparse.Namespace(to=lambda device: pipeline)  # there is no cuda
-    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", lambda name, torch_dtype: here)
+    pipeline.set_progress_bar_config(disable=True)
+    text_to_image = argparse.Namespace(  # there is no cuda, and two steps will do
+        to=lambda device: lambda prompt, **options: pipeline(prompt, num_inference_steps=2, **options))
+    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained",
+                        lambda name, torch_dtype: text_to_image)
     monkeypatch.setattr(sample, "default_model", lambda a: (tiny_model, None))
     monkeypatch.setitem(sample.DEFAULTS, "toy", sample.DEFAULTS["toy"] | {"steps": 1, "area": 64 * 64})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "sample", sample)
-    snippet = sample.__doc__[sample.__doc__.index("    import torch, sample"):]
-    exec(re.sub("^    ", "", snippet, flags=re.MULTILINE), {})
+    with open(os.path.join(HERE, "README.md")) as file:
+        blocks = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+    snippet, loop = (next(block for block in blocks if words in block) for words in ("from diffusers", "VBench"))
+    exec(snippet, {})
     assert data.read_video("out/lighthouse.mp4")[0].shape == (8, 64, 64, 3)
     assert data.read_image("lighthouse.png").shape == (8, 8, 3)
+
+    before = snippet[:snippet.index("text_to_image(")]  # section 4.1 of the paper: the loop over VBench's prompts
+    prompts = ["a beach, watercolor painting", "a table."]
+    (tmp_path / "VBench_full_info.json").write_text(json.dumps([{"prompt_en": p} for p in [*prompts, prompts[0]]]))
+    exec(before + loop, {})
+    images = sorted(tmp_path.glob("a *.png"))
+    assert [image.name for image in images] == [f"{p}-{seed}.png" for p in prompts for seed in range(5)]
+    assert len({image.read_bytes() for image in images}) == 10
+    sample.main([*map(str, images[:2]), "--frames", "1", "--out", "videos/{name}.mp4"])
+    assert sorted(os.listdir("videos"))[1::2] == [f"{prompts[0]}-{seed}.mp4" for seed in (0, 1)]
 
 
 def test_more_frames_than_the_model_knows(make, tiny_model, capsys):
