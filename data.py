@@ -3,14 +3,13 @@
     python data.py check videos/                                        # what would be used, and why not the rest
     python data.py encode --model svd_xt.safetensors --data videos/ --out latents/
 
-    1. Reading pictures and videos     read_image, read_video, read_settings
-    2. Fitting an image to a size      fit_image, default_size
-    3. Writing videos                  VideoWriter (.mp4, .webm, .gif, a folder of PNGs), write_png
-    4. Motion and noise                motion_score, motion_bucket, draw_condition
-    5. The index of a set of videos    list_files, scan, find_cuts, build_index
-    6. Clips                           open_dataset
-    7. Encoding a set of videos        encode_frames, encode_condition, encode
-    8. Command line                    check, main
+    1. Pictures and videos in          read_image, read_video, read_settings, fit_image, default_size
+    2. Videos out                      VideoWriter (.mp4, .webm, .gif, a folder of PNGs), write_png
+    3. Motion and noise                motion_score, motion_bucket, draw_condition
+    4. The index of a set of videos    list_files, scan, find_cuts, build_index
+    5. Clips                           open_dataset
+    6. Encoding a set of videos        encode_frames, encode_condition, encode
+    7. Command line                    check, main
 
 Pixels are uint8 RGB with the channel last, (H, W, 3) or (T, H, W, 3), until fit_image turns them into what the model
 eats: float32 (3, H, W) in [-1, 1].  T frames, H W pixels; a size is (W, H).  Pictures are read by Pillow, videos by
@@ -22,13 +21,13 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
 import sys
-import time
 import types
 import warnings
 from collections import Counter, deque
@@ -41,8 +40,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -50,6 +49,7 @@ import exsvd
 
 av.logging.set_level(None)                  # what the libraries say themselves would drown our one line
 logging.getLogger("PIL").addHandler(logging.NullHandler())
+warnings.filterwarnings("ignore", module="PIL")
 
 
 def one_line(text):
@@ -66,16 +66,13 @@ class MediaError(ValueError):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Reading pictures and videos
+# 1. Pictures and videos in
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_PIXELS = 200_000_000                    # of one frame; beyond it a small file may unpack to more than the memory
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2    # Pillow refuses what has twice as many
 PICTURES = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PNG PPM QOI TIFF WEBP".split()       # all else is left to FFmpeg
-HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")     # brands, at byte 8
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}      # EXIF 2.3, tag 0x0112
+HEIC = [b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")]
 # without these flags swscale repeats chroma samples instead of interpolating them: coloured edges come out wrong
 EXACT = 0x2 | 0x40000 | 0x2000              # bilinear, accurate rounding, full chroma: PyAV names them from 18 on
 SAFE = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}                # a playlist may open no other files
@@ -118,15 +115,10 @@ def _identify(file):
 
 def _srgb(picture, profile):
     """A picture of mode L, RGB or CMYK in sRGB, mode RGB.  profile: ICC, as bytes; one that does not fit is ignored."""
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = profile.profile.xcolor_space
-        if space == "RGB " and picture.mode == "L":
-            picture = picture.convert("RGB")
-        if space == {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}[picture.mode]:
-            return ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        pass
+    for image in [picture] if picture.mode == "CMYK" else [picture, picture.convert("RGB")]:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
     return picture.convert("RGB")
 
 
@@ -134,10 +126,8 @@ def _still(picture):
     """The first frame of what Pillow opened, upright, in sRGB, on white: uint8 (H, W, 3)."""
     box = picture.tile[0].extents if picture.format == "GIF" else None              # where a GIF's first frame lies
     picture.load()
-    try:
-        turn = TURNS.get(picture.getexif().get(0x0112))
-    except Exception:                       # damaged EXIF raises whatever Pillow stumbles over: the pixels count
-        turn = None
+    with contextlib.suppress(Exception):    # damaged EXIF raises whatever Pillow stumbles over: the pixels count
+        picture = ImageOps.exif_transpose(picture)
     profile = picture.info.get("icc_profile", b"")
     if picture.mode[0] in "IF":             # more than 8 bits of grey, which convert() would clip
         x = np.asarray(picture)
@@ -150,41 +140,21 @@ def _still(picture):
         page = Image.new("RGB", image.size, "white")
         page.paste(image.crop(box), box, picture.convert("RGBA").getchannel("A").crop(box))
         image = page
-    return torch.from_numpy(np.array(image if turn is None else image.transpose(turn)))
+    return torch.from_numpy(np.array(image))
 
 
-def _rgb(frame):
-    """A decoded frame of a video as uint8 (H, W, 3), on white."""
-    w, h = frame.width, frame.height
-    if (w % 2 or h % 2) and not frame.format.is_rgb and not frame.format.has_palette:
-        # swscale misplaces the chroma of odd sizes (a mean error of 8 in 255 on coloured noise): so the same planes in
-        # a frame of even size.  Still wrong are widths of less than 7, and of 4:1:0 those that are no multiple of 4
-        even = av.VideoFrame(w + w % 2, h + h % 2, frame.format.name)
-        even.colorspace, even.color_range = frame.colorspace, frame.color_range
-        for old, new in zip(frame.planes, even.planes):
-            rows = np.zeros((new.height, new.line_size), np.uint8)
-            n = min(old.line_size, new.line_size)
-            rows[:old.height, :n] = np.frombuffer(old, np.uint8).reshape(-1, old.line_size)[:old.height, :n]
-            new.update(rows)
-        frame = even
+def _pixels(frame):
+    """A frame of a video as uint8 (H, W, 3), on white, turned as its container asks."""
     # a reformatter of its own: one that a frame keeps has threads, and hangs the forked reader that collects the frame
-    x = VideoReformatter().reformat(frame, format="rgba", interpolation=EXACT).to_ndarray()[:h, :w]     # (H, W, 4)
+    x = VideoReformatter().reformat(frame, format="rgba", interpolation=EXACT).to_ndarray()             # (H, W, 4)
     x, alpha = x[..., :3], x[..., 3:]
     if alpha.min() < 255:
         x = np.rint(255 - (255 - x) * (alpha / np.float32(255))).astype(np.uint8)
-    return torch.from_numpy(np.ascontiguousarray(x))
-
-
-def _turned(frame):
-    """A video frame's pixels, turned as its container asks: mirrored or not, then quarter turns to the left."""
-    img, matrix = _rgb(frame), None
-    with contextlib.suppress(ValueError):   # side data of a kind that PyAV does not know
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is not None:                  # PyAV's rotation leaves out the mirror, which shows in the determinant
-        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-        if a * d < b * c:
-            img = img.flip(0)
-    return torch.rot90(img, frame.rotation // 90, (0, 1)).contiguous()
+    with contextlib.suppress(ValueError, TypeError):                                # none, or of an unknown kind
+        a, b, _, c, d = np.frombuffer(frame.side_data.get("DISPLAYMATRIX"), np.int32)[:5].tolist()
+        if a * d < b * c:                   # mirrored, which PyAV's rotation leaves out
+            x = x[::-1]
+    return torch.from_numpy(np.rot90(x, frame.rotation // 90).copy())               # to the left
 
 
 def _best_stream(container):
@@ -199,26 +169,38 @@ def _best_stream(container):
     return best
 
 
+def _decode(path, seek=None):
+    """(frame, stream) for the frames of a video in the order shown, from the key frame at or before the time stamp
+    `seek`; the frame is None where a packet is damaged."""
+    with open(path, "rb") as f, _demux(f) as c:
+        s = _best_stream(c)
+        s.codec_context.thread_count = 1    # with more, an error surfaces at another packet from one run to the next
+        if seek is not None:
+            c.seek(int(seek), stream=s)
+        for packet in c.demux(s):
+            try:
+                frames = packet.decode()
+            except (av.FFmpegError, ValueError):
+                frames = [None]
+            for frame in frames:
+                yield None if frame is None or frame.is_corrupt else frame, s
+
+
 def read_image(path):
     """The picture, or the first frame of the animation or video, at `path`: torch.uint8 (H, W, 3), upright, on white.
 
     Recognised by content: what Pillow reads of PICTURES, and FFmpeg of the rest.  Raises MediaError."""
-    advice = "give a JPEG, PNG, WebP, GIF or video file, or save it again in an image editor"
-    with _reading(path, advice), open(path, "rb") as f, warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # Pillow's, of damage that it copes with
-        head = f.read(12)
-        f.seek(0)
-        if not head:
-            raise ValueError("the file is empty")
-        picture = _identify(f)
-        if picture is not None:
-            return _still(picture)
-        if head[4:8] == b"ftyp" and head[8:] in HEIC:
-            raise ValueError("it is HEIC: convert it to JPEG, with heif-convert or in the phone's photo app")
-        f.seek(0)
-        with _demux(f) as c:
-            for frame in c.decode(_best_stream(c)):
-                return _turned(frame)
+    with _reading(path, "give a JPEG, PNG, WebP, GIF or video file, or save it again in an image editor"):
+        with open(path, "rb") as f:
+            picture = _identify(f)
+            if picture is not None:
+                return _still(picture)
+            f.seek(4)
+            if f.read(8) in HEIC:
+                raise ValueError("it is HEIC: convert it to JPEG, with heif-convert or in the phone's photo app")
+        for frame, _ in _decode(path):
+            if frame is not None:
+                return _pixels(frame)
         raise ValueError("no picture could be decoded")
 
 
@@ -228,22 +210,18 @@ def read_video(path):
     The rate is measured from the time stamps (1.0 for a single frame without one).  Raises MediaError."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("frame_*.png"))
-        if not files:
-            raise MediaError(f"{path}: holds no frame_0000.png; give a video file or a folder written by sample.py")
-        with _reading(path, "give a folder written by sample.py"):
-            return torch.stack([read_image(f) for f in files]), float((read_settings(path) or {}).get("fps", 1.0))
+        with _reading(path, "give a video file or a folder written by sample.py"):
+            fps = float(read_settings(path)["fps"])
+            return torch.stack([read_image(f) for f in sorted(path.glob("frame_*.png"))]), fps
     frames, times = [], []
-    with _reading(path, "give an mp4, webm, gif or similar file"), open(path, "rb") as f, _demux(f) as c:
-        s = _best_stream(c)
-        s.thread_type = "AUTO"
-        rate = s.average_rate
-        for frame in c.decode(s):
-            frames.append(_turned(frame))
-            times.append(frame.pts * frame.time_base if frame.pts is not None else None)
+    with _reading(path, "give an mp4, webm, gif or similar file"):
+        for frame, stream in _decode(path):
+            if frame is not None:
+                frames.append(_pixels(frame))
+                times.append(frame.pts * frame.time_base if frame.pts is not None else None)
         if not frames:
             raise ValueError("no frame could be decoded")
-        video = torch.stack(frames)
+        video, rate = torch.stack(frames), stream.average_rate
     if len(frames) > 1 and None not in times and times[-1] > times[0]:
         measured = (len(frames) - 1) / (times[-1] - times[0])
         if not rate or abs(rate - measured) > 0.02 * measured:                      # stamps are rounded, headers lie
@@ -255,17 +233,12 @@ def read_settings(path):
     """The settings a VideoWriter stored with the video, or None where there are none.  Raises MediaError."""
     path = Path(path)
     with _reading(path, "give a video written by sample.py"):
-        if path.is_dir() or path.suffix.lower() == ".gif":
-            side = _sidecar(path)
-            return json.loads(side.read_text()) if side.exists() else None
+        if path.is_dir():
+            return json.loads((path / SETTINGS).read_text())
         with open(path, "rb") as f, _demux(f) as c:
             tags = {k.lower(): v for k, v in c.metadata.items()}
             return json.loads(tags["comment"]) if "comment" in tags else None
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Fitting an image to a size
-# ----------------------------------------------------------------------------------------------------------------------
 
 def fit_image(img, width, height, aspect=1):
     """uint8 (H, W, 3) -> float32 (3, height, width) in [-1, 1]: scaled to cover the target, centre cropped.
@@ -296,34 +269,23 @@ def default_size(width, height, area, multiple=64, max_ratio=4):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Writing videos
+# 2. Videos out
 # ----------------------------------------------------------------------------------------------------------------------
 
 # One thread: x264 and libvpx divide the work differently for each number of threads, and the bytes with it.
 # No mbtree: with it up to one in ten files of the same 64x64 frames came out with other bytes; without, none of 450.
-# faststart puts the index first, so that a browser can begin before it has all.
-ENCODERS = {  # extension: container, its options, codec, pixel format, the codec's options
-    ".mp4": ("mp4", {"fflags": "+bitexact", "movflags": "+faststart"}, "libx264", "yuv420p",
-             {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}),
-    ".webm": ("webm", {"fflags": "+bitexact"}, "libvpx-vp9", "yuv420p",
-              {"crf": "20", "b": "0", "deadline": "good", "cpu-used": "4"}),
-    ".gif": ("gif", {"fflags": "+bitexact"}, "gif", "pal8", {}),
+ENCODERS = {  # extension: codec, its options
+    ".mp4": ("libx264", {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}),
+    ".webm": ("libvpx-vp9", {"crf": "20", "b": "0", "deadline": "good", "cpu-used": "4"}),
+    ".gif": ("gif", {}),
 }
-
-
-def _json(settings):
-    return json.dumps(settings, sort_keys=True)
-
-
-def _sidecar(path):
-    """Where the settings of a folder of PNGs or of a GIF are."""
-    return path.with_name(path.name + ".json") if path.suffix.lower() == ".gif" else path / "settings.json"
+SETTINGS = "settings.json"                  # of a folder of PNGs, which cannot tell their frame rate
 
 
 def _write(path, content):
-    """Text or bytes into a file that is never half written."""
+    """Bytes into a file that is never half written."""
     part = Path(path).with_name(f".{Path(path).name}.part{os.getpid()}")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.write_bytes(content)
     os.replace(part, path)
 
 
@@ -341,79 +303,68 @@ class VideoWriter:
             video.write(frames)             # uint8 (T, H, W, 3), as often as there are frames
 
     .mp4 (H.264, plays in browsers), .webm (VP9), .gif (a palette per frame) or, without an extension or with a final
-    slash, a folder of PNGs.  `settings` goes as JSON into the comment tag of mp4 and webm, into out.gif.json, or with
-    the frame rate into settings.json of the folder.  The target appears only when the `with` block ends well; after an
+    slash, a folder of PNGs.  `settings`, JSON, goes into the comment tag of mp4 and webm, or with the frame rate into
+    settings.json of the folder; a GIF holds none.  The target appears when the `with` block ends well; after an
     exception an older one is as it was.  Same machine, versions and frames: same bytes.  Bad names and rates raise
     MediaError at once, before any work; frames of a wrong type or size raise ValueError."""
 
     def __init__(self, path, fps, settings=None):
-        self.path, self.settings = Path(path), settings
+        self.path, self.settings = Path(path), settings or {}
         self.kind = "" if str(path).endswith("/") else self.path.suffix.lower()
         if self.kind not in ("", *ENCODERS):
             raise MediaError(f"{path}: cannot write {self.kind} files; end the name in .mp4, .webm or .gif, or give "
                              "none of these for a folder of PNGs")
         if not 0 < fps <= (50 if self.kind == ".gif" else 1000):
             raise MediaError(f"{path}: {fps} frames per second cannot be written; use at most 50 for a gif, else 1000")
+        if self.path.is_dir() if self.kind else self.path.exists() and not self._ours():
+            raise MediaError(f"{path}: is there and holds something else; choose another name")
         self.fps = Fraction(fps).limit_denominator(1001)                            # 30000/1001 and 7.5 alike
-        if self.kind and self.path.is_dir():
-            raise MediaError(f"{path}: is a folder; choose another name")
-        if not self.kind and self.path.exists() and not self._ours(self.path):
-            raise MediaError(f"{path}: exists and holds more than PNG frames written here; choose another name")
-        self.part = self.path.with_name(f".{self.path.name}.part{os.getpid()}")     # on the same file system
-        self.count, self.size, self.container, self.filter = 0, None, None, None
+        self.part = self.path.with_name(f".{self.path.name}.part{os.getpid()}")     # a folder on the same file system
+        self.new = self.part / f"new{self.kind}"
+        self.count, self.size, self.container = 0, None, None
 
-    @staticmethod
-    def _ours(folder):
-        return folder.is_dir() and all(f.name == "settings.json" or f.match("frame_*.png") for f in folder.iterdir())
+    def _ours(self):
+        return self.path.is_dir() and all(f.name == SETTINGS or f.match("frame_*.png") for f in self.path.iterdir())
 
     def __enter__(self):
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._discard()
-            if self.kind:
-                self.part.touch()
-            else:
-                self.part.mkdir()
-        except OSError as e:
-            raise MediaError(f"{self.path}: cannot be written ({_reason(e)}); choose another place") from None
+        shutil.rmtree(self.part, ignore_errors=True)                                # of a run that was killed
+        (self.part if self.kind else self.new).mkdir(parents=True)
         return self
 
     def _start(self, H, W):
-        name, flags, codec, pixels, options = ENCODERS[self.kind]
-        # by absolute name, since +faststart opens the file a second time
-        self.container = av.open("file:" + os.path.abspath(self.part), "w", format=name, container_options=flags)
-        if self.settings is not None and name != "gif":
-            self.container.metadata["comment"] = _json(self.settings)
-        self.tick = Fraction(1, 100) if name == "gif" else 1 / self.fps             # GIF delays are whole 1/100 s
+        codec, options = ENCODERS[self.kind]
+        # faststart puts the index first, so that a browser can begin before it has all; it opens the file a second time
+        # by its name, which must be absolute
+        self.container = av.open("file:" + os.path.abspath(self.new), "w",
+                                 container_options={"fflags": "+bitexact", "movflags": "+faststart"})
+        if self.settings:
+            self.container.metadata["comment"] = json.dumps(self.settings)
+        self.tick = Fraction(1, 100) if codec == "gif" else 1 / self.fps            # GIF delays are whole 1/100 s
         s = self.stream = self.container.add_stream(codec, rate=1 / self.tick, options=options)
-        s.width, s.height, s.pix_fmt = W, H, pixels
+        s.width, s.height, s.pix_fmt = W, H, "pal8"
         s.codec_context.time_base, s.codec_context.thread_count = self.tick, 1
         s.codec_context.flags |= av.codec.context.Flags.bitexact
-        if name != "gif":
-            s.width, s.height = W + W % 2, H + H % 2                                # half-size chroma needs even sides
+        if codec != "gif":
+            s.width, s.height, s.pix_fmt = W + W % 2, H + H % 2, "yuv420p"          # half-size chroma: even sides
             s.codec_context.colorspace = s.codec_context.color_primaries = s.codec_context.color_trc = 1    # bt709
             s.codec_context.color_range = ColorRange.MPEG
-        if name == "mp4":                   # x264 writes its version and settings into the stream as a message, type 6
-            self.filter = av.bitstream.BitStreamFilterContext("filter_units=remove_types=6", s)
 
     def write(self, frames):
         """Appends uint8 (T, H, W, 3); all calls must agree in H and W."""
-        frames = torch.as_tensor(frames).cpu()
-        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-            raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {tuple(frames.shape)}")
-        self.size = self.size or frames.shape[1:3]
-        if frames.shape[1:3] != self.size:
-            raise ValueError(f"frames of {tuple(frames.shape[1:3])} follow {tuple(self.size)}; all must agree")
-        for x in frames.contiguous().numpy():
-            if not self.kind:
-                write_png(self.part / f"frame_{self.count:04d}.png", x)
-            else:
-                if not self.container:
-                    self._start(*self.size)
+        frames = torch.as_tensor(frames).cpu().numpy()
+        self.size = self.size or frames.shape[1:]
+        if frames.dtype != np.uint8 or frames.shape[1:] != self.size or frames.shape[3:] != (3,):
+            raise ValueError(f"frames must be uint8 (T, H, W, 3), all of one size, not {frames.dtype} {frames.shape}")
+        for x in frames:
+            if self.kind:
                 self._encode(x)
+            else:
+                write_png(self.new / f"frame_{self.count:04d}.png", x)
             self.count += 1
 
     def _encode(self, x):
+        if not self.container:
+            self._start(*x.shape[:2])
         if self.kind == ".gif":
             x = Image.fromarray(x).quantize(256, Image.Quantize.FASTOCTREE)
             colours = np.reshape(x.getpalette(), (-1, 3))
@@ -426,52 +377,33 @@ class VideoWriter:
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
                                    interpolation=EXACT)
         frame.pts, frame.time_base = round(self.count / self.fps / self.tick), self.tick
-        self._mux(self.stream.encode(frame))
-
-    def _mux(self, packets):
-        for p in packets:
-            self.container.mux(self.filter.filter(p) if self.filter else p)
+        self.container.mux(self.stream.encode(frame))
 
     def __exit__(self, kind, error, trace):
         try:
-            if kind is not None:
-                if self.container:
-                    with contextlib.suppress(av.FFmpegError):                       # must not hide the first error
-                        self.container.close()
-                return
-            if not self.count:
-                raise MediaError(f"{self.path}: no frame was written; the older file, if any, is as it was")
-            if self.container:
-                self._mux(self.stream.encode(None))
-                self.container.close()
-            self._finish()
+            if kind is None:
+                self._finish()
+            elif self.container:
+                with contextlib.suppress(av.FFmpegError):                           # must not hide the first error
+                    self.container.close()
         finally:
-            self._discard()
+            shutil.rmtree(self.part, ignore_errors=True)
 
     def _finish(self):
-        if not self.kind:                                                           # PNGs cannot tell their frame rate
-            _write(self.part / "settings.json", _json({"fps": float(self.fps), **(self.settings or {})}))
-            old = self.path.with_name(self.part.name + ".old")
-            if self.path.exists():
-                os.replace(self.path, old)
-            os.replace(self.part, self.path)
-            shutil.rmtree(old, ignore_errors=True)
-            return
-        os.replace(self.part, self.path)
-        if self.kind == ".gif" and self.settings is None:
-            _sidecar(self.path).unlink(missing_ok=True)
-        elif self.kind == ".gif":
-            _write(_sidecar(self.path), _json(self.settings))
-
-    def _discard(self):
-        if self.part.is_dir():
-            shutil.rmtree(self.part)
+        if not self.count:
+            raise MediaError(f"{self.path}: no frame was written; the older file, if any, is as it was")
+        if self.kind:
+            self.container.mux(self.stream.encode(None))
+            self.container.close()
         else:
-            self.part.unlink(missing_ok=True)
+            (self.new / SETTINGS).write_text(json.dumps({"fps": float(self.fps), **self.settings}))
+            if self.path.exists():          # a folder is not replaced by another
+                os.replace(self.path, self.part / "old")
+        os.replace(self.new, self.path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Motion and noise: what a clip tells the model about itself
+# 3. Motion and noise: what a clip tells the model about itself
 # ----------------------------------------------------------------------------------------------------------------------
 
 # ExVideo's training script sorts clips into 128 buckets by these lower bounds, here in units of 1e-9
@@ -504,12 +436,9 @@ def motion_score(video):
 
 def motion_bucket(score, scale="exvideo"):
     """The motion id of a score.  scale: "exvideo", its last of 128 thresholds not above the score; or the id."""
-    if scale == "exvideo":
-        return float(max(0, bisect.bisect_right(EXVIDEO_MOTION, score, key=lambda t: t / 1e9) - 1))
-    try:
+    if scale != "exvideo":
         return float(scale)
-    except ValueError:
-        raise MediaError(f"motion scale {scale!r} is not known; use exvideo, or one number for all clips") from None
+    return float(max(0, bisect.bisect_right(EXVIDEO_MOTION, score, key=lambda t: t / 1e9) - 1))
 
 
 def draw_condition(seed, name, frame, size):
@@ -521,77 +450,45 @@ def draw_condition(seed, name, frame, size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. The index of a set of videos: each is decoded once, before anything relies on it
+# 4. The index of a set of videos: each is decoded once, before anything relies on it
 # ----------------------------------------------------------------------------------------------------------------------
 # A frame's number is its place among the frames that decode, in the order shown.  Headers are not believed: they count
 # frames that are damaged, hidden or not there.  A shot is what lies between two hard cuts; clips never cross one.
 
-INDEX_VERSION = 2
+INDEX = ".exsvd-index-3.jsonl"              # the number is of what the lines hold
 SUFFIXES = set(".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob"
                " .webm .wmv .y4m".split())  # looked at in folders; a list may name anything
 
 
-def _read_csv(text):
-    """The paths of a .csv list, and the motion buckets of the column `motion` where there is one."""
-    rows = [row for row in csv.reader(text.splitlines()) if row]
-    head = [cell.strip().lower() for cell in rows[0]] if rows else []
-    columns = [head.index(word) for word in ("path", "video", "file") if word in head]
-    if not columns:
-        return [row[0] for row in rows], []
-    paths = [row[columns[0]] for row in rows[1:]]
-    motion = [float(row[head.index("motion")]) for row in rows[1:]] if "motion" in head else []
-    if not all(0 <= m <= 255 for m in motion):
-        raise ValueError("a motion is not between 0 and 255")
-    return paths, motion
-
-
 def list_files(source):
-    """The files of a set of videos, {name: path}, sorted, and {name: motion bucket} of those that a list gives one.
+    """The files of a set of videos: {name: path}, sorted.
 
-    source: a folder, searched recursively; a .txt file with a path per line; a .csv file with a column path, video or
-    file (else its first), and perhaps one named motion; a .json list of paths or {"path": ...}, as Open-Sora-Plan's.
+    source: a folder, searched recursively; a .txt list, a path per line; a .csv list with a column named path, video or
+    file; a .json list of paths, or of objects with such a key, as Open-Sora-Plan's.
     A name is the path relative to the folder (the list's folder).  Raises MediaError."""
-    source, motion = Path(source), []
-    try:
-        kind = "folder" if source.is_dir() else source.suffix.lower()
-        root = os.path.abspath(source if kind == "folder" else source.parent)
-        if kind == "folder":
+    source = Path(source)
+    root = os.path.abspath(source if source.is_dir() else source.parent)
+    with _reading(source, "give a folder, a .txt list of paths, or a .csv or .json list with a path for each video"):
+        if source.is_dir():
             found = (p for p in Path(root).rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
-            paths = [p for p in found if p.is_file()]
-        elif kind == ".json":
-            paths = [item if isinstance(item, str) else item["path"] for item in json.loads(source.read_text())]
-        elif kind == ".csv":
-            paths, motion = _read_csv(source.read_text())
-        elif kind == ".txt":
+            items = [str(p) for p in found if p.is_file()]
+        elif source.suffix.lower() == ".txt":
             lines = map(str.strip, source.read_text().splitlines())
-            paths = [line for line in lines if line and line[0] != "#"]
+            items = [line for line in lines if line and line[0] != "#"]
+        elif source.suffix.lower() == ".csv":
+            items = list(csv.DictReader(source.read_text().splitlines()))
+        elif source.suffix.lower() == ".json":
+            items = json.loads(source.read_text())
         else:
-            raise ValueError("it is neither there as a folder nor a .txt, .csv or .json list")
-        paths = [os.path.abspath(os.path.join(root, path)) for path in paths]
-    except (OSError, ValueError, LookupError, TypeError, csv.Error, RecursionError) as e:
-        e = "its items have no path" if isinstance(e, (LookupError, TypeError)) else _reason(e)
-        raise MediaError(f"{source}: not a set of videos ({e}); give a folder, a list of paths, or synthetic") from None
-    names = [os.path.relpath(path, root) for path in paths]
-    names = [one_line(path.lstrip("/") if name.startswith("..") else name) for name, path in zip(names, paths)]
-    return dict(sorted(zip(names, paths))), dict(zip(names, motion))
-
-
-def _decode(container, stream):
-    """Frames in the order shown; None for a damaged packet or frame, after which decoding goes on."""
-    stream.codec_context.thread_count = 1   # with more, an error surfaces at another packet from one run to the next
-    packets, failures = container.demux(stream), 0
-    while failures < 100:
-        try:
-            packet = next(packets, None)
-            if packet is None:
-                return
-            frames, failures = packet.decode(), 0
-        except (av.FFmpegError, ValueError):
-            failures += 1
-            packets = container.demux(stream)                                       # goes on behind the damage
-            frames = [None]
-        for frame in frames:
-            yield None if frame is None or frame.is_corrupt else frame
+            raise ValueError("it is neither a folder nor such a list")
+        files = {}
+        for item in items:
+            if not isinstance(item, str):
+                item = item.get("path") or item.get("video") or item["file"]
+            path = os.path.abspath(os.path.join(root, item))
+            name = os.path.relpath(path, root)
+            files[one_line(path.lstrip("/") if name.startswith("..") else name)] = path
+        return dict(sorted(files.items()))
 
 
 CUT_JUMP, CUT_RATIO = 0.04, 2.0             # difference of thumbnails in [0, 1]; and over the third largest step nearby
@@ -614,43 +511,36 @@ def find_cuts(lags):
 
 def scan(path):
     """What the index keeps of one file, as JSON; {"error": ...} if it cannot be used."""
-    stamps, lags, recent, bad, interlaced, healthy = [], [], deque(maxlen=3), 0, 0, True
+    stamps, lags, recent, bad, healthy = [], [], deque(maxlen=3), 0, True
     try:
-        with open(path, "rb") as f, _demux(f) as c:
-            s = _best_stream(c)
-            for frame in _decode(c, s):
-                if frame is None:
-                    bad, healthy = bad + 1, False
-                    continue
-                x = frame.to_ndarray(width=32, height=18, format="rgb24", interpolation=Interpolation.AREA)
-                x = x / np.float32(255)     # a thumbnail
-                # until the next key frame the picture may be damaged; that it jumps back then is no cut
-                lags.append([healthy * float(np.abs(x - y).mean()) for y in recent] + [math.inf] * (3 - len(recent)))
-                healthy |= frame.key_frame
-                recent.appendleft(x)
-                stamps.append(frame.pts)
-                interlaced += frame.interlaced_frame
-                last = frame
-            base, codec, aspect = s.time_base, s.codec_context.codec.canonical_name, s.sample_aspect_ratio or 1
+        for frame, stream in _decode(path):
+            if frame is None:
+                bad, healthy = bad + 1, False
+                continue
+            x = frame.to_ndarray(width=32, height=18, format="rgb24", interpolation=Interpolation.AREA)
+            x = x / np.float32(255)         # a thumbnail
+            # until the next key frame the picture may be damaged; that it jumps back then is no cut
+            lags.append([healthy * float(np.abs(x - y).mean()) for y in recent] + [math.inf] * (3 - len(recent)))
+            healthy |= frame.key_frame
+            recent.appendleft(x)
+            stamps.append(frame.pts)
+            last, base, aspect = frame, stream.time_base, stream.sample_aspect_ratio or 1
+        if not stamps:
+            raise ValueError("none of its frames can be decoded")
     except Exception as e:                  # a damaged file can make a decoder raise anything
         return {"error": f"unreadable: {_reason(e)}"}
-    if not stamps:
-        return {"error": f"broken: opens, but none of its frames can be decoded ({bad} bad packets)"}
     if None in stamps or any(a >= b for a, b in zip(stamps, stamps[1:])):           # AVI with B-frames, a bare stream
         return {"error": "unstamped: its frames do not say when they are shown; encode it again with times, as in "
                          f'ffmpeg -i "{one_line(os.path.basename(path))}" -crf 16 out.mp4'}
     lags = np.array(lags)
     cuts = find_cuts(lags)
+    shots = zip([0, *cuts], [*cuts, len(stamps)])
     width, height = round(last.width * aspect), last.height
-    steps = np.diff(stamps)
-    first = np.flatnonzero(np.diff(steps, prepend=-1))                              # of runs of equal steps
-    runs = np.diff(first, append=len(steps))
-    return {"codec": codec, "frames": len(stamps), "bad": bad, "interlaced": 2 * interlaced > len(stamps), "cuts": cuts,
+    return {"frames": len(stamps), "bad": bad, "cuts": cuts,
             "size": [height, width] if last.rotation % 180 else [width, height],    # upright, of square pixels
-            "base": [base.numerator, base.denominator], "start": int(stamps[0]),
-            "steps": [[int(steps[i]), int(n)] for i, n in zip(first, runs)],
-            "change": [round(float(lags[a + 1:b, 0].mean()), 6) if b > a + 1 else 0.0
-                       for a, b in zip([0, *cuts], [*cuts, len(stamps)])]}          # of each shot
+            "base": [base.numerator, base.denominator], "start": stamps[0],
+            "steps": [[step, len(list(run))] for step, run in itertools.groupby(np.diff(stamps).tolist())],
+            "change": [round(float(lags[a + 1:b, 0].mean()), 6) if b > a + 1 else 0.0 for a, b in shots]}
 
 
 def _stamps(entry):
@@ -664,67 +554,56 @@ def _times(entry):
     return _stamps(entry) * (entry["base"][0] / entry["base"][1])
 
 
-def _key(file):
-    """By this the index knows an open file again: size and time of the last change."""
-    stat = os.fstat(file.fileno())
-    return [stat.st_size, stat.st_mtime_ns]
+def _key(path):
+    """By this the index knows a file again: size and time of the last change; None if it cannot be opened."""
+    try:
+        with open(path, "rb") as f:
+            stat = os.fstat(f.fileno())
+            return [stat.st_size, stat.st_mtime_ns]
+    except (OSError, ValueError):           # ValueError: a null byte in the name
+        return None
+
+
+def _json_lines(path):
+    """What the lines of a file hold; of one that was cut off while it was written, the other lines."""
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
 
 
 def build_index(source, files):
     """{name: what scan() found, and the key}, from the cache where a file's key is as it was, else by decoding it.
 
-    The cache, JSON, lies in the folder of the videos, or if that is read-only under ~/.cache."""
+    The cache lies in the folder of the videos, or if that is read-only under ~/.cache: a line of JSON per file, written
+    when the file has been decoded, so that an interrupted build goes on where it was."""
     source = Path(os.path.abspath(source))
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exsvd"
-    caches = [source / ".exsvd-index.json" if source.is_dir() else source.with_name(f".{source.name}.exsvd-index.json"),
-              home / (hashlib.blake2b(os.fsencode(source), digest_size=12).hexdigest() + ".json")]
-    old, index, todo = {}, {}, {}
-    for cache in reversed(caches):
-        try:
-            known = json.loads(cache.read_text())
-            if known["version"] == INDEX_VERSION:
-                old |= known["files"]
-        except (OSError, ValueError, LookupError, TypeError):                       # none yet, or not ours: built anew
-            pass
-    for name, path in files.items():
-        try:
-            with open(path, "rb") as f:
-                key = _key(f)
-        except (OSError, ValueError) as e:  # may be better another time: not kept.  ValueError: a null byte in the name
-            index[name] = {"error": f"unreadable: {_reason(e)}"}
-            continue
-        if old.get(name, {}).get("key") == key:
-            index[name] = old[name]
-        else:
-            todo[name] = key
-
-    def save():
-        known = {name: entry for name, entry in index.items() if "key" in entry}
-        for cache in caches:
-            try:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                return _write(cache, _json({"version": INDEX_VERSION, "files": known}))
-            except OSError:
-                continue
-        tqdm.write(f"neither {caches[0].parent} nor {home} can be written: the index is not kept", file=sys.stderr)
-
+    cache = source / INDEX if source.is_dir() else source.with_name(f".{source.name}{INDEX}")
+    if not os.access(cache.parent, os.W_OK):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = home / "exsvd" / hashlib.blake2b(os.fsencode(source), digest_size=12).hexdigest()
+    known = dict(_json_lines(cache))
+    keys = {name: _key(path) for name, path in files.items()}
+    index = {name: known[name] for name in files if name in known and known[name]["key"] == keys[name]}
+    todo = [name for name in files if name not in index]
     if todo:
-        saved, pool = time.monotonic(), ThreadPoolExecutor(os.cpu_count())          # decoding lets other threads run
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        pool = ThreadPoolExecutor(os.cpu_count())                                   # decoding lets other threads run
         try:
             jobs = {pool.submit(scan, files[name]): name for name in todo}
-            for job in tqdm(as_completed(jobs), "index", len(todo), unit="file"):
-                index[jobs[job]] = job.result() | {"key": todo[jobs[job]]}
-                if time.monotonic() > saved + 60:
-                    save()
-                    saved = time.monotonic()
-        finally:                            # an interrupted build goes on where it was
+            with open(cache, "a") as f:
+                for job in tqdm(as_completed(jobs), "index", len(todo), unit="file"):
+                    name = jobs[job]
+                    index[name] = job.result() | {"key": keys[name]}
+                    f.write("\n" + json.dumps([name, index[name]]))                 # the line before may be cut off
+                    f.flush()
+        finally:
             pool.shutdown(cancel_futures=True)
-            save()
     return {name: index[name] for name in files}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Clips
+# 5. Clips
 # ----------------------------------------------------------------------------------------------------------------------
 
 def _rate(times):
@@ -738,7 +617,7 @@ def _middles(times):
 
 
 def spans(entry, frames, stride, fps):
-    """Where clips can start: [(first, count)], one for each shot that is long enough."""
+    """The numbers of the frames where clips can start: a range for each shot that is long enough."""
     found, middles = [], _middles(_times(entry))
     for a, b in zip([0, *entry["cuts"]], [*entry["cuts"], entry["frames"]]):
         if fps is None:
@@ -746,7 +625,7 @@ def spans(entry, frames, stride, fps):
         else:                               # the last picture is taken while the shot's last frame is the nearest
             count = int(np.searchsorted(_times(entry)[a:b], middles[b - 1] - (frames - 1) / fps, "right"))
         if count > 0:
-            found.append((a, count))
+            found.append(range(a, a + count))
     return found
 
 
@@ -762,22 +641,18 @@ def _numbered(path, entry, size, wanted=None, seek=None):
 
     Pixels are float32 (3, H, W) in [-1, 1]; None for frames that are not among `wanted`.  Raises MediaError."""
     numbers = {stamp: i for i, stamp in enumerate(_stamps(entry).tolist())}
-    with _reading(path, "put the file back that was indexed, or leave it out and start again"), open(path, "rb") as f:
-        if entry.get("key", _key(f)) != _key(f):
+    with _reading(path, "put the file back that was indexed, or leave it out and start again"):
+        if entry.get("key") not in (None, _key(path)):
             raise ValueError("it was changed after it was indexed")
-        with _demux(f) as c:
-            s = _best_stream(c)
-            aspect = s.sample_aspect_ratio or 1
-            if seek is not None:
-                c.seek(int(seek), stream=s)
-            for frame in _decode(c, s):
-                i = None if frame is None else numbers.get(frame.pts)
-                if i is None:               # damage may let frames through after a seek that the index does not have
-                    continue
-                if wanted is None or i in wanted:
-                    yield i, fit_image(_turned(frame), *size, 1 / aspect if frame.rotation % 180 else aspect)
-                else:
-                    yield i, None
+        for frame, stream in _decode(path, seek):
+            i = None if frame is None else numbers.get(frame.pts)
+            if i is None:                   # damage may let frames through after a seek that the index does not have
+                continue
+            pixels = None
+            if wanted is None or i in wanted:
+                aspect = stream.sample_aspect_ratio or 1
+                pixels = fit_image(_pixels(frame), *size, 1 / aspect if frame.rotation % 180 else aspect)
+            yield i, pixels
 
 
 def read_clip(path, entry, numbers, size):
@@ -805,38 +680,32 @@ class Clips:
 
     Each epoch takes one clip, anywhere in it, from every usable file, in a new order.  Where a file can't be read any
     more, that costs a line in the log, and item n is another clip, drawn from (seed, n, number of the try)."""
-    TRIES = 20
-
-    def __init__(self, source, index, frames, size, stride, fps, seed, motion, skip_static=0.0):
+    def __init__(self, source, index, frames, size, stride, fps, seed, motion, skip_static):
         self.source, self.frames, self.size, self.stride, self.fps = str(source), frames, tuple(size), stride, fps
-        self.seed, self.motion, self.skip_static, self.index, self.left_out = seed, motion, skip_static, index, {}
-        self.usable, self.order, self.log = {}, (None, None), None
+        self.seed, self.motion, self.skip_static, self.index = seed, motion, skip_static, index
+        self.usable, self.left_out, self.order, self.log = {}, {}, (None, None), None
         for name, entry in index.items():
             if "error" in entry:
                 self.left_out[name] = entry["error"]
                 continue
             found, shots = spans(entry, frames, stride, fps), [0, *entry["cuts"]]
-            moving = [(a, n) for a, n in found if entry["change"][shots.index(a)] >= skip_static]
+            moving = [starts for starts in found if entry["change"][shots.index(starts[0])] >= skip_static]
             if moving:
                 self.usable[name] = moving
             elif found:
                 self.left_out[name] = f"static: frames differ by {max(entry['change'])}, {skip_static} needed"
             else:
                 longest = max(np.diff([*shots, entry["frames"]]))
-                needed = math.ceil((frames - 1) * (_rate(_times(entry)) / fps if fps else stride)) + 1
-                self.left_out[name] = (f"too short: {entry['frames']} frames found, {longest} of them without a cut, "
-                                       f"{needed} needed" + (f" ({entry['bad']} bad packets)" if entry["bad"] else ""))
+                self.left_out[name] = f"too short: {entry['frames']} frames, {longest} of them without a cut"
         self.names, self.clips = list(self.usable), len(self.usable)
-
-    def reasons(self):
-        return Counter(why.split(":")[0] for why in self.left_out.values())
 
     def describe(self):
         """One line: how many files are used, and how many are not for each reason."""
-        starts = sum(n for found in self.usable.values() for _, n in found)
+        starts = sum(len(starts) for found in self.usable.values() for starts in found)
         rate = f"{self.fps:g} fps" if self.fps else f"stride {self.stride}"
+        reasons = Counter(why.split(":")[0] for why in self.left_out.values())
         return (f"{self.source}: {self.clips} of {len(self.index)} files hold {starts:,} clips of {self.frames} frames "
-                f"at {rate}" + "".join(f", {n} {why}" for why, n in sorted(self.reasons().items())))
+                f"at {rate}" + "".join(f", {n} {why}" for why, n in sorted(reasons.items())))
 
     def _where(self, n, attempt):
         """File and first frame of item n."""
@@ -845,14 +714,11 @@ class Clips:
             self.order = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(self.clips)
         rng = np.random.default_rng([self.seed, 1, n, attempt])
         name = self.names[self.order[1][i] if attempt == 0 else rng.integers(self.clips)]
-        k = int(rng.integers(sum(count for _, count in self.usable[name])))
-        for first, count in self.usable[name]:
-            if k < count:
-                return name, first + k
-            k -= count
+        starts = list(itertools.chain(*self.usable[name]))
+        return name, starts[rng.integers(len(starts))]
 
     def __getitem__(self, n):
-        for attempt in range(self.TRIES):
+        for attempt in range(20):
             name, start = self._where(int(n), attempt)
             entry = self.index[name]
             times = _times(entry)                                                   # (N,), seconds
@@ -863,12 +729,9 @@ class Clips:
                 error = e
                 _add_to_log(self.log, [f"{name}\tclip {n}, try {attempt + 1}: {e}"])
                 continue
-            motion = entry.get("motion") if self.motion == "exvideo" else None      # measured by others, in a list
-            if motion is None:
-                motion = motion_bucket(score, self.motion)
-            fps = _rate(times[numbers]) if self.frames > 1 else _rate(times)
+            fps = _rate(times[numbers] if self.frames > 1 else times)
             return item | {"name": f"{name}@{start}", "fps": torch.tensor(fps, dtype=torch.float32),
-                           "motion": torch.tensor(motion)}
+                           "motion": torch.tensor(motion_bucket(score, self.motion))}
         raise error
 
 
@@ -886,9 +749,9 @@ class VideoClips(Clips):
     """Items, float32: "video" (T, 3, H, W) in [-1, 1], "fps", "motion", "aug", "aug_noise" (3, H, W); and "name"."""
     pixels = True
 
-    def __init__(self, files, *args):
-        super().__init__(*args)
-        self.files = files
+    def __init__(self, source, *settings):
+        self.files = list_files(source)
+        super().__init__(source, build_index(source, self.files), *settings)
 
     def _load(self, name, numbers):
         video = read_clip(self.files[name], self.index[name], numbers, self.size)
@@ -925,26 +788,22 @@ class LatentClips(Clips):
     unless motion does not come from there.  The condition noise is that of the seed it was encoded with."""
     pixels = False
 
-    def __init__(self, source, frames, size, stride, fps, seed, motion, skip_static=0.0):
+    def __init__(self, source, frames, size, stride, fps, seed, motion, skip_static):
         with _reading(Path(source, STORE), "encode into another folder"):
-            store = json.loads(Path(source, STORE).read_text())
-            self.settings = store["settings"]
+            [self.settings, self.of], *lines = _json_lines(Path(source, STORE))
             skip_static = max(skip_static, self.settings["skip_static"])
-            super().__init__(source, store["files"], frames, size, stride, fps, seed, motion, skip_static)
-            self.missing = store["of"] - len(self.index)
-        asked = {"size": list(self.size)}
-        if motion == "exvideo" and not all("motion" in entry for entry in self.index.values()):
+            super().__init__(source, dict(lines), frames, size, stride, fps, seed, motion, skip_static)
+        asked = {"size": list(size)}
+        if motion == "exvideo":
             asked |= {"frames": frames, "stride": stride, "fps": fps}
         for key, value in asked.items():
             if self.settings.get(key) != value:
-                other = "" if key == "size" else ", or give all clips one motion bucket, as in --motion 127"
                 raise MediaError(f"{source}: was encoded with {key} {self.settings.get(key)}, not {value}; use that, "
-                                 f"encode again{other}")
+                                 "encode again, or where it is not the size, give all clips one bucket: --motion 127")
 
     def describe(self):
-        rest = f"; {self.missing} files are not encoded yet: run data.py encode again" if self.missing else ""
-        W, H = self.size
-        return f"{super().describe()}; latents of {W}x{H} pixels, seed {self.settings['seed']}{rest}"
+        missing = self.of - len(self.index)
+        return super().describe() + (f"; {missing} not encoded yet: run data.py encode again" if missing else "")
 
     def _load(self, name, numbers):
         first, last, path = int(numbers[0]), int(numbers[-1]), _shard(self.source, name)
@@ -955,45 +814,36 @@ class LatentClips(Clips):
 
 
 def open_dataset(source, frames=40, size=(64, 64), stride=1, fps=None, seed=0, motion="exvideo", skip_static=0.0,
-                 log=None):
+                 log=None, or_nothing=False):
     """The clips of a data set: dataset[n] for n = 0, 1, 2, ... without end; for the items see VideoClips, LatentClips.
 
     source: "synthetic", anything list_files() takes, or a folder written by encode(). A clip is `frames` frames, every
     stride-th one or, with fps, those nearest to each 1/fps; size is (W, H), shorter side resized, centre cropped.
-    motion: "exvideo", the bucket in a .csv list or else of the measured score; or one bucket for all clips.
+    motion: "exvideo", the bucket of the measured score; or one bucket for all clips.
     skip_static: shots whose thumbnails change less from frame to frame, 0 to 1, are left out (0.002: a still picture).
     log: a file that will name what is left out, or later can't be read, and why.  Raises MediaError, also when nothing
-    is left.  Of several processes one must come first: it builds the index that the others then find."""
-    if frames < 1 or stride < 1 or fps is not None and not fps > 0 or seed < 0 or min(size) < 8:
-        raise MediaError(f"frames {frames}, stride {stride}, fps {fps}, seed {seed}, size {size}: all must be positive")
-    motion_bucket(0.0, motion)              # raises if the scale is not known
+    is left, unless or_nothing.  Of several processes one must come first: it builds the index that the others find."""
+    if min(frames, stride, *size) < 1 or seed < 0 or fps is not None and not fps > 0 or size[0] % 8 or size[1] % 8:
+        raise MediaError(f"frames {frames}, stride {stride}, fps {fps}, seed {seed}, size {size[0]}x{size[1]}: must be "
+                         "positive, and sizes multiples of 8")
     if str(source) == "synthetic":
         return SyntheticClips(frames, size, stride, fps, seed, motion)
-    dataset = _clips(source, skip_static, frames, size, stride, fps, seed, motion)
+    kind = LatentClips if os.path.exists(os.path.join(source, STORE)) else VideoClips
+    dataset = kind(source, frames, size, stride, fps, seed, motion, skip_static)
     dataset.log = log
     _add_to_log(log, [f"{name}\t{why}" for name, why in dataset.left_out.items()])
-    if not dataset.clips:
+    if not dataset.clips and not or_nothing:
         raise MediaError(f"{dataset.describe()}: nothing is left to use; python data.py check says why")
     return dataset
 
 
-def _clips(source, skip_static, *settings):
-    if os.path.exists(os.path.join(source, STORE)):
-        return LatentClips(source, *settings, skip_static)
-    files, motion = list_files(source)
-    index = build_index(source, files)
-    for name, bucket in motion.items():
-        index[name] = index[name] | {"motion": bucket}
-    return VideoClips(files, source, index, *settings, skip_static)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Encoding a set of videos once, so that training needs neither VAE nor CLIP
+# 6. Encoding a set of videos once, so that training needs neither VAE nor CLIP
 # ----------------------------------------------------------------------------------------------------------------------
-# One .safetensors file per video, and latents.json, which says with what settings.  Per frame: its mean latent; as if a
-# clip began there, its condition latent, CLIP embedding, and motion score.
+# One .safetensors file per video.  Per frame: its mean latent; as if a clip began there, its condition latent, CLIP
+# embedding, and motion score.  And a list: a line with the settings, then one per file, written when the file is there.
 
-STORE = "latents.json"
+STORE = "latents.jsonl"
 
 
 def _shard(folder, name):
@@ -1021,8 +871,7 @@ def encode_condition(vae, clip, frame, aug, noise):
 
 def _encode_file(dataset, name, vae, clip, dtype, bar):
     """The tensors of one file, a row per frame; holds the pixels of no more frames than a clip spans."""
-    times = _times(dataset.index[name])
-    starts = deque(first + k for first, count in dataset.usable[name] for k in range(count))
+    times, starts = _times(dataset.index[name]), deque(itertools.chain(*dataset.usable[name]))
     rows, window = {"latents": [], "cond": [], "ctx": [], "aug": []}, {}
     motion = torch.zeros(len(times), dtype=torch.float64)
     for i, frame in _numbered(dataset.files[name], dataset.index[name], dataset.size):
@@ -1059,83 +908,51 @@ def encode(model, source, out, dtype=torch.float32, device="cpu", **settings):
     ours = {"model": weights.hexdigest(), "ctx": svd.clip.config.out_dim, "dtype": str(dtype).split(".")[1],
             "seed": dataset.seed, "size": list(dataset.size), "frames": dataset.frames, "stride": dataset.stride,
             "fps": dataset.fps, "skip_static": dataset.skip_static}
-    if os.path.exists(os.path.join(out, STORE)):
-        with _reading(Path(out, STORE), "encode into another folder"):
-            theirs = dict(json.loads(Path(out, STORE).read_text())["settings"])
-        for key in ours:
-            if theirs.get(key) != ours[key]:
-                raise MediaError(f"{out}: was begun with {key} {theirs.get(key)}, not {ours[key]}; encode into another "
-                                 "folder")
-
-    def stamp(name):
-        return {"exsvd": _json(ours | {"file": dataset.index[name]})}
-
-    def finished(name):
-        try:
-            with safe_open(_shard(out, name), "pt") as f:
-                return f.metadata() == stamp(name)
-        except (OSError, SafetensorError):
-            return False
-
-    def save(done):
-        files = {name: dataset.index[name] for name in dataset.names if name in done}
-        Path(out).mkdir(parents=True, exist_ok=True)
-        _write(Path(out, STORE), _json({"settings": ours, "files": files, "of": dataset.clips}))
-
-    done = set(filter(finished, dataset.names))
+    store = Path(out, STORE)
+    [theirs, _], *lines = list(_json_lines(store)) or [[ours, 0]]
+    for key in ours:
+        if theirs.get(key) != ours[key]:
+            raise MediaError(f"{out}: was begun with {key} {theirs.get(key)}, not {ours[key]}; encode elsewhere")
+    done = {name: entry for name, entry in lines if dataset.index.get(name) == entry and name in dataset.usable}
+    done = {name: entry for name, entry in done.items() if os.path.exists(_shard(out, name))}
     todo = [name for name in dataset.names if name not in done]
-    save(done)                              # now, so that a folder begun with other settings is refused
-    try:
-        with tqdm(desc="encode", total=sum(dataset.index[name]["frames"] for name in todo), unit="frame") as bar:
-            for name in todo:
-                tensors, path = _encode_file(dataset, name, svd.vae, svd.clip, dtype, bar), _shard(out, name)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                save_file(tensors, f"{path}.part", stamp(name))
-                os.replace(f"{path}.part", path)
-                done.add(name)
-    finally:
-        save(done)
+    store.parent.mkdir(parents=True, exist_ok=True)
+    _write(store, "".join(json.dumps(line) + "\n" for line in ([ours, dataset.clips], *done.items())).encode())
+    with tqdm(desc="encode", total=sum(dataset.index[name]["frames"] for name in todo), unit="frame") as bar:
+        for name in todo:
+            tensors, path = _encode_file(dataset, name, svd.vae, svd.clip, dtype, bar), _shard(out, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            save_file(tensors, f"{path}.part")
+            os.replace(f"{path}.part", path)
+            with open(store, "a") as f:
+                print(json.dumps([name, dataset.index[name]]), file=f)
     return dataset
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Command line: python data.py check videos/;  python data.py encode --model M --data videos/ --out latents/
+# 7. Command line: python data.py check videos/;  python data.py encode --model M --data videos/ --out latents/
 # ----------------------------------------------------------------------------------------------------------------------
 
-def check(source, frames, size, stride, fps, skip_static):
+def check(source, **settings):
     """Prints what of a data set would be used, and why not the rest.  Returns the number of usable files."""
-    dataset = _clips(source, skip_static, frames, size or (64, 64), stride, fps, 0, "0")
+    dataset = open_dataset(source, motion="0", or_nothing=True, **settings)
     for name, why in dataset.left_out.items():
         print(f"  left out  {name}: {why}")
     print(dataset.describe())
     used = [dataset.index[name] for name in dataset.names]
-    if not used:
-        return 0
-    times = [_times(entry) for entry in used]
-    rates = [_rate(t) for t in times]
-    hours = sum(t[-1] - t[0] for t in times) / 3600
-    sizes = sorted((entry["size"] for entry in used), key=math.prod)
-    codecs = Counter(entry["codec"] for entry in used).most_common()
-    damaged = [entry["bad"] for entry in used if entry["bad"]]
-    variable = sum(np.ptp([step for step, _ in entry["steps"]] or [0]) > 1 for entry in used)       # 1: rounding
-    print(f"  {hours:.2f} hours, {sum(len(entry['cuts']) for entry in used)} cuts; "
-          "codecs " + ", ".join(f"{codec} ({n})" for codec, n in codecs))
-    print(f"  {min(rates):.5g} to {max(rates):.5g} frames per second, variable in {variable} files; "
-          f"{sizes[0][0]}x{sizes[0][1]} to {sizes[-1][0]}x{sizes[-1][1]} pixels")
-    print(f"  {sum(entry['interlaced'] for entry in used)} interlaced (used as they are; better deinterlaced first), "
-          f"{len(damaged)} with damaged packets ({sum(damaged)}, whose frames are left out)")
-    if size:
-        print(f"  {sum(w < size[0] or h < size[1] for w, h in sizes)} smaller than {size[0]}x{size[1]}: enlarged")
-    if fps:
-        print(f"  {sum(rate < 0.95 * fps for rate in rates)} slower than {fps:g} frames per second: some are repeated")
+    if used:
+        times = [_times(entry) for entry in used]
+        rates = sorted(map(_rate, times))
+        W, H = dataset.size
+        print(f"  {sum(t[-1] - t[0] for t in times) / 3600:.2f} hours, {sum(len(e['cuts']) for e in used)} cuts, "
+              f"{rates[0]:.5g} to {rates[-1]:.5g} frames per second; {sum(e['bad'] > 0 for e in used)} with damaged "
+              f"packets, {sum(e['size'][0] < W or e['size'][1] < H for e in used)} smaller than {W}x{H}")
     return dataset.clips
 
 
 def _size(text):
-    """WxH, multiples of 8."""
+    """WxH"""
     W, H = map(int, text.lower().split("x"))
-    if min(W, H) < 8 or W % 8 or H % 8:
-        raise ValueError
     return W, H
 
 
@@ -1148,29 +965,27 @@ def main():
     e.add_argument("--model", required=True, help="SVD-XT, a file or a diffusers folder, for its VAE and CLIP")
     e.add_argument("--data", required=True, help="a folder, or a .txt, .csv or .json list")
     e.add_argument("--out", required=True, help="a folder for the latents, one file per video")
+    e.add_argument("--seed", type=int, default=0,
+                   help="of the noise on condition images; train.py --seed then draws the same")
+    e.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"],
+                   help="of what is stored (default: float16: a clip's loss off by up to 5e-5 of itself; bfloat16: "
+                   "9e-4; float32: bit for bit what encoding on the fly gives)")
+    e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
     for q in (c, e):
         q.add_argument("--frames", type=int, help="of a clip (default: 128, as in the paper; encoding for a toy: 40)")
+        q.add_argument("--size", type=_size, metavar="WxH",
+                       help="pixels of a clip, multiples of 8 (default: 512x512; toy: 128x128)")
         q.add_argument("--stride", type=int, default=1, help="take every k-th frame (default: 1)")
         q.add_argument("--fps", type=float, help="take the frames nearest to this rate instead")
         q.add_argument("--skip-static", type=float, default=0.0,
                        help="leave out shots that change less per frame; try 0.002")
-    c.add_argument("--size", type=_size, metavar="WxH", help="of clips, to count smaller videos")
-    e.add_argument("--size", type=_size, metavar="WxH",
-                   help="pixels of a clip, multiples of 8 (default: 512x512; toy: 128x128)")
-    e.add_argument("--seed", type=int, default=0,
-                   help="of the noise on condition images; train.py --seed then draws the same")
-    e.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"],
-                   help="of what is stored, computed in float32 (default: float16: latents off by 3e-4 of their norm, "
-                   "the loss of a clip by up to 5e-5 of itself; bfloat16: 2e-3 and 9e-4; float32: bit for bit what "
-                   "encoding on the fly gives)")
-    e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
     a = vars(p.parse_args())
     try:
         toy = "model" in a and exsvd.open_model(a["model"])[0]["unet"].meta.get("family") == "toy"
         a["frames"] = a["frames"] or (40 if toy else 128)
+        a["size"] = a["size"] or ((128, 128) if toy else (512, 512))
         if a.pop("command") == "check":
             return 0 if check(a.pop("data"), **a) else 1
-        a["size"] = a["size"] or ((128, 128) if toy else (512, 512))
         a["dtype"] = getattr(torch, a["dtype"])
         print(encode(a.pop("model"), a.pop("data"), **a).describe())
         return 0
