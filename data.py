@@ -316,8 +316,10 @@ class VideoWriter:
                              "none of these for a folder of PNGs")
         if not 0 < fps <= (50 if self.kind == ".gif" else 1000):
             raise MediaError(f"{path}: {fps} frames per second cannot be written; use at most 50 for a gif, else 1000")
-        if self.path.is_dir() if self.kind else self.path.exists() and not self._ours():
-            raise MediaError(f"{path}: is there and holds something else; choose another name")
+        if self.kind and self.path.is_dir():
+            raise MediaError(f"{path}: is a folder; choose another name")
+        if not self.kind and self.path.exists() and not self._ours():
+            raise MediaError(f"{path}: exists and holds more than PNG frames written here; choose another name")
         self.fps = Fraction(fps).limit_denominator(1001)                            # 30000/1001 and 7.5 alike
         self.part = self.path.with_name(f".{self.path.name}.part{os.getpid()}")     # a folder on the same file system
         self.new = self.part / f"new{self.kind}"
