@@ -283,15 +283,16 @@ def to_pixels(frames):
 
 def at_least(low, most=2**63 - 1, kind=float):
     """An argparse type: a number of low to most, nan not among them."""
+    what = "a whole number" if kind is int else "a number"
+    limit = "below 2^63" if most == 2**63 - 1 else f"at most {most}"
+
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        if value is None or not low <= value <= most:
-            what = "a whole number" if kind is int else "a number"
-            limit = f"at least {low}, and below 2^63" if most == 2**63 - 1 else f"at least {low} and at most {most}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {what} of {limit}")
+            value = math.nan
+        if not low <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be {what} of at least {low}, and {limit}")
         return value
     return convert
 
@@ -328,9 +329,9 @@ def parse(argv):
     p = argparse.ArgumentParser(
         usage="sample.py IMAGE... [options], --help lists them",
         description="Image to video with SVD and ExVideo. Defaults depend on the model: SVD / ExVideo / toy.",
-        epilog="A line warns where --size, --fps, --motion or --frames are far from what the model was trained on. Out of "
-               "memory: in this order --dtype bfloat16, --offload, fewer --frames, a smaller --size. In README.md: real "
-               "weights (section Weights), and from text to video (section More than one image).")
+        epilog="One line warns where --size, --fps, --motion or --frames are far from what the model was trained on. "
+               "Out of memory: --dtype bfloat16, --offload, fewer --frames, a smaller --size, in this order. README.md "
+               "has real weights (section Weights) and text to video (More than one image).")
     add = p.add_argument
 
     def shown(key):
@@ -338,8 +339,7 @@ def parse(argv):
 
     add("images", nargs="*", metavar="IMAGE",
         help="pictures (PNG, JPEG, WebP, GIF, ...) or videos, whose first frame is used")
-    add("--model",
-        help="single .safetensors file or diffusers folder [weights/svd_xt.safetensors if there, else the toy]")
+    add("--model", help="single .safetensors file or diffusers folder [weights/svd_xt.safetensors, or the toy]")
     add("--extension", help="ExVideo release or own extension "
                             "[with the default model: weights/exvideo.safetensors if there; the toy: its own]")
     add("--native", type=at_least(1, kind=int), metavar="N",
@@ -387,8 +387,7 @@ def parse(argv):
     add("--decode-chunk", type=at_least(1, kind=int), metavar="N",
         help=f"frames decoded at once; fewer need less memory {shown('decode_chunk')}")
     add("--match-stats", action=argparse.BooleanOptionalAction,
-        help="give every frame's latents the mean and deviation of the video's "
-             "[only with the published ExVideo weights]")
+        help="give every frame's latents the mean and deviation of the video's [only with published ExVideo weights]")
     add("--contrast", type=at_least(0), help="factor on the latents [1.2 with the published ExVideo weights, else 1]")
     add("--decode-only", metavar="FILE",
         help="decode latents saved by an earlier run, instead of sampling. --fps, --decode-chunk, --match-stats, "
@@ -488,17 +487,15 @@ def on_device(device, *networks):
     """Networks on the device for a while, then back where they wait. Nothing moves where that is the same place."""
     networks = [network for network in networks if getattr(network, "stream", None) is None]  # else it moves by itself
     homes = [next(network.parameters()).device for network in networks]
-
-    def move(*places):
-        with torch.inference_mode(False):  # parameters that moved in inference mode could never be trained again
-            for network, place in zip(networks, places):
-                network.to(place)
-
-    move(*[device] * len(networks))
+    with torch.inference_mode(False):  # parameters that moved in inference mode could never be trained again
+        for network in networks:
+            network.to(device)
     try:
         yield
     finally:
-        move(*homes)
+        with torch.inference_mode(False):
+            for network, home in zip(networks, homes):
+                network.to(home)
         if device.type == "cuda" and homes and homes[0].type == "cpu":
             torch.cuda.empty_cache()  # or the memory stays reserved in blocks that the next network does not fit
 
@@ -533,10 +530,11 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
         return guided(svd.unet, image_latents, ctx, ids, s["cfg"], length, s["cfg_interval"])
 
     z = torch.zeros(1, s["frames"], 4, H // 8, W // 8, device=device) if video is None else video.clone()
-    fixed, made = torch.zeros(s["frames"]), 0  # 1 for key frames, whose latents z holds; frames made so far
+    fixed = torch.zeros(s["frames"])  # 1 for key frames, whose latents z holds
+    made = 0                          # frames that earlier rounds have made
     with tqdm(total=passes, desc="sampling", unit="pass") as bar:
         for start, stop in parts:
-            noise, own_latents = draw(), None
+            noise = draw()
             with on_device(device, svd.clip, svd.vae):
                 if start == 0:
                     for number, frame in keyframes.items():
@@ -545,8 +543,7 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
                         fixed[number] = 1
                 else:  # told of its own first frame, not of the last one made: see rounds()
                     img = frame_of(svd.vae, z[:, :made], start, s)
-                    own_latents = z[:, start:start + 1] / exsvd.VAE_SCALE
-                denoise = told(img, own_latents)
+                denoise = told(img, z[:, start:start + 1] / exsvd.VAE_SCALE if start > 0 else None)
                 if end is not None and stop == s["frames"]:
                     denoise = fused(denoise, told(end), length)
             weight = fixed[start:stop].clone()

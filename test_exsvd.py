@@ -2395,9 +2395,19 @@ def test_a_video_is_refined_from_where_the_strength_says(make, tiny_model, monke
     sigma = exsvd.karras_sigmas(4)[-1 - steps]
     noise = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     flags = ["--strength", strength, "--steps", 4, "--share-noise", 0, "--seed", 5, "--frames", 4]
+    images, condition = [], sample.condition
+
+    def spy(svd, img, *rest):
+        images.append(img)
+        return condition(svd, img, *rest)
+
+    monkeypatch.setattr(sample, "condition", spy)
     for source, z in ((first, encoded), (sample.latents_path(str(first)), latents_of(first))):
         calls = oracle(monkeypatch, torch.zeros(1, 4, 4, 8, 8))
         out = make(None, "--video", source, *flags, name="refined.mp4")
+        with torch.no_grad():
+            shown = sample.to_pixels(vae.decode(z / exsvd.VAE_SCALE)[0])[0] if source != first else video[0]
+        assert (images.pop() - data.fit_image(shown, 64, 64)).abs().max() < 0.01, "told of another than its first frame"
         assert len(calls) == steps and calls[0][1] == sigma
         assert torch.allclose(calls[0][0], z[:, [0, 2, 5, 7]] + sigma * noise, rtol=1e-4, atol=1e-3)
         refined, its_fps = data.read_video(out)
@@ -3102,6 +3112,21 @@ def test_monitors_get_loss_lr_and_motion_score(small, tmp_path):
         assert [(e.step, pytest.approx(e.value, abs=1e-5)) for e in board.Scalars(tag)] == logged
     assert [e.step for e in board.Scalars("sample/motion_score")] == [0, 2]
     assert all(e.value > 0 for e in board.Scalars("sample/motion_score"))
+
+
+def test_samples_start_from_one_image(picture, tmp_path):
+    """--sample-image; without it assets/img.png for synthetic clips, else the first clip's first frame."""
+    a = argparse.Namespace(sample_image=None, data="synthetic", size=(64, 64), motion="exvideo")
+    for path in (os.path.join(HERE, "assets", "img.png"), picture):
+        img, fps, motion = train.sample_start(a, "toy", None, None)
+        assert torch.equal(img, data.fit_image(data.read_image(path), 64, 64)) and (fps, motion) == (8, 20)
+        a.sample_image = picture
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "clip.mp4", scene(3, 16))
+    dataset = open_clips(tmp_path / "videos")
+    a.sample_image, a.data, item = None, str(tmp_path / "videos"), dataset[0]
+    img, fps, motion = train.sample_start(a, "toy", dataset, None)
+    assert torch.equal(img, item["video"][0]) and (fps, motion) == (item["fps"], item["motion"])
 
 
 def test_samples_never_end_a_run(small, tmp_path, monkeypatch, capsys):
