@@ -248,13 +248,12 @@ def test_freshly_extended_equals_base(native, size, dtype):
     base = make_unet(native_frames=native).to(dtype)
     fresh = make_unet(native_frames=native).to(dtype)
     assert exsvd.extend(fresh, 40) is fresh and fresh.max_frames == 40 and base.max_frames is None
-    for T in range(1, native + 1):
+    for T in (1, 2, 3, native // 2, native - 1, native):
         inputs = unet_inputs(T, size, seed=T)
         want = base(*inputs)
         assert want.isfinite().all() and torch.equal(fresh(*inputs), want), f"{T} frames"
-        if T in (1, 2, native // 2, native):  # one video: other memory layouts, which once made other roundings
-            alone = [i[:1] for i in inputs]
-            assert torch.equal(fresh(*alone), base(*alone)), f"{T} frames, one video"
+        alone = [i[:1] for i in inputs]  # other memory layouts, which once made other roundings
+        assert torch.equal(fresh(*alone), base(*alone)), f"{T} frames, one video"
     x, *rest = unet_inputs(native + 1, size)
     assert not torch.equal(fresh(x, *rest), base(x, *rest))  # beyond it the positions are other ones
 
@@ -554,8 +553,7 @@ def test_live_bytes_are_counted():
         assert (live.live, live.peak) == (3204, 7200) and c == 800 * 2
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_blocks_compile_without_a_break(train, monkeypatch):
+def test_blocks_compile_without_a_break(monkeypatch):
     """Traced as torch.compile traces, in full graphs or not at all, and run without its code generator."""
     traced, compiled = [], []
 
@@ -568,9 +566,9 @@ def test_blocks_compile_without_a_break(train, monkeypatch):
         self._compiled_call_impl = torch.compile(self._call_impl, fullgraph=True, backend=backend)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
-    unet = make_unet(num_frames=12).train(train)
+    unet = make_unet(num_frames=12)
     unet.slice_size = 3000
-    with torch.set_grad_enabled(train), torch._dynamo.config.patch(recompile_limit=8):
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8):
         eager = unet(*unet_inputs(9))
         exsvd.compile_blocks(unet)
         close(unet(*unet_inputs(9)), eager, 1e-5, "compiled")
@@ -1069,11 +1067,8 @@ def test_tensors_that_do_not_fit():
     good, first = named(unet, "diffusers"), "conv_in.weight"
     half = dict(list(good.items())[::2])
     refused(unet, half, "714 missing, such as", "(1428 tensors)")
-    refused(unet, good | {"extra.weight": torch.zeros(1)}, "1 unexpected, such as extra.weight")
     refused(unet, good | {first: good[first][:, :4]},
             "1 mis-shaped, such as conv_in.weight (32, 4, 3, 3) instead of (32, 8, 3, 3)")
-    refused(unet, {n.replace(first, "conv_inn.weight"): t for n, t in good.items()},
-            "1 missing, such as conv_in.weight", "1 unexpected, such as conv_inn.weight")
     a, b = "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"
     refused(unet, good | {a: good[b], b: good[a]}, "2 mis-shaped", f"{a} (128, 768) instead of (128, 32)")
     refused(unet, good | {first: good[first].flatten()}, "mis-shaped")
@@ -1096,8 +1091,6 @@ def test_extensions_that_do_not_fit(tmp_path):
     refused(make_unet(num_frames=30), release, "extended to 12 frames, but the UNet to 30", "extend(unet, 12)")
     refused(longer, {n: t for n, t in release.items() if "positional_conv" not in n}, "32 missing")
     refused(longer, {n: t for n, t in release.items() if "positional_embedding.emb" not in n}, "16 missing")
-    extra = "blocks.8.norm_in.weight"
-    refused(longer, release | {extra: torch.zeros(32)}, f"1 unexpected, such as {extra}")
     model = write_model(tmp_path, "single", networks())
     with pytest.raises(exsvd.WeightsError, match="is not an extension"):
         exsvd.load(model, extension=model)
@@ -1763,8 +1756,8 @@ def test_motion_and_its_buckets_are_exvideos():
     for i, t in enumerate(published):
         assert data.motion_bucket(t) == i and data.motion_bucket(np.nextafter(t, -1)) == max(0, i - 1)
     assert data.motion_bucket(9.0) == 127 and data.motion_bucket(0.2, "64") == 64
-    draws = torch.stack([data.draw_condition(0, "a.mp4", n, (8, 8))[0] for n in range(4000)]).log()
-    assert draws.mean().item() == pytest.approx(-3, abs=0.03) and draws.std().item() == pytest.approx(0.5, abs=0.03)
+    draws = torch.stack([data.draw_condition(0, "a.mp4", n, (8, 8))[0] for n in range(1000)]).log()
+    assert draws.mean().item() == pytest.approx(-3, abs=0.06) and draws.std().item() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.fixture(scope="module")
