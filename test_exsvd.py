@@ -786,7 +786,9 @@ def full():
 
 
 def test_full_size_counts(full):
-    count = lambda tensors: sum(p.numel() for p in tensors)
+    def count(tensors):
+        return sum(p.numel() for p in tensors)
+
     unet, vae, clip, files = full
     names = exsvd.freeze(unet)
     assert len(names) == 528 and count(p for p in unet.parameters() if p.requires_grad) == 832_956_800
@@ -2792,7 +2794,9 @@ def test_a_damaged_state_is_passed_over(small, videos, one_rank, tmp_path, capsy
                               (tensors, good[:-100]), (tensors, None),
                               (tensors, good[:9999] + bytes([good[9999] ^ 1]) + good[10000:])):
             info.write_bytes(text)
-            file.unlink() if damaged is None else file.write_bytes(damaged)
+            file.unlink(missing_ok=True)
+            if damaged is not None:
+                file.write_bytes(damaged)
             found, problem = train.read_state(state, 0, 1)
             assert found is None and problem, (file, problem)
     args = ("--model", small, "--data", videos, "--out", out, *OPTIONS)
@@ -2975,7 +2979,10 @@ def test_native_length_of_the_base(small, tmp_path):
 
 
 def test_passes_of_two_lengths(small, tmp_path, monkeypatch):
-    lengths = lambda seed, share: [train.TwoLengths("L" * 400, "S" * 400, share, seed, 4)[n] for n in range(400)]
+    def lengths(seed, share):
+        clips = train.TwoLengths("L" * 400, "S" * 400, share, seed, 4)
+        return [clips[n] for n in range(400)]
+
     drawn = lengths(0, 0.3)
     assert drawn == lengths(0, 0.3) != lengths(1, 0.3) and 0.15 < drawn.count("S") / 400 < 0.45
     assert all(len(set(drawn[i:i + 4])) == 1 for i in range(0, 400, 4)), "a pass of two lengths"
