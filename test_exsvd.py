@@ -633,7 +633,7 @@ def test_sampling_on_another_device(dtype, offload):
         image_latents, ctx = sample.condition(svd, img, 0.02, torch.randn(1, *img.shape), torch.device(there))
         denoise = sample.guided(unet, image_latents, ctx, torch.ones(1, 3, device=there), (1.0, 3.0), frames, (1, 100))
         sigmas = [torch.tensor(sigma) for sigma in sigmas]  # on the CPU, the only values there are
-        for sampler in sample.SAMPLERS.values():
+        for sampler in [sample.heun] if offload else sample.SAMPLERS.values():
             x = torch.randn(1, frames, 4, h, w, device=there)
             x = sampler(denoise, x, sigmas, 0.5, lambda: torch.randn(1, frames, 4, h, w).to(there))
             assert x.device.type == there and x.dtype == torch.float32
@@ -641,10 +641,9 @@ def test_sampling_on_another_device(dtype, offload):
         assert video.shape == (frames, 3, 8 * h, 8 * w) and video.device.type == "cpu"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_training_on_another_device(dtype):
+def test_training_on_another_device():
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
-        unet = made_there(lambda: exsvd.extend(exsvd.UNet(UNET), 12), dtype, "meta").train()
+        unet = made_there(lambda: exsvd.extend(exsvd.UNet(UNET), 12), torch.bfloat16, "meta").train()
         names = exsvd.freeze(unet)
         x, image = torch.randn(2, 9, 4, 8, 16), torch.randn(2, 1, 4, 8, 16)
         for loss in (exsvd.edm_loss, exsvd.exvideo_loss):
@@ -658,7 +657,7 @@ def test_training_on_another_device(dtype):
 def test_half_precision(dtype, bound):
     """bf16 keeps 8 bits of the mantissa, fp16 11; over the depth of a network a few times their rounding is lost."""
     unet, vae, clip = networks(num_frames=12)
-    inputs, img, z = unet_inputs(5), torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(1, 3, 4, 8, 8)
+    inputs, img, z = unet_inputs(3, B=1), torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 2, 4, 4, 4)
     run = {"UNet": (unet, lambda: unet(*inputs)), "VAE encode": (vae, lambda: vae.encode(img)),
            "VAE decode": (vae, lambda: vae.decode(z)), "CLIP": (clip, lambda: clip(img[:, :, :56, :56]))}
     full = {what: f() for what, (_, f) in run.items()}
