@@ -240,20 +240,35 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=eps), Conv(c_out, c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, e=None):
-        """x (b, c_in, H, W), e (b, c_out, 1, 1), what embed() gives -> (b, c_out, H, W)"""
+    def forward(self, x, e=None, before=None):
+        """x (b, c_in, H, W) after before(x), e (b, c_out, 1, 1), what embed() gives -> (b, c_out, H, W)"""
         inplace = not torch.is_grad_enabled()  # each SiLU has a fresh tensor, which only autograd still needs
-        h = self.conv1(F.silu(self.norm1(x), inplace=inplace))
+        x = x if before is None else before(x)
+        skip = self.skip(x)
+        if before is not None and skip is not x and inplace:  # nobody else has x
+            h = group_norm_(self.norm1, x)
+        else:
+            h = self.norm1(x)
+        del x
+        h = self.conv1(F.silu(h, inplace=inplace))
         if e is not None:
             h = h + e
         h = F.silu(self.norm2(h), inplace=inplace)  # on lines of their own, so that what is consumed is free
         h = self.conv2(h)
-        return self.skip(x) + h
+        return skip + h
 
     def embed(self, emb, n, ndim):
         """The noise embedding (B, emb_dim), one per video, for n entries of ndim dimensions: (n, c_out, 1, ...)."""
         e = self.emb(F.silu(emb)).repeat_interleave(n // len(emb), 0)
         return e.reshape(e.shape + (1,) * (ndim - 2))
+
+
+def group_norm_(norm, x):
+    """norm(x), a GroupNorm, in place and half of the groups at a time: less is alive at once, the bits are the same."""
+    n = math.gcd(2, norm.num_groups)
+    for part, weight, bias in zip(x.chunk(n, dim=1), norm.weight.chunk(n), norm.bias.chunk(n)):
+        part.copy_(F.group_norm(part, norm.num_groups // n, weight, bias, norm.eps))
+    return x
 
 
 class SpatioTemporalRes(nn.Module):
@@ -268,17 +283,18 @@ class SpatioTemporalRes(nn.Module):
         self.temporal = ResBlock(c_out, c_out, emb_dim, temporal=True, groups=groups, eps=eps_temporal)
         self.mix = nn.Parameter(torch.tensor([0.5 if emb_dim else 0.0]))
 
-    def over_pixels(self, x, skip=None, emb=None, before=None, slices=Slices()):
+    def over_pixels(self, x, skip=None, emb=None, before=None, slices=Slices(), out=None):
         """x (B*T, c, H, W), and skip (B*T, c', H, W) where c + c' = c_in, to (B*T, c_out, H, W).
 
-        before: applied to x first, a slice at a time (the upsampling that ends the previous level)."""
+        before: applied to x first, a slice at a time (the upsampling that ends the previous level). out: see Slices."""
         e = None if emb is None else self.spatial.embed(emb, len(x), 4)
 
         def per_frame(x, skip, e):
-            x = x if before is None else before(x)
-            return self.spatial(x if skip is None else torch.cat([x, skip], dim=1), e)
+            if skip is None:
+                return self.spatial(x, e, before)
+            return self.spatial(torch.cat([x if before is None else before(x), skip], dim=1), e)
 
-        return slices(per_frame, x, skip, e)
+        return slices(per_frame, x, skip, e, out=out)
 
     def over_frames(self, x, B, emb=None, slices=Slices()):
         """(B*T, C, H, W) -> (B*T, C, H, W); x may be overwritten where autograd is off.
@@ -847,7 +863,8 @@ class Decoder(nn.Module):
         h = self.mid.block_2.over_frames(h, B, slices=slices)
         for level in reversed(self.up):
             for block in level.block:
-                h = block.over_pixels(h, before=upsample, slices=slices)
+                same_shape = upsample is None and isinstance(block.spatial.skip, nn.Identity)
+                h = block.over_pixels(h, before=upsample, slices=slices, out=h if same_shape else None)
                 h = block.over_frames(h, B, slices=slices)
                 upsample = None
             upsample = level.upsample  # waits for the next block, which does it slice by slice

@@ -20,6 +20,7 @@ import csv
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -538,10 +539,15 @@ def test_slices_are_of_one_length_where_they_can_be():
             assert length == max((m for m in range(even // 2 + 1, even + 1) if n % m == 0), default=even)
 
 
-def test_live_bytes_are_counted():
-    """The bench's counter, on a pass whose bytes can be counted by hand."""
+@pytest.fixture(scope="module")
+def compare():
     spec = importlib.util.spec_from_file_location("compare", os.path.join(HERE, "bench", "compare.py"))
-    spec.loader.exec_module(compare := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_live_bytes_are_counted(compare):
+    """The bench's counter, on a pass whose bytes can be counted by hand."""
     x = torch.zeros(1000)
     with compare.LiveBytes([x]) as live:
         a = x + 1                    # 4,000 bytes
@@ -551,6 +557,12 @@ def test_live_bytes_are_counted():
         c = b.sum()
         x += 1                       # weights do not count
         assert (live.live, live.peak) == (3204, 7200) and c == 800 * 2
+
+
+def test_decoding_fits_a_small_card(compare):
+    """What sample.py --offload decodes of 1024x1024 at once, with all of the VAE's weights: 3 GB, as it promises."""
+    peak, _ = compare.count("ours", argparse.Namespace(device="cpu", diffsynth=None), (4, 128, 128), part="vae")
+    assert peak + 2 * 97_742_847 <= 3e9
 
 
 def test_blocks_compile_without_a_break(monkeypatch):
@@ -626,30 +638,52 @@ def test_sampling_on_another_device(dtype, offload):
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         unet = made_there(lambda: exsvd.extend(exsvd.UNet(UNET), 12), dtype, "cpu" if offload else there).eval()
         vae, clip = (made_there(lambda: f(c), dtype, there) for f, c in ((exsvd.VAE, VAE), (exsvd.ImageEncoder, CLIP)))
+        if dtype == torch.float16:  # as load() makes it
+            wide = made_there(lambda: exsvd.VAE(VAE), torch.float32, there)
+            vae.encoder, vae.quant_conv = (getattr(wide, name) for name in ("encoder", "quant_conv"))
         if offload:
             unet.stream = exsvd.Stream(unet, there, large=2000)
         svd = argparse.Namespace(unet=unet, vae=vae, clip=clip)
         img = torch.rand(3, 8 * h, 8 * w)
         image_latents, ctx = sample.condition(svd, img, 0.02, torch.randn(1, *img.shape), torch.device(there))
-        denoise = sample.guided(unet, image_latents, ctx, torch.ones(1, 3, device=there), (1.0, 3.0), frames, (1, 100))
+        guided = sample.guided(unet, image_latents, ctx, torch.ones(1, 3, device=there), (1.0, 3.0), frames, (1, 100))
         sigmas = [torch.tensor(sigma) for sigma in sigmas]  # on the CPU, the only values there are
-        for sampler in [sample.heun] if offload else sample.SAMPLERS.values():
-            x = torch.randn(1, frames, 4, h, w, device=there)
-            x = sampler(denoise, x, sigmas, 0.5, lambda: torch.randn(1, frames, 4, h, w).to(there))
+
+        def draw():
+            return sample.shared_noise(torch.randn(1, frames, 4, h, w), 2).to(there)
+
+        x = draw()
+        both_ends = sample.held(sample.fused(guided, guided, frames), x, torch.zeros(frames))
+        samplers = [sample.heun] if offload else sample.SAMPLERS.values()
+        for sampler, denoise in [*itertools.product(samplers, [guided]), (sample.ddim, both_ends)]:
+            x = sampler(denoise, sigmas[0] * draw(), sigmas, 0.5, draw)
             assert x.device.type == there and x.dtype == torch.float32
-        video = torch.cat(list(sample.decode(vae, x, 4)))
-        assert video.shape == (frames, 3, 8 * h, 8 * w) and video.device.type == "cpu"
+        video = sample.to_pixels(torch.cat(list(sample.decode(vae, sample.adjust(x, True, 1.2), 4))))
+        assert video.shape == (frames, 8 * h, 8 * w, 3) and video.device.type == "cpu"
 
 
-def test_training_on_another_device():
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
-        unet = made_there(lambda: exsvd.extend(exsvd.UNet(UNET), 12), torch.bfloat16, "meta").train()
-        names = exsvd.freeze(unet)
-        x, image = torch.randn(2, 9, 4, 8, 16), torch.randn(2, 1, 4, 8, 16)
-        for loss in (exsvd.edm_loss, exsvd.exvideo_loss):
-            loss(unet, x, torch.ones(2), x, image, torch.randn(2, 1, 40), torch.ones(2, 3)).mean().backward()
-        grads = {n for n, p in unet.named_parameters() if p.grad is not None and p.grad.device.type == "meta"}
-        assert grads == {n for n in names if not IDLE.search(n)}
+@pytest.mark.parametrize("dtype, what", [(torch.bfloat16, "temporal"), (torch.float16, "all")], ids=str)
+def test_training_on_another_device(dtype, what):
+    """From videos that a reader has put on the CPU to gradients and sums of losses."""
+    there = "meta"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet, clip, vae = (made_there(f, t, there) for f, t in (
+            (lambda: exsvd.extend(exsvd.UNet(UNET), 12), dtype), (lambda: exsvd.ImageEncoder(CLIP), dtype),
+            (lambda: exsvd.VAE(VAE), torch.float32)))
+        numbers, n = {key: torch.ones(2) for key in ("fps", "motion", "aug")}, (2, 9, 4, 8, 16)
+        item = numbers | {"video": torch.rand(2, 9, 3, 64, 128), "aug_noise": torch.randn(2, 3, 64, 128)}
+        x, *told = train.inputs(item, vae, clip, what == "all", torch.device(there))
+        assert x.shape == n and x.dtype == torch.float32
+        for loss, checkpointing in (("edm", "memory"), ("exvideo", None)):
+            module = train.Loss(unet, clip if what == "all" else None, loss).train()
+            unet.checkpointing = checkpointing
+            _, trained = train.choose(module, what)
+            sigma, noise, keep, sums = (torch.ones(k, device=there) for k in ((2,), n, (2,), (2, 5)))
+            losses = module(x, sigma, noise, *told, keep)
+            losses.mean().backward()
+            train.add_losses(sums.double(), losses.detach(), sigma)
+            assert {p.grad.device.type for p in trained.values()} == {there}
+            module.zero_grad()
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)], ids=str)
@@ -2956,8 +2990,14 @@ def test_accumulated_passes_are_one_large_batch(small, tmp_path):
 
 
 def test_optimiser_on_the_cpu(small, one_rank, videos, tmp_path):
-    """--offload: DeepSpeed's own AdamW, whose step is a number; a run may go there and back."""
-    train_here("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--steps", 2, "--offload")
+    """--offload: DeepSpeed's own AdamW, whose step is a number; a run may go there and back. Its bucket is as large as
+    what trains, or as the user says; then here gradients go through a full bucket, through a new one, or past it."""
+    (tmp_path / "config.json").write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    user = "--deepspeed_config", tmp_path / "config.json"
+    train_here("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--steps", 2, "--offload", *user)
+    ours, theirs = (json.loads((out / "run.json").read_text())["deepspeed"] for out in (one_rank, tmp_path))
+    padding = sum(map(len, flat(one_rank, 2, "master"))) - ours["zero_optimization"]["reduce_bucket_size"]
+    assert 0 <= padding < 8 and theirs["zero_optimization"]["reduce_bucket_size"] == 1000
     for ours, theirs in zip(flat(tmp_path, 2, "exp_avg"), flat(one_rank, 2, "exp_avg")):
         close(ours, theirs, 0.02, "first moments")
     train_here("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--steps", 3)
@@ -3122,6 +3162,8 @@ def test_deepspeed_config_is_merged_over_ours(tmp_path):
     assert family == "toy" and config["optimizer"]["params"]["lr"] == a.lr == 1e-4 and a.accumulate == 3
     assert config["optimizer"]["type"] == "AdamW"
     assert config["zero_optimization"] == {"stage": 2, "round_robin_gradients": False, "reduce_bucket_size": 1000}
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "data_types" not in train.deepspeed_config(train.parse(["--offload"])[0]), "DeepSpeed keeps them on the GPU"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

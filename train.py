@@ -122,6 +122,7 @@ DEEPSPEED_KEYS = {
 }
 SIGMA_BINS = (0.7, 2.0, 6.0)  # the loss is logged apart between these: about the quartiles of the default noise levels
 SAMPLING = {"SVD": sample.DEFAULTS["ExVideo"], "toy": sample.DEFAULTS["toy"]}  # settings of samples during training
+BUCKET = 50_000_000           # gradients that DeepSpeed gathers on the GPU at a time, 2 bytes each; it would take 10x
 BAD_STEPS = 5                 # steps in a row with non-finite gradients that stop the run
 
 
@@ -304,13 +305,14 @@ def deepspeed_config(a):
             },
         },
         "zero_optimization": {"stage": 2, "round_robin_gradients": False},
-        "data_types": {"grad_accum_dtype": "fp32"},
         "fp16" if a.fp16 else "bf16": {"enabled": True},
     }
     if a.fp16:
         ours["fp16"]["min_loss_scale"] = 1
     if a.offload:
         ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    else:  # with --offload too DeepSpeed would keep these sums on the GPU, 4 bytes per parameter
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
     return merge(ours, a.deepspeed_config or {})
 
 
@@ -1157,6 +1159,8 @@ def main(argv=None):
     del svd
 
     # Engine
+    bucket = min(BUCKET, sum(p.numel() for p in trained.values()))  # all of it is allocated, however little trains
+    config["zero_optimization"].setdefault("reduce_bucket_size", bucket)
     import deepspeed
     engine, *_ = deepspeed.initialize(model=module, model_parameters=parameter_groups(trained), config=config)
     if a.fp16:  # its own exception at the smallest scale would name no clips

@@ -7,7 +7,7 @@
 
     count      peak live bytes of activations and matrix work of one UNet pass at any shape (fake tensors)
     train      the same of forward and backward, temporal blocks trained, checkpointed; on a GPU also really run
-    offload    bytes on the device, weights included, where the others wait in CPU memory (exsvd.Stream)
+    offload    bytes on the device, weights included, where others wait in CPU memory: exsvd.Stream, train.py --offload
     vae        the same of VAE decoding; --shape counts latents
     time       seconds of a pass, ours against each other code: median ratio of alternating pairs [quartiles]; share of
                the device's matrix rate, as one large product has it; on a GPU the allocator's peak
@@ -64,6 +64,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import exsvd
 import sample
+import train
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The networks. unet() gives a module, pass(T, H, W) with random inputs, and which parameters post-tuning trains;
@@ -408,6 +409,46 @@ def offload_rows(a):
                 m.stream = exsvd.Stream(m, "meta")
                 exsvd.denoise(m, new(1, T, 4, H, W), new(1), new(1, 1, 4, H, W), new(1, 1, 1024), new(1, 3))
         yield "denoise() with exsvd.Stream, counted", "ours", shape, {"peak GB": gb(live.peak), "note": "with weights"}
+    shape = a.shape[0] if a.shape else (128, 64, 64)
+    for ranks, note in (1, "one GPU"), (2, "several GPUs"):
+        yield "post-tuning step with --offload, counted", "ours", shape, {
+            "peak GB": gb(counted_step(a, shape, ranks)), "note": f"with weights, buckets; stored latents; {note}"}
+
+
+def counted_step(a, shape, ranks):
+    """Bytes on the device in a step of `train.py --offload`, forward and backward, weights and all.
+
+    DeepSpeed 0.19 (stage_1_and_2.py: setup_buckets, reduce_independent_p_g_buckets_and_remove_grads, average_tensor,
+    copy_grads_in_partition) moves each gradient to a bucket as soon as it is there; a full one is joined to one tensor
+    and summed over the ranks, and each gradient leaves for the CPU by way of a copy in fp32. It keeps room for the
+    largest parameter. Sums between nodes need what NCCL needs on top.
+    """
+    new, small, exsvd.CPU_SLICES = partial(torch.empty, dtype=torch.bfloat16), exsvd.CPU_SLICES, 1
+    bucket, waiting = [], []
+
+    def leave(p):
+        if not bucket:
+            bucket.append(new(train.BUCKET))
+        if sum(waiting) + p.numel() > train.BUCKET:
+            joined = new(sum(waiting)) if ranks > 1 else None
+            for n in waiting:
+                torch.empty(n)  # fp32
+            del joined
+            waiting.clear()
+        waiting.append(p.numel())
+        p.grad = None
+
+    try:
+        with FakeTensorMode():
+            m, run = build("ours", a, shape[0], train=True, device="cpu")
+            trained = [p for name, p in m.named_parameters() if p.requires_grad and not exsvd.IDLE.search(name)]
+            for p in trained:
+                p.register_post_accumulate_grad_hook(leave)
+            with LiveBytes([*m.parameters()]) as live:
+                one_pass(run, shape, train=True)
+    finally:
+        exsvd.CPU_SLICES = small
+    return live.peak + weight_bytes(m) + 2 * max(p.numel() for p in trained)
 
 
 def vae_rows(a):
