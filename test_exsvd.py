@@ -2998,13 +2998,14 @@ def test_optimiser_on_the_cpu(small, one_rank, videos, tmp_path):
     ours, theirs = (json.loads((out / "run.json").read_text())["deepspeed"] for out in (one_rank, tmp_path))
     padding = sum(map(len, flat(one_rank, 2, "master"))) - ours["zero_optimization"]["reduce_bucket_size"]
     assert 0 <= padding < 8 and theirs["zero_optimization"]["reduce_bucket_size"] == 1000
-    for ours, theirs in zip(flat(tmp_path, 2, "exp_avg"), flat(one_rank, 2, "exp_avg")):
-        close(ours, theirs, 0.02, "first moments")
+    for key in ("exp_avg", "master"):  # later the last bits of the masters decide how weights are rounded
+        for ours, theirs in zip(flat(tmp_path, 1, key), flat(one_rank, 1, key)):
+            close(ours, theirs, 1e-6, key)
     train_here("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--steps", 3)
     train_here("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--offload")
     assert int(log_of(tmp_path)[-1]["step"]) == 4
     for ours, theirs in zip(flat(tmp_path, 4, "master"), flat(one_rank, 4, "master")):
-        close(ours, theirs, 1e-3, "masters")
+        close(ours, theirs, 5e-3, "masters")
 
 
 def test_native_length_of_the_base(small, tmp_path):
@@ -3124,9 +3125,9 @@ def test_gradients_that_stay_bad_stop_the_run_and_name_the_clips(small, tmp_path
 @pytest.mark.parametrize("args, words", [
     (["--nonsense"], "unrecognized"),
     (["--size", "100x100"], "multiples of 64"),
-    (["--size", "64"], "invalid pixel_size value"),
+    (["--size", "64"], "write it as WIDTHxHEIGHT"),
     (["--steps", "0"], "at least 1"),
-    (["--drop", "1.5"], "from 0 to 1"),
+    (["--drop", "1.5"], "at most 1"),
     (["--motion", "much"], "invalid bucket value"),
     (["--model", "missing.safetensors"], "no such weight file"),
     (["--data", "missing"], "missing"),

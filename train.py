@@ -7,34 +7,30 @@ exponential moving average (EMA) of them is kept.
     deepspeed --hostfile hosts train.py --model ... --data ...      # several nodes; --out on a file system they share
     python train.py                                                 # one process, the same code
 
-The recipe. The paper (section 3.3, abstract, Figure 6): 8 A100 GPUs, 128 frames of 512x512, 40,258 clips, AdamW, lr
-1e-5, batch 1 per GPU, 64,000 steps shown, one week. What it leaves open was taken from SVD's formulation and public
-training codes, or decided here; the script released with the paper (in DiffSynth-Studio) differs in many rows:
+The recipe is the paper's (section 3.3, abstract, Figure 6): 8 A100 GPUs, 128 frames of 512x512, 40,258 clips, AdamW, lr
+1e-5, batch 1 per GPU, 64,000 steps shown, one week. What it leaves open comes from SVD's formulation, public training
+codes or ourselves, and differs from the script released with the paper (in DiffSynth-Studio):
 
-    choice               here                                    released script, and other sources
-    ------------------   -------------------------------------   -----------------------------------------------------
-    precision            bf16; fp32 masters, moments and EMA     fp16
-    clips                anywhere in a video, at its frame rate  always its first 128 frames
-    fps id               the clip's own rate - 1                 29 for every clip
-    loss                 EDM's, (s^2+1)/s^2 |D - x|^2; paper:    sqrt(s^2+1)/s |D - 1.01 x|^2 (--loss exvideo)
-                         "consistent with the original model"
-    noise levels         ln s ~ N(0.7, 1.6^2), as SVD_Xtend and  uniform on 1,000 Karras sigmas (--loss exvideo);
-                         animate-anything                        Vista: ln s ~ N(1.0, 1.6^2)
-    noise on the image   ln a ~ N(-3.0, 0.5^2), told as third    none
-                         id; SVD_Xtend's
-    dropout of the image 0.1, latents and CLIP together, so      none
-                         that guidance keeps working: ours
-    clipping             gradient norm 1.0: ours                 none
-    motion bucket        0..127 by deviation over time           the same
-    EMA                  0.9999 a step, warm-up (1+n)/(10+n):    0.9 per epoch file, averaged afterwards: about 0.9999
-                         ours; the paper gives no decay          per step at its 1,000 steps an epoch
-    weight decay         0.01 on matrices and convolutions only  0.01 on everything
+    choice               here                                     released script, and other sources
+    ------------------   --------------------------------------   ----------------------------------------------------
+    precision            bf16; fp32 masters, moments and EMA      fp16
+    clips                anywhere in a video, at its frame rate   always its first 128 frames
+    fps id               the clip's own rate - 1                  29 for every clip
+    loss                 EDM's, (s^2+1)/s^2 |D - x|^2             sqrt(s^2+1)/s |D - 1.01 x|^2 (--loss exvideo)
+    noise levels         ln s ~ N(0.7, 1.6^2), as SVD_Xtend and   uniform on 1,000 Karras sigmas (--loss exvideo);
+                         animate-anything                         Vista: ln s ~ N(1.0, 1.6^2)
+    noise on the image   ln a ~ N(-3.0, 0.5^2), the third id      none; SVD_Xtend's is ours
+    image dropout        0.1, latents and CLIP together (ours)    none
+    clipping             gradient norm 1.0 (ours)                 none
+    motion bucket        0..127 by deviation over time            the same
+    EMA                  0.9999 a step, warm-up (1+n)/(10+n)      0.9 per epoch file, averaged afterwards: about 0.9999
+                         (ours)                                   per step at its 1,000 steps an epoch
+    weight decay         0.01 on matrices and convolutions only   0.01 on everything
 
 A run folder (--out) holds
     state-<step>/               what resuming needs: each rank's part of masters, moments and EMA; position, checksums
-    exvideo-<step>.safetensors  the EMA in float16 with the names of the ExVideo release: for sample.py --extension and
-                                train.py --extension. DiffSynth recognises extensions of 128 rows alone. --train all and
-                                expressions that reach beyond the temporal blocks write whole models, model-<step>
+    exvideo-<step>.safetensors  the EMA in float16 with the names of the ExVideo release, for --extension. Where more
+                                than the temporal blocks was trained: a whole model, model-<step>
     log.csv                     loss, loss by noise level, gradient norm, lr, seconds, memory, every --log-every steps
     progress.png                a row per sample: frames 0, T/8, ... T-1; sample-<step>.mp4 are the videos
     data.log                    the files that are not used or could not be read later, and why
@@ -57,17 +53,8 @@ A node that is gone ends the others with one line: at once if its connections br
 
 To stop early and lose nothing, send SIGTERM or SIGUSR1 to one training process (rank 0 prints its id) or to all: the
 ranks agree, save and leave. What launchers do with a signal to themselves (tried on one node, DeepSpeed 0.19.8, torch
-2.13):
-
-                              SIGTERM                                     SIGUSR1
-    python train.py           saves and leaves                            saves and leaves
-    deepspeed                 only `deepspeed` itself ends, its ranks     the same
-                              go on: signal a rank instead
-    torchrun                  saves and leaves, if 30 s are enough        ranks end at once, unsaved
-    all processes at once     saves and leaves; `deepspeed` and           saves and leaves
-                              torchrun kill what is left after 30 s
-    Slurm (not tried)         scancel and --signal=TERM@300 reach all     --signal=USR1@300: only without torchrun
-                              tasks of a step
+2.13): `deepspeed` ends alone and its ranks go on; torchrun passes SIGTERM on and kills after 30 s, and on SIGUSR1 ends
+its ranks unsaved. Slurm (not tried): scancel and --signal=TERM@300 reach all tasks of a step.
 """
 
 import argparse
@@ -87,6 +74,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -130,24 +118,7 @@ BAD_STEPS = 5                 # steps in a row with non-finite gradients that st
 # Settings
 
 
-def number(kind, low, high=math.inf):
-    """For argparse: an int or a float from low to high, both included."""
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
-        return value
-
-    convert.__name__ = "whole number" if kind is int else "number"  # argparse: invalid ... value
-    return convert
-
-
-def pixel_size(text):
-    width, height = (int(n) for n in text.lower().split("x"))
-    if min(width, height) < 64 or width % 64 or height % 64:
-        raise argparse.ArgumentTypeError(f"{text}: both must be multiples of 64, as in 512x512")
-    return width, height
+whole = partial(sample.at_least, kind=int)
 
 
 def bucket(text):
@@ -180,9 +151,8 @@ def parse(argv=None):
 
     add = p.add_argument_group("what").add_argument
     add("--model", default=TOY, help="single file or diffusers folder [the toy in assets/]")
-    add("--native", type=number(int, 1), metavar="N",
-        help="frames the model was trained on, which its file does not tell: 14 for svd.safetensors [SVD-XT: 25; a "
-             "model made here: as its file says]")
+    add("--native", type=whole(1), metavar="N",
+        help="frames the model was trained on: 14 for svd.safetensors, which does not say so [as its file says, or 25]")
     add("--extension", help="ExVideo release or own extension to continue from [none: extended afresh]")
     add("--data", help="folder of videos, .txt/.csv/.json list, folder written by `data.py encode`, or synthetic "
                        "[the toy: synthetic]")
@@ -190,62 +160,53 @@ def parse(argv=None):
     add("--train", default="temporal", type=expression, metavar="WHAT",
         help="temporal: the temporal attention blocks, as the paper does; all: UNet and CLIP; or a regular expression "
              "on names such as unet.down.1.attn.temporal.attn1.to_q.weight [temporal]")
-    add("--frames", type=number(int, 1),
-        help=f"per clip; more than the model's native length extends it [{shown('frames')}]")
-    add("--size", type=pixel_size, help=f"WIDTHxHEIGHT, multiples of 64 [{shown('size')}]")
-    add("--short-clips", type=number(float, 0, 1), default=0.0, metavar="SHARE",
-        help="share of passes on clips of the base's native length instead, so that what it could do is not "
-             "forgotten [0: the paper's]")
-    add("--stride", type=number(int, 1), default=1, help="take every k-th frame of a video [1]")
-    add("--fps", type=number(float, 1e-3), help="take frames at this rate instead of a stride")
+    add("--frames", type=whole(1), help=f"per clip; beyond its native length a model is extended [{shown('frames')}]")
+    add("--size", type=sample.frame_size, help=f"WIDTHxHEIGHT, multiples of 64 [{shown('size')}]")
+    add("--short-clips", type=sample.at_least(0, 1), default=0.0, metavar="SHARE",
+        help="share of passes on clips of the native length, so that what the base could is not forgotten [0: paper's]")
+    add("--stride", type=whole(1), default=1, help="take every k-th frame of a video [1]")
+    add("--fps", type=sample.at_least(1e-3), help="take frames at this rate instead of a stride")
     add("--motion", type=bucket, default="exvideo",
         help="exvideo: motion buckets 0..127 by the measure ExVideo's release was tuned with; or a number, the bucket "
              "of every clip. SVD's own scale runs to 255, and how it was measured was not published [exvideo]")
-    add("--skip-static", type=number(float, 0, 1), default=0.0, metavar="CHANGE",
-        help="leave out shots whose neighbouring frames differ by less, 0 to 1; 0.002 is about a still picture [0: "
-             "keep all]")
+    add("--skip-static", type=sample.at_least(0, 1), default=0.0, metavar="CHANGE",
+        help="leave out shots whose neighbouring frames differ by less, 0 to 1; a still picture: about 0.002 [0: none]")
 
     add = p.add_argument_group("how").add_argument
-    add("--steps", type=number(int, 1), help=f"optimiser steps in all [{shown('steps')}]")
-    add("--batch", type=number(int, 1), help="videos per GPU and pass [1, the paper's]")
-    add("--accumulate", type=number(int, 1),
-        help="passes per step; gradients add up in fp32, with --offload in 16 bits [1]")
-    add("--lr", type=number(float, 0, 1), help=f"AdamW's learning rate [{shown('lr')}]")
-    add("--warmup", type=number(int, 0), default=0, help="steps over which lr rises from 0 [0]")
-    add("--weight-decay", type=number(float, 0), help="AdamW's [0.01, PyTorch's default and ExVideo's script's]")
-    add("--clip", type=number(float, 0), help="gradient norm limit, 0: none [1.0: ours, the sources clip nothing]")
-    add("--ema", type=number(float, 0, 1), default=0.9999,
-        help="decay of the moving average, reached by warm-up [0.9999]")
-    add("--loss", choices=("edm", "exvideo"), default="edm",
-        help="edm: SVD's, section 3.3; exvideo: that of the released script [edm]")
-    add("--share-noise", type=number(int, 0), default=0, metavar="BLOCK",
+    add("--steps", type=whole(1), help=f"optimiser steps in all [{shown('steps')}]")
+    add("--batch", type=whole(1), help="videos per GPU and pass [1, the paper's]")
+    add("--accumulate", type=whole(1), help="passes per step; gradients add up in fp32, with --offload in 16 bits [1]")
+    add("--lr", type=sample.at_least(0, 1), help=f"AdamW's learning rate [{shown('lr')}]")
+    add("--warmup", type=whole(0), default=0, help="steps over which lr rises from 0 [0]")
+    add("--weight-decay", type=sample.at_least(0), help="AdamW's [0.01, PyTorch's default and ExVideo's script's]")
+    add("--clip", type=sample.at_least(0), help="gradient norm limit, 0: none [1.0: ours, the sources clip nothing]")
+    add("--ema", type=sample.at_least(0, 1), default=0.9999, help="decay of the average, after a warm-up [0.9999]")
+    add("--loss", choices=("edm", "exvideo"), default="edm", help="SVD's (section 3.3), or the released script's [edm]")
+    add("--share-noise", type=whole(0), default=0, metavar="BLOCK",
         help="noise whose means over BLOCK x BLOCK latents are the same in all frames, as sample.py's [0: off]")
-    add("--drop", type=number(float, 0, 1), default=0.1,
+    add("--drop", type=sample.at_least(0, 1), default=0.1,
         help="share of videos that lose image and CLIP latents, so that guidance keeps working [0.1]")
-    add("--seed", type=number(int, 0), default=0, help="of everything that is drawn [0]")
+    add("--seed", type=whole(0), default=0, help="of everything that is drawn [0]")
 
     # what --deepspeed_config may say too has no default here: see DEEPSPEED_KEYS
     add = p.add_argument_group("machine").add_argument
     add("--fp16", action="store_true", default=None, help="fp16 with loss scaling instead of bf16")
-    add("--offload", action="store_true", default=None,
-        help="masters, moments and EMA in CPU memory, optimiser on the CPU")
+    add("--offload", action="store_true", default=None, help="optimiser, masters, moments and EMA on the CPU")
     add("--deepspeed_config", type=json_file, metavar="FILE", help="JSON, merged over the settings in this file")
     add("--checkpoint", choices=("memory", "speed", "none"),
-        help="what is kept for the way back: least memory, a sixth less work at twice the memory, or everything "
-             f"[{shown('checkpoint')}]")
-    add("--workers", type=number(int, 0), default=2, help="processes per rank that read clips [2]")
-    add("--lost-after", type=number(float, 1), default=300, metavar="SECONDS",
+        help=f"kept for the way back: least; twice that, for a sixth less work; or all [{shown('checkpoint')}]")
+    add("--workers", type=whole(0), default=2, help="processes per rank that read clips [2]")
+    add("--lost-after", type=sample.at_least(1), default=300, metavar="SECONDS",
         help="end when nothing was heard of another rank for so long, since its node may be gone [300]")
     add("--deterministic", action="store_true", help="bit-for-bit repeatable on CUDA too, slower")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
 
     add = p.add_argument_group("output").add_argument
-    add("--save-every", type=number(int, 1), help=f"steps between states and weights [{shown('save_every')}]")
-    add("--keep", type=number(int, 1), default=2, help="how many of the last states and weights stay [2]")
-    add("--keep-every", type=number(int, 1), metavar="N",
-        help=f"weights of every N-th step stay too [{shown('keep_every')}]")
-    add("--log-every", type=number(int, 1), default=10, help="steps per row of log.csv [10]")
-    add("--sample-every", type=number(int, 0), metavar="N",
+    add("--save-every", type=whole(1), help=f"steps between states and weights [{shown('save_every')}]")
+    add("--keep", type=whole(1), default=2, help="how many of the last states and weights stay [2]")
+    add("--keep-every", type=whole(1), metavar="N", help=f"weights that stay too, in steps [{shown('keep_every')}]")
+    add("--log-every", type=whole(1), default=10, help="steps per row of log.csv [10]")
+    add("--sample-every", type=whole(0), metavar="N",
         help="sample a video from the EMA before the first and after every N-th step, with the settings of sample.py, "
              f"always from the same image and noise; 0: never [{shown('sample_every')}]")
     add("--sample-image", metavar="FILE",
@@ -350,25 +311,17 @@ class Loss(nn.Module):
         return self.loss(self.unet, x, sigma, noise, cond * keep.view(-1, 1, 1, 1, 1), ctx * keep.view(-1, 1, 1), ids)
 
 
-def trains_clip(what, clip):
-    """Whether --train reaches CLIP's parameters."""
-    return clip is not None and (what == "all" or any(re.search(what, f"clip.{name}") for name in clip.state_dict()))
-
-
 def choose(module, what):
     """Sets requires_grad as --train says. -> ({name: parameter} that it names, the same of those that get gradients)"""
-    if what == "temporal":
-        exsvd.freeze(module.unet)
-    else:
-        for name, p in module.named_parameters():
-            p.requires_grad_(what == "all" or bool(re.search(what, name)))
-    chosen = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    pattern = re.compile({"temporal": r"\.attn\.temporal\.", "all": ""}.get(what, what))
+    chosen = {name: p for name, p in module.named_parameters() if pattern.search(name)}
     if not chosen:
         sys.exit(f"train.py: --train {what} names no parameter; names look like "
                  "unet.down.1.attn.temporal.attn1.to_q.weight")
-    for name, p in chosen.items():
-        p.requires_grad_(not exsvd.IDLE.search(name))  # no gradient ever reaches these, nor must weight decay
-    return chosen, {name: p for name, p in chosen.items() if p.requires_grad}
+    trained = {name: p for name, p in chosen.items() if not exsvd.IDLE.search(name)}  # these get no gradient, so they
+    for name, p in module.named_parameters():                                         # must not decay either
+        p.requires_grad_(name in trained)
+    return chosen, trained
 
 
 def parameter_groups(trained):
@@ -554,11 +507,29 @@ def fingerprint(value):
     return hashlib.blake2b(value if isinstance(value, bytes) else repr(value).encode(), digest_size=8).hexdigest()
 
 
-def first_problem(problem):
-    """The first rank's problem that is not None; the same on all ranks."""
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, problem)
-    return next((p for p in everyone if p is not None), None)
+def of_all_ranks(value):
+    """[what each rank gives]; pickled, so for small things."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(f, *args):
+    """f(*args) on every rank. -> its result; OSError on all ranks if it failed on one, which no other must wait for."""
+    result = problem = None
+    try:
+        result = f(*args)
+    except (OSError, SafetensorError) as e:
+        problem = str(e)
+    for problem in of_all_ranks(problem):
+        if problem is not None:
+            raise OSError(problem)
+    return result
+
+
+def on_rank_0(f, *args):
+    """The same, of f on rank 0 alone."""
+    return together(f if dist.get_rank() == 0 else lambda *_: None, *args)
 
 
 def bytes_to_save(elements):
@@ -575,34 +546,24 @@ def has_disk_space(folder, need):
 
 
 def save(a, shards, position, settings, write_weights):
-    """Weights and state of a step. Every rank must call it. -> None, or why it failed; then what was there still is.
+    """Weights and state of a step. Every rank must call it. Raises OSError, on all alike; what was there then still is.
 
     position: "step" and what else a resumed run must know. write_weights(average) is called on rank 0.
     """
-    master, problem = shards.rank == 0, None
-    need = 1.05 * sum(bytes_to_save(shards.elements)) + 2**20
-    try:
-        if master and not has_disk_space(a.out, need):
-            problem = f"{a.out} has no room for {need / 1e9:.2f} GB"
-    except OSError as e:
-        problem = str(e)
-    problem = first_problem(problem)
-    if problem:
-        return problem
-    average = shards.gather_average()
-    try:
-        if master:  # before the state: a run that resumes from it does not write them again
-            write_weights(average)
-    except OSError as e:
-        problem = str(e)
-    del average
-    problem = first_problem(problem) or save_state(a, shards, position, settings)
-    if master and not problem:
+    def check_room():
+        need = 1.05 * sum(bytes_to_save(shards.elements)) + 2**20
+        if not has_disk_space(a.out, need):
+            raise OSError(f"{a.out} has no room for {need / 1e9:.2f} GB")
+
+    on_rank_0(check_room)
+    # weights before the state: a run that resumes from it does not write them again
+    on_rank_0(write_weights, shards.gather_average())
+    save_state(a, shards, position, settings)
+    if shards.rank == 0:
         try:
             prune(a)
         except OSError as e:  # all is saved: nothing to end a run for
             print(f"warning: what is not kept could not be removed ({e})", file=sys.stderr)
-    return problem
 
 
 def prune(a):
@@ -616,41 +577,39 @@ def prune(a):
 
 
 def save_state(a, shards, position, settings):
-    """Write --out/state-<step>. -> None, or why it failed. Killed in the middle it leaves a .tmp that nothing reads."""
+    """Write --out/state-<step>. Raises OSError. Killed in the middle it leaves a .tmp that nothing reads."""
     final = os.path.join(a.out, f"state-{position['step']:08d}")
     part = os.path.join(a.out, f"saving-{position['step']:08d}.tmp")
-    path, saved, problem = os.path.join(part, f"rank-{shards.rank}.safetensors"), None, None
-    try:
+
+    def write_own():
+        path = os.path.join(part, f"rank-{shards.rank}.safetensors")
         os.makedirs(part, exist_ok=True)
         saved = shards.save(path)
         sync(path)
         sync(part)  # every rank, since each node must flush what it wrote
-        written = checksum(path)
-    except (OSError, SafetensorError) as e:
-        problem, written = f"{path}: {e}", None
-    problem = first_problem(problem)
-    checksums = [None] * shards.world
-    dist.all_gather_object(checksums, written)
-    if shards.rank == 0 and not problem:
+        return saved, checksum(path)
+
+    def finish():
         files = {f"rank-{r}.safetensors": c for r, c in enumerate(checksums)}
         info = json.loads(json.dumps(position | {"shards": saved, "settings": settings, "files": files}))
-        try:
-            with open(os.path.join(part, "state.json"), "w") as f:
-                json.dump(info | {"checksum": fingerprint(json.dumps(info))}, f, indent=1)
-            sync(f.name)
-            os.rename(part, final)
-            sync(a.out)
-        except OSError as e:
-            problem = str(e)
-    problem = first_problem(problem)
-    if shards.rank == 0 and problem:
-        discard(part)
-    return problem
+        with open(os.path.join(part, "state.json"), "w") as f:
+            json.dump(info | {"checksum": fingerprint(json.dumps(info))}, f, indent=1)
+        sync(f.name)
+        os.rename(part, final)
+        sync(a.out)
+
+    try:
+        saved, own = together(write_own)
+        checksums = of_all_ranks(own)
+        on_rank_0(finish)
+    except OSError:
+        if shards.rank == 0:
+            discard(part)
+        raise
 
 
 def read_state(folder, rank, world):
-    """-> (its state.json, None) or (None, what is damaged), on all ranks alike; each checks its share of the files."""
-    info = problem = None
+    """-> its state.json. Raises OSError, on all ranks alike, if it is damaged; each checks its share of the files."""
     try:
         with open(os.path.join(folder, "state.json")) as f:
             info = json.load(f)
@@ -659,10 +618,9 @@ def read_state(folder, rank, world):
         for name in list(info["files"])[rank::world]:
             if checksum(os.path.join(folder, name)) != info["files"][name]:
                 raise ValueError(f"{name} is not as it was written")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        problem = str(e)
-    problem = first_problem(problem)
-    return (None, problem) if problem else (info, None)
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise OSError(str(e)) from None
+    return info
 
 
 def newest_state(a, rank, world, say):
@@ -670,18 +628,20 @@ def newest_state(a, rank, world, say):
     are damaged, get another name."""
     candidates = [list(saved_steps(a.out, STATE).values())]
     dist.broadcast_object_list(candidates)  # rank 0's: all ranks look at the same
-    unseen = next((folder for folder in candidates[0] if not os.path.isdir(folder)), None)
-    if unseen := first_problem(unseen):  # another rank's disk, and not a damaged state
-        sys.exit(f"train.py: a rank does not see {unseen}: put --out on a file system that all nodes share")
+    unseen = sum(of_all_ranks([folder for folder in candidates[0] if not os.path.isdir(folder)]), [])
+    if unseen:  # another rank's disk, and not a damaged state
+        sys.exit(f"train.py: a rank does not see {unseen[0]}: put --out on a file system that all nodes share")
     damaged = []
     for folder in reversed(candidates[0]):
-        info, problem = read_state(folder, rank, world)
-        if info:
-            for path in damaged if rank == 0 else ():
-                os.rename(path, os.path.join(a.out, os.path.basename(path).replace("state", "damaged")))
-            return folder, info
-        say(f"warning: {folder} is damaged and passed over ({problem})", file=sys.stderr)
-        damaged.append(folder)
+        try:
+            info = together(read_state, folder, rank, world)
+        except OSError as e:
+            say(f"warning: {folder} is damaged and passed over ({e})", file=sys.stderr)
+            damaged.append(folder)
+            continue
+        for path in damaged if rank == 0 else ():
+            os.rename(path, os.path.join(a.out, os.path.basename(path).replace("state", "damaged")))
+        return folder, info
     if damaged:
         sys.exit(f"train.py: no state in {a.out} is undamaged: to begin anew, remove its folders state-*, with "
                  "--extension to start from weights that are there")
@@ -827,6 +787,12 @@ def inputs(item, vae, clip, clip_trains, device):
     return x.float() * exsvd.VAE_SCALE, cond[:, None].float(), ctx.float(), ids
 
 
+def sum_over_ranks(sums):
+    total = sums.clone()
+    dist.all_reduce(total)
+    return total
+
+
 def add_losses(sums, loss, sigma):
     """sums (2, bins + 1): losses and how many they are, in all and per bin of sigma. loss and sigma (B,)"""
     bins = torch.bucketize(sigma, torch.tensor(SIGMA_BINS, device=sigma.device)) + 1
@@ -859,21 +825,12 @@ def sample_start(a, family, dataset, networks):
 
 
 @torch.no_grad()
-def sample_video(a, s, unet, vae, clip, start, device):
-    """Frames (T,3,H,W), about -1 to 1, as sample.py makes them with settings s and --seed. start: see sample_start()"""
+def sample_video(a, family, unet, vae, clip, start, device):
+    """Frames (T,3,H,W), about -1 to 1, as sample.py makes them with the same --seed. start: see sample_start()"""
     img, fps, motion = start
-    generator = torch.Generator().manual_seed(a.seed)
-
-    def noise():
-        fresh = torch.randn(1, a.frames, 4, a.size[1] // 8, a.size[0] // 8, generator=generator)
-        return sample.shared_noise(fresh, s["share_noise"]).to(device)
-
-    x, image_noise = noise(), torch.randn(1, *img.shape, generator=generator)
-    cond, ctx = sample.condition(exsvd.SVD(unet, vae, clip, {}, None), img, s["aug"], image_noise, device)
-    ids = torch.tensor([[fps - 1, motion, s["aug"]]], device=device)
-    sigmas = exsvd.karras_sigmas(s["steps"]).to(device)
-    denoise = sample.guided(unet, cond, ctx, ids, s["cfg"], a.frames)
-    latents = sample.SAMPLERS[s["sampler"]](denoise, x * (sigmas[0] ** 2 + 1).sqrt(), sigmas, s["eta"], noise)
+    s = SAMPLING[family] | dict(seed=a.seed, frames=a.frames, round=a.frames, overlap=0, schedule="karras",
+                                cfg_interval=None, fps=fps, motion=motion)
+    latents = sample.make_latents(exsvd.SVD(unet, vae, clip, {}, None), img, s, device)
     return torch.cat(list(sample.decode(vae, latents / exsvd.VAE_SCALE, s["decode_chunk"])))
 
 
@@ -1068,27 +1025,17 @@ def say_needs(a, module, shards, say):
             "raise --keep-every, or make room", file=sys.stderr)
 
 
-def summed(sums):
-    """Over all ranks."""
-    total = sums.clone()
-    dist.all_reduce(total)
-    return total
-
-
-def refuse_other_settings(folder, theirs, ours):
-    wrong = [f"{key} {value} (now {ours.get(key)})" for key, value in theirs.items() if ours.get(key) != value]
-    if wrong:
-        sys.exit(f"train.py: {folder} was made with {', '.join(wrong)}: use the same settings, or another --out with "
-                 "--extension to start from its weights")
-
-
 def resume(a, config, shards, settings, data_id, say):
     """Go on from the newest state, if there is one. -> step, videos seen, sums of losses since log.csv's last row"""
     step = videos = 0
     sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=shards.device)  # see add_losses()
     folder, info = newest_state(a, shards.rank, shards.world, say)
     if folder:
-        refuse_other_settings(folder, info["settings"], settings)
+        other = [f"{key} {value} (now {settings.get(key)})" for key, value in info["settings"].items()
+                 if settings.get(key) != value]
+        if other:
+            sys.exit(f"train.py: {folder} was made with {', '.join(other)}: use the same settings, or another --out "
+                     "with --extension to start from its weights")
         shards.load([os.path.join(folder, name) for name in info["files"]], info["shards"])
         step, videos = info["step"], info["videos"]
         if shards.rank == 0:
@@ -1106,14 +1053,6 @@ def resume(a, config, shards, settings, data_id, say):
     return step, videos, sums
 
 
-def stop_for_bad_clips(bad):
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, sum(bad, []))
-    names = ", ".join(sum(everyone, []))
-    line = f"train.py: {BAD_STEPS} steps in a row with non-finite gradients, on these clips: {names}"
-    sys.exit(line if dist.get_rank() == 0 else 1)
-
-
 def main(argv=None):
     a, family = parse(argv)
     config = deepspeed_config(a)
@@ -1127,23 +1066,27 @@ def main(argv=None):
         if master:
             print(*words, **options, flush=True)
 
+    def leave(reason):  # on all ranks
+        sys.exit(f"train.py: {reason}" if master else 1)
+
     # Data
     os.makedirs(a.out, exist_ok=True)
     native = a.native or exsvd.open_model(a.model)[1][0].native_frames
     dataset, clips = open_clips(a, rank, native)
     say(dataset.describe() + (f"; {a.short_clips:.0%} of the passes on clips of {native}" if a.short_clips else ""))
     data_id = fingerprint(dataset.usable)
-    everyone = [None] * world
-    dist.all_gather_object(everyone, data_id)
-    if len(set(everyone)) > 1:
+    if len(set(of_all_ranks(data_id))) > 1:
         sys.exit(f"train.py: the ranks find different clips in {a.data}: let no file change while a run starts")
 
     # What trains
     svd = load_model(a, dataset, native)
-    vae, clip, clip_trains = svd.vae, svd.clip, trains_clip(a.train, svd.clip)
+    vae, clip = svd.vae, svd.clip
     settings = fixed_settings(a, fingerprint(svd.unet.conv_out.weight.detach().numpy().tobytes()))
-    module = Loss(svd.unet, clip if clip_trains else None, a.loss)
+    module = Loss(svd.unet, clip, a.loss)
     chosen, trained = choose(module, a.train)
+    clip_trains = any(name.startswith("clip.") for name in chosen)
+    if not clip_trains:
+        module.clip = None
     idle = million(p for name, p in chosen.items() if name not in trained)
     say(f"UNet of {million(svd.unet.parameters())} parameters; trained: {million(chosen.values())} in {len(chosen)} "
         f"tensors, {idle} of them idle while the context is one token" + (", CLIP among them" if clip_trains else ""))
@@ -1201,7 +1144,7 @@ def main(argv=None):
         average = shards.gather_average()
         if master:
             with weights_replaced(module, average):
-                frames = sample_video(a, SAMPLING[family], module.unet, *networks(), sampled_from, device)
+                frames = sample_video(a, family, module.unet, *networks(), sampled_from, device)
             try:
                 measured, line = save_sample(a, family, step, frames, sampled_from)
             except (OSError, data.MediaError) as e:  # a full disk must not end the run
@@ -1249,7 +1192,8 @@ def main(argv=None):
         elif not a.fp16 or engine.optimizer.loss_scale <= getattr(engine.optimizer.loss_scaler, "min_scale", math.inf):
             bad += [names]  # above its smallest scale fp16 only looks for a scale by overflowing: that is no failure
         if len(bad) == BAD_STEPS:
-            stop_for_bad_clips(bad)
+            names = ", ".join(sum(of_all_ranks(sum(bad, [])), []))
+            leave(f"{BAD_STEPS} steps in a row with non-finite gradients, on these clips: {names}")
 
         # 3. log, sample, save; leave together
         flag = torch.tensor(len(stop), device=device)
@@ -1257,7 +1201,7 @@ def main(argv=None):
         leaving = bool(flag) or step == a.steps
         bar.update()
         if step % a.log_every == 0 or step == a.steps:
-            total = summed(sums)
+            total = sum_over_ranks(sums)
             if master:
                 seconds = time.perf_counter() - begin
                 norm, lr = engine.get_global_grad_norm(), engine.optimizer.param_groups[0]["lr"]
@@ -1276,16 +1220,16 @@ def main(argv=None):
         if a.sample_every and (step % a.sample_every == 0 or step == a.steps):
             take_sample()
         if step % a.save_every == 0 or leaving:
-            position = {"step": step, "videos": videos, "data": data_id, "sums": summed(sums).tolist()}
-            problem = save(a, shards, position, settings, write_weights)
-            bar.set_description("training, LAST SAVE FAILED" if problem else "training")
-            if problem and leaving:
-                line = f"train.py: step {step} could not be saved ({problem}). What was saved before is still there: " \
-                       "make room, and the same command goes on from it"
-                sys.exit(line if master else 1)
-            if problem:
-                say(f"warning: step {step} could not be saved ({problem}); tried again at the next interval, every "
-                    f"{a.save_every} steps", file=sys.stderr)
+            position = {"step": step, "videos": videos, "data": data_id, "sums": sum_over_ranks(sums).tolist()}
+            try:
+                save(a, shards, position, settings, write_weights)
+                bar.set_description("training")
+            except OSError as e:
+                bar.set_description("training, LAST SAVE FAILED")
+                problem = f"step {step} could not be saved ({e})"
+                if leaving:
+                    leave(f"{problem}. What was saved before is still there: make room, and the same command goes on")
+                say(f"warning: {problem}; tried again every {a.save_every} steps", file=sys.stderr)
         if leaving:
             break
     bar.close()
