@@ -42,8 +42,8 @@ DEFAULTS = {
     "ExVideo": dict(area=512 * 512, steps=50, sampler="euler", eta=0.0, share_noise=0, cfg=(2.0, 2.0),
                     fps=30, motion=127, aug=0.02, decode_chunk=16, fps_range=(15, 60), motion_range=(0, 127)),
     # fresh noise at every step corrects earlier ones: the tint of frames trembles less
-    "toy": dict(area=128 * 128, steps=25, sampler="ddim", eta=1.0, share_noise=8, cfg=(1.0, 1.2),
-                fps=8, motion=20, aug=0.02, decode_chunk=16, fps_range=(4, 16), motion_range=(0, 80)),
+    "toy": dict(area=128 * 128, steps=16, sampler="ddim", eta=1.0, share_noise=0, cfg=(1.0, 1.0),
+                fps=8, motion=40, aug=0.02, decode_chunk=16, fps_range=(4, 16), motion_range=(0, 80)),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def parse(argv):
              "[all; noise falls from 700 to 0.002]")
     add("--fps", type=at_least(1), help=f"frames per second, told to the model and written to the file {shown('fps')}")
     add("--motion", type=at_least(0), help="amount of motion. SVD's scale is 0..255; ExVideo's release was trained on "
-                                           f"0..127, the toy on 20 alone {shown('motion')}")
+                                           f"0..127, the toy on 0..80 {shown('motion')}")
     add("--aug", type=at_least(0), help=f"noise added to the image, which frees the motion from it {shown('aug')}")
     add("--seed", type=at_least(0, kind=int), default=0,
         help="of all noise, drawn on the CPU: the same on every device [0]")
