@@ -3061,7 +3061,8 @@ def test_samples_start_from_one_image(picture, tmp_path):
     a = argparse.Namespace(sample_image=None, data="synthetic", size=(64, 64), motion="exvideo")
     for path in (os.path.join(HERE, "assets", "img.png"), picture):
         img, fps, motion = train.sample_start(a, "toy", None, None)
-        assert torch.equal(img, data.fit_image(data.read_image(path), 64, 64)) and (fps, motion) == (8, sample.DEFAULTS["toy"]["motion"])
+        assert torch.equal(img, data.fit_image(data.read_image(path), 64, 64))
+        assert (fps, motion) == (8, sample.DEFAULTS["toy"]["motion"])
         a.sample_image = picture
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "clip.mp4", scene(3, 16))

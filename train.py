@@ -94,9 +94,10 @@ TOY = os.path.join(HERE, "assets", "toy.safetensors")
 # By family of the model: the recipe of the paper, and the toy's.
 DEFAULTS = {
     "SVD": dict(frames=128, size=(512, 512), steps=64000, lr=1e-5, checkpoint="memory", save_every=500, keep_every=5000,
-                sample_every=0),
+                sample_every=0, warmup=0, ema=0.9999, drop=0.1),
+    # never trained without its image, nor sampled with guidance; an average of 200 steps is a short one
     "toy": dict(frames=40, size=(128, 128), steps=200, lr=1e-3, checkpoint="none", save_every=100, keep_every=100,
-                sample_every=50),
+                sample_every=50, warmup=10, ema=0.98, drop=0.0),
 }
 # Flags that --deepspeed_config may set too: the key there, and what holds if neither does (lr: see DEFAULTS).
 DEEPSPEED_KEYS = {
@@ -177,15 +178,15 @@ def parse(argv=None):
     add("--batch", type=whole(1), help="videos per GPU and pass [1, the paper's]")
     add("--accumulate", type=whole(1), help="passes per step; gradients add up in fp32, with --offload in 16 bits [1]")
     add("--lr", type=sample.at_least(0, 1), help=f"AdamW's learning rate [{shown('lr')}]")
-    add("--warmup", type=whole(0), default=0, help="steps over which lr rises from 0 [0]")
+    add("--warmup", type=whole(0), help=f"steps over which lr rises from 0 [{shown('warmup')}]")
     add("--weight-decay", type=sample.at_least(0), help="AdamW's [0.01, PyTorch's default and ExVideo's script's]")
     add("--clip", type=sample.at_least(0), help="gradient norm limit, 0: none [1.0: ours, the sources clip nothing]")
-    add("--ema", type=sample.at_least(0, 1), default=0.9999, help="decay of the average, after a warm-up [0.9999]")
+    add("--ema", type=sample.at_least(0, 1), help=f"decay of the average, after a warm-up [{shown('ema')}]")
     add("--loss", choices=("edm", "exvideo"), default="edm", help="SVD's (section 3.3), or the released script's [edm]")
     add("--share-noise", type=whole(0), default=0, metavar="BLOCK",
         help="noise whose means over BLOCK x BLOCK latents are the same in all frames, as sample.py's [0: off]")
-    add("--drop", type=sample.at_least(0, 1), default=0.1,
-        help="share of videos that lose image and CLIP latents, so that guidance keeps working [0.1]")
+    add("--drop", type=sample.at_least(0, 1),
+        help=f"share of videos that lose image and CLIP latents, so that guidance keeps working [{shown('drop')}]")
     add("--seed", type=whole(0), default=0, help="of everything that is drawn [0]")
 
     # what --deepspeed_config may say too has no default here: see DEEPSPEED_KEYS

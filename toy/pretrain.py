@@ -3,19 +3,19 @@
     python toy/pretrain.py                             # its VAE: runs/toy/start.safetensors, later vae.safetensors
 
     two="deepspeed --num_accelerators 2 train.py"      # the UNet on 8 frames, and CLIP with it: 16 clips a step
-    base="--model runs/toy/start.safetensors --train all --frames 8 --batch 8 --ema 0.995 --warmup 100 --drop 0"
+    base="--model runs/toy/start.safetensors --train all --frames 8 --batch 8 --ema 0.995 --warmup 100"
     base="$base --sample-every 0 --checkpoint none --out runs/toy/base"
     $two $base --lr 2e-3 --steps 1977 && $two $base --lr 8e-4 --steps 2381 && $two $base --lr 3e-4 --steps 2539
     python toy/pretrain.py --pack runs/toy/base/model-002539.safetensors --vae runs/toy/vae.safetensors \\
         --out assets/toy.safetensors
 
-    tune="--frames 40 --ema 0.98 --warmup 10 --drop 0 --sample-every 0 --out runs/toy/tuned"   # ExVideo: 40 frames
+    tune="--sample-every 0 --out runs/toy/tuned"       # ExVideo: 40 frames, 2 clips a step
     $two $tune --lr 1e-3 --steps 400 && $two $tune --lr 3e-4 --steps 480
     python toy/pretrain.py --pack runs/toy/tuned/exvideo-000480.safetensors --out assets/toy-exvideo.safetensors
 
-Every command goes on where it stopped when it is given again. (Of the weights that ship, the base's first 1,084 steps
-were made by one process, with 8 clips each, and the clips were encoded in bfloat16.) The networks are SVD's, block for block, only narrower;
-128 x 128 pixels are 16 x 16 latents.
+Every command goes on where it stopped when it is given again. Of the weights that ship, the base's first 1,084 steps
+were made by one process, with 8 clips each and --drop 0, and the clips were encoded in bfloat16. The networks are
+SVD's, block for block, only narrower; 128 x 128 pixels are 16 x 16 latents.
 
 The VAE learns in two phases. First encoder and decoder together, and a picture that moves is to be latents that move
 (EQ-VAE, arXiv:2502.09509): every other step enlarges picture and latents alike, or the UNet could not learn to fly.

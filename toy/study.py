@@ -128,8 +128,7 @@ def train(a, name, *arguments):
     out = os.path.join(a.out, "runs", slug(name))
     os.makedirs(out, exist_ok=True)
     command = [sys.executable, os.path.join(ROOT, "train.py"), "--out", out, "--data", "synthetic", "--workers", "1",
-               "--sample-every", "0", "--drop", "0", "--warmup", "10", "--batch", str(a.batch),
-               "--lr", str(a.lr), *arguments]
+               "--sample-every", "0", "--batch", str(a.batch), "--lr", str(a.lr), *arguments]
     with open(os.path.join(out, "output.txt"), "a") as log:
         subprocess.run(command, stdout=log, stderr=log, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -138,11 +137,10 @@ def train_all(a, pool):
     jobs = []
     quarter = ["--save-every", str(max(1, a.steps // 4)), "--keep", "4"]
     for name, (table, seed, extra) in runs(a).items():
-        ema = [] if "--ema" in extra else ["--ema", "0.98"]
         common = ["--model", BASE, "--extension", start(a, table, seed), "--frames", str(T), "--seed", str(seed)]
-        jobs.append(pool.submit(train, a, name, *common, "--steps", str(a.steps), *quarter, *ema, *extra))
+        jobs.append(pool.submit(train, a, name, *common, "--steps", str(a.steps), *quarter, *extra))
     if not a.quick:
-        common = ["--model", scratch(a), "--train", "^unet", "--frames", str(T), "--ema", "0.98"]
+        common = ["--model", scratch(a), "--train", "^unet", "--frames", str(T)]
         longer = ["--steps", str(5 * a.steps), "--save-every", str(a.steps)]
         jobs.append(pool.submit(train, a, "scratch", *common, *longer))
     for job in jobs:
