@@ -610,7 +610,7 @@ def save_state(a, shards, position, settings):
 
 
 def read_state(folder, rank, world):
-    """-> its state.json. Raises OSError, on all ranks alike, if it is damaged; each checks its share of the files."""
+    """-> its state.json. Raises OSError if it is damaged; each rank checks its share of the files, see together()."""
     try:
         with open(os.path.join(folder, "state.json")) as f:
             info = json.load(f)
