@@ -2049,21 +2049,22 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(fail_at, capsys):
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [8, 16])
 def test_seams_do_not_show(chunk):
-    """d_t, the mean change from frame t to t+1, relative to that of the whole decode: at the seams as elsewhere."""
+    """The mean change from frame to frame beside that of the whole decode: the same at the seams, to 0.05 of 255."""
     vae = exsvd.load(os.path.join(HERE, "assets", "toy.safetensors"), parts=("vae",)).vae
-    overlap, ratios = 4, []
+    overlap = 4
     for number in range(3):
         z = vae.encode(world.flight(world.picture(9, number), world.scales(60, world.FPS, 48), 64))[None]
         whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, chunk))
         video, seam = torch.cat(pieces), torch.zeros(47, dtype=torch.bool)
         for begin in np.cumsum([len(p) for p in pieces])[:-1]:
             seam[begin - 1:begin + overlap] = True  # every change that involves a blended frame
-        ratio = (video[1:] - video[:-1]).abs().mean((1, 2, 3)) / (whole[1:] - whole[:-1]).abs().mean((1, 2, 3))
-        ratios.append(ratio[seam].mean() / ratio[~seam].mean())
+        change, true = ((x[1:] - x[:-1]).abs().mean((1, 2, 3)) * 127.5 for x in (video, whole))
+        ratio = (change / true)[seam].mean() / (change / true)[~seam].mean()
+        excess = (change - true)[seam].mean()
         psnr = 10 * torch.log10(4 / (video - whole).square().mean())
-        print(f"chunk {chunk}: seams {ratios[-1]:.4f}, PSNR against the whole decode {psnr:.1f} dB")  # see it with -s
-        assert psnr > 45
-    assert all(abs(r - 1) <= 0.02 for r in ratios), ratios
+        print(f"chunk {chunk}: change at the seams x {ratio:.3f} of elsewhere, {excess:+.3f} of 255; "
+              f"PSNR against the whole decode {psnr:.1f} dB")                     # see it with -s
+        assert psnr > 50 and abs(excess) < 0.05
 
 
 def test_out_of_memory_at_one_frame_is_an_error():
@@ -2746,7 +2747,8 @@ def test_only_temporal_blocks_learn_and_all_of_them(small, one_rank):
 
 
 def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small, tmp_path):
-    train_here("--model", small, "--out", tmp_path, *FAST, "--steps", 1, "--lr", 1e-3, "--weight-decay", 100)
+    train_here("--model", small, "--out", tmp_path, *FAST, "--steps", 1, "--lr", 1e-3, "--warmup", 0,
+               "--weight-decay", 100)
     start = dict(exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 10).named_parameters())
     saved = exsvd.load(small, tmp_path / "exvideo-000001.safetensors", parts=("unet",)).unet
     for name, p in saved.named_parameters():
@@ -2876,7 +2878,8 @@ def test_a_full_disk_costs_saves_and_nothing_else(small, one_rank, videos, tmp_p
 
 
 def test_weights_are_pruned_and_what_a_kill_left_is_removed(small, tmp_path):
-    args = ("--model", small, "--out", tmp_path, *FAST, "--frames", 2, "--save-every", 1, "--keep-every", 3)
+    args = ("--model", small, "--out", tmp_path, *FAST, "--frames", 2, "--save-every", 1, "--keep-every", 3,
+            "--warmup", 0)
     train_here(*args, "--steps", 1, "--lr", 1e-4)
     (tmp_path / "model-000001.safetensors.1.tmp").write_bytes(b"half")
     (tmp_path / "saving-00000002.tmp").mkdir()
@@ -2885,7 +2888,7 @@ def test_weights_are_pruned_and_what_a_kill_left_is_removed(small, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("state-*")) == ["state-00000004", "state-00000005"]
     weights = sorted(p.name for p in tmp_path.glob("*.safetensors*"))
     assert weights == [f"model-{step:06d}.safetensors" for step in (3, 4, 5)] and not list(tmp_path.glob("*.tmp"))
-    with pytest.raises(SystemExit, match=r"drop 0.1 \(now 0.5\)"):
+    with pytest.raises(SystemExit, match=r"drop 0.0 \(now 0.5\)"):
         train_here(*args, "--steps", 6, "--drop", 0.5)
 
 
