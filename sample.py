@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import namedtuple
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -428,8 +429,9 @@ def parse(argv):
     read = [*a.images, *(path for _, path in a.keyframe), *filter(None, (a.video, a.end, a.decode_only))]
     kept = read + ([latents_path(a.video)] if a.video else [])  # those of a video to refine are an hour's work too
     written = outs if a.decode_only else outs + [latents_path(out) for out in outs]
-    for path in kept:
-        if any(is_in(path, out) for out in written):
+    written = {Path(out).resolve() for out in written}
+    for path in map(Path, kept):
+        if not written.isdisjoint([path.resolve(), *path.resolve().parents]):  # an output may be a folder of PNGs
             p.error(f"{path} would be overwritten: choose another --out")
     return a
 
@@ -442,16 +444,10 @@ def jobs_of(a):
         out = stem + "-{seed}" + extension
     jobs = []
     for image in a.images or [a.video or a.decode_only]:
-        name = os.path.splitext(os.path.basename(image))[0].removesuffix(".latents")
+        name = os.path.splitext(os.path.basename(image.rstrip(os.sep)))[0].removesuffix(".latents")
         for seed in range(a.seed, a.seed + a.seeds):
             jobs.append((image, seed, out.replace("{name}", name).replace("{seed}", str(seed))))
     return jobs
-
-
-def is_in(path, out):
-    """Whether a path is an output, or lies in one that is a folder of PNGs."""
-    path, out = os.path.realpath(path), os.path.realpath(out)
-    return path == out or path.startswith(out + os.sep)
 
 
 def default_model(a):

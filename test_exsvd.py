@@ -3061,7 +3061,7 @@ def test_monitors_get_loss_lr_and_motion_score(small, tmp_path):
 
 def test_samples_start_from_one_image(picture, tmp_path):
     """--sample-image; without it assets/img.png for synthetic clips, else the first clip's first frame."""
-    a = argparse.Namespace(sample_image=None, data="synthetic", size=(64, 64), motion="exvideo")
+    a = argparse.Namespace(fps=None, sample_image=None, data="synthetic", size=(64, 64), motion="exvideo")
     for path in (os.path.join(HERE, "assets", "img.png"), picture):
         img, fps, motion = train.sample_start(a, "toy", None, None)
         assert torch.equal(img, data.fit_image(data.read_image(path), 64, 64))

@@ -813,7 +813,7 @@ def sample_start(a, family, dataset, networks):
         path = os.path.join(HERE, "assets", "img.png")
     if path:
         img = data.fit_image(data.read_image(path), *a.size)
-        fps, motion = s["fps"], s["motion"]
+        fps, motion = a.fps or s["fps"], s["motion"]
     else:
         item = dataset[0]
         fps, motion = float(item["fps"]), float(item["motion"])
