@@ -567,8 +567,8 @@ def _key(path):
 
 
 def _json_lines(path):
-    """What the lines of a file hold; of one that was cut off while it was written, the other lines."""
-    with contextlib.suppress(OSError), open(path, "rb") as f:
+    """What the lines of a file hold, if it is there; of one that was cut off while it was written, the other lines."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
         for line in f:
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
@@ -583,7 +583,7 @@ def build_index(source, files):
     cache = source / INDEX if source.is_dir() else source.with_name(f".{source.name}{INDEX}")
     if not os.access(cache.parent, os.W_OK):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        cache = home / "exsvd" / hashlib.blake2b(os.fsencode(source), digest_size=12).hexdigest()
+        cache = home / "exsvd" / (hashlib.blake2b(os.fsencode(source), digest_size=12).hexdigest() + INDEX)
     known = dict(_json_lines(cache))
     keys = {name: _key(path) for name, path in files.items()}
     index = {name: known[name] for name in files if name in known and known[name]["key"] == keys[name]}
@@ -911,7 +911,9 @@ def encode(model, source, out, dtype=torch.float32, device="cpu", **settings):
             "seed": dataset.seed, "size": list(dataset.size), "frames": dataset.frames, "stride": dataset.stride,
             "fps": dataset.fps, "skip_static": dataset.skip_static}
     store = Path(out, STORE)
-    [theirs, _], *lines = list(_json_lines(store)) or [[ours, 0]]
+    with _reading(store, "encode into another folder"):
+        [theirs, _], *lines = list(_json_lines(store)) or [[ours, 0]]
+        theirs = dict(theirs)
     for key in ours:
         if theirs.get(key) != ours[key]:
             raise MediaError(f"{out}: was begun with {key} {theirs.get(key)}, not {ours[key]}; encode elsewhere")

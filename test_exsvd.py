@@ -1053,6 +1053,9 @@ def test_broken_files(tmp_path):
     for damaged in (b"", good[:-1000], good[:1000], good + b"0000", b"<!DOCTYPE html><html>Not found</html>", pointer):
         path.write_bytes(damaged)
         refused(unet, path, "x.safetensors is not a complete safetensors file")
+    for pickled in (b"\x80\x02}q\x00.", b"PK\x03\x04" + good):
+        path.write_bytes(pickled)
+        refused(unet, path, "x.safetensors is a pickled checkpoint, which is never opened")
 
 
 @pytest.mark.parametrize("begins", [b"\x80\x02", b"PK"])
@@ -1105,6 +1108,9 @@ def test_tensors_that_do_not_fit():
     good, first = named(unet, "diffusers"), "conv_in.weight"
     half = dict(list(good.items())[::2])
     refused(unet, half, "714 missing, such as", "(1428 tensors)")
+    refused(unet, good | {"extra.weight": torch.zeros(1)}, "1 unexpected, such as extra.weight")
+    refused(unet, {n.replace(first, "conv_inn.weight"): t for n, t in good.items()},
+            "1 missing, such as conv_in.weight", "1 unexpected, such as conv_inn.weight")
     refused(unet, good | {first: good[first][:, :4]},
             "1 mis-shaped, such as conv_in.weight (32, 4, 3, 3) instead of (32, 8, 3, 3)")
     a, b = "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"
@@ -1129,6 +1135,8 @@ def test_extensions_that_do_not_fit(tmp_path):
     refused(make_unet(num_frames=30), release, "extended to 12 frames, but the UNet to 30", "extend(unet, 12)")
     refused(longer, {n: t for n, t in release.items() if "positional_conv" not in n}, "32 missing")
     refused(longer, {n: t for n, t in release.items() if "positional_embedding.emb" not in n}, "16 missing")
+    extra = "blocks.8.norm_in.weight"
+    refused(longer, release | {extra: torch.zeros(32)}, f"1 unexpected, such as {extra}")
     model = write_model(tmp_path, "single", networks())
     with pytest.raises(exsvd.WeightsError, match="is not an extension"):
         exsvd.load(model, extension=model)
@@ -1794,8 +1802,8 @@ def test_motion_and_its_buckets_are_exvideos():
     for i, t in enumerate(published):
         assert data.motion_bucket(t) == i and data.motion_bucket(np.nextafter(t, -1)) == max(0, i - 1)
     assert data.motion_bucket(9.0) == 127 and data.motion_bucket(0.2, "64") == 64
-    draws = torch.stack([data.draw_condition(0, "a.mp4", n, (8, 8))[0] for n in range(1000)]).log()
-    assert draws.mean().item() == pytest.approx(-3, abs=0.06) and draws.std().item() == pytest.approx(0.5, abs=0.05)
+    draws = torch.stack([data.draw_condition(0, "a.mp4", n, (8, 8))[0] for n in range(4000)]).log()
+    assert draws.mean().item() == pytest.approx(-3, abs=0.03) and draws.std().item() == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -1863,6 +1871,11 @@ def test_encoding_goes_on_where_it_was_stopped(mixed, tmp_path, coder, capsys, m
     assert contents(tmp_path / "latents") == contents(tmp_path / "at once")         # and nothing else is left behind
     assert run(tmp_path / "latents", "--seed", "5") == 1
     assert re.search("latents: was begun with seed 0, not 5", capsys.readouterr().err)
+    store = tmp_path / "latents" / data.STORE
+    store.write_text(store.read_text().split("\n", 1)[1])                           # the settings are gone
+    before = store.read_bytes()
+    assert run(tmp_path / "latents") == 1 and store.read_bytes() == before
+    assert "encode into another folder" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2049,9 +2062,10 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(fail_at, capsys):
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [8, 16])
 def test_seams_do_not_show(chunk):
-    """The mean change from frame to frame beside that of the whole decode: the same at the seams, to 0.05 of 255."""
+    """The mean change from frame to frame beside that of the whole decode: at the seams as elsewhere, to 2 % in the
+    mean of three flights and to 0.05 of 255 in each."""
     vae = exsvd.load(os.path.join(HERE, "assets", "toy.safetensors"), parts=("vae",)).vae
-    overlap = 4
+    overlap, ratios = 4, []
     for number in range(3):
         z = vae.encode(world.flight(world.picture(9, number), world.scales(60, world.FPS, 48), 64))[None]
         whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, chunk))
@@ -2059,12 +2073,13 @@ def test_seams_do_not_show(chunk):
         for begin in np.cumsum([len(p) for p in pieces])[:-1]:
             seam[begin - 1:begin + overlap] = True  # every change that involves a blended frame
         change, true = ((x[1:] - x[:-1]).abs().mean((1, 2, 3)) * 127.5 for x in (video, whole))
-        ratio = (change / true)[seam].mean() / (change / true)[~seam].mean()
+        ratios.append((change / true)[seam].mean() / (change / true)[~seam].mean())
         excess = (change - true)[seam].mean()
         psnr = 10 * torch.log10(4 / (video - whole).square().mean())
-        print(f"chunk {chunk}: change at the seams x {ratio:.3f} of elsewhere, {excess:+.3f} of 255; "
+        print(f"chunk {chunk}: change at the seams x {ratios[-1]:.3f} of elsewhere, {excess:+.3f} of 255; "
               f"PSNR against the whole decode {psnr:.1f} dB")                     # see it with -s
         assert psnr > 50 and abs(excess) < 0.05
+    assert abs(torch.stack(ratios).mean() - 1) <= 0.02, ratios
 
 
 def test_out_of_memory_at_one_frame_is_an_error():
@@ -2279,7 +2294,7 @@ def test_the_toy_that_ships(tmp_path):
     picture = data.fit_image(data.read_image(image), world.PICTURE, world.PICTURE)
     m = measure.measure(frames.permute(0, 3, 1, 2) / 127.5 - 1, picture, sample.DEFAULTS["toy"]["motion"], fps)
     assert len(frames) == 40 and 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.08 and m["back"] < 0.03, measure.show(m)
-    assert 0.5 < m["flicker"] < 1.5 and min(m["psnr"]) > 22, measure.show(m)
+    assert 0.6 < m["flicker"] < 1.5 and min(m["psnr"]) > 22, measure.show(m)
 
 
 def test_default_model(tmp_path, monkeypatch, capsys):
@@ -3009,7 +3024,7 @@ def test_optimiser_on_the_cpu(small, one_rank, videos, tmp_path):
     train_here("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--offload")
     assert int(log_of(tmp_path)[-1]["step"]) == 4
     for ours, theirs in zip(flat(tmp_path, 4, "master"), flat(one_rank, 4, "master")):
-        close(ours, theirs, 5e-3, "masters")
+        close(ours, theirs, 1e-3, "masters")
 
 
 def test_native_length_of_the_base(small, tmp_path):
