@@ -3,7 +3,7 @@
     python data.py check videos/                                        # what would be used, and why not the rest
     python data.py encode --model svd_xt.safetensors --data videos/ --out latents/
 
-    1. Pictures and videos in          read_image, read_video, read_settings, fit_image, default_size
+    1. Pictures and videos in          read_image, read_video, video_frames, fit_image, ...
     2. Videos out                      VideoWriter (.mp4, .webm, .gif, a folder of PNGs), write_png
     3. Motion and noise                motion_score, motion_bucket, draw_condition
     4. The index of a set of videos    list_files, scan, find_cuts, build_index
@@ -204,29 +204,38 @@ def read_image(path):
         raise ValueError("no picture could be decoded")
 
 
-def read_video(path):
-    """All frames of a video, GIF, or folder of PNGs written by VideoWriter: uint8 (T, H, W, 3), frames per second.
-
-    The rate is measured from the time stamps (1.0 for a single frame without one).  Raises MediaError."""
-    path = Path(path)
-    if path.is_dir():
-        with _reading(path, "give a video file or a folder written by sample.py"):
+def video_frames(path):
+    """The frames of a video, GIF, or folder of PNGs written by VideoWriter, one by one: (uint8 (H, W, 3), its time in
+    seconds or None, the frame rate that the file declares or None).  Raises MediaError."""
+    path, count = Path(path), 0
+    with _reading(path, "give a video file, or a folder written by sample.py"):
+        if path.is_dir():
             fps = float(read_settings(path)["fps"])
-            return torch.stack([read_image(f) for f in sorted(path.glob("frame_*.png"))]), fps
-    frames, times = [], []
-    with _reading(path, "give an mp4, webm, gif or similar file"):
-        for frame, stream in _decode(path):
-            if frame is not None:
-                frames.append(_pixels(frame))
-                times.append(frame.pts * frame.time_base if frame.pts is not None else None)
-        if not frames:
+            for count, file in enumerate(sorted(path.glob("frame_*.png")), 1):
+                yield read_image(file), (count - 1) / fps, fps
+        else:
+            for frame, stream in _decode(path):
+                if frame is not None:
+                    count += 1
+                    yield _pixels(frame), frame.time, stream.average_rate
+        if not count:
             raise ValueError("no frame could be decoded")
-        video, rate = torch.stack(frames), stream.average_rate
-    if len(frames) > 1 and None not in times and times[-1] > times[0]:
-        measured = (len(frames) - 1) / (times[-1] - times[0])
-        if not rate or abs(rate - measured) > 0.02 * measured:                      # stamps are rounded, headers lie
-            rate = measured
-    return video, float(rate or 1)
+
+
+def frame_rate(times, declared):
+    """Frames per second: measured from the time stamps (seconds, or None), or as declared; 1.0 if neither says it."""
+    if len(times) > 1 and None not in times and times[-1] > times[0]:
+        measured = (len(times) - 1) / (times[-1] - times[0])
+        if not declared or abs(declared - measured) > 0.02 * measured:              # stamps are rounded, headers lie
+            return measured
+    return float(declared or 1)
+
+
+def read_video(path):
+    """All frames of what video_frames() reads: uint8 (T, H, W, 3), frames per second.  Raises MediaError."""
+    frames, times, declared = zip(*video_frames(path))
+    with _reading(path, "convert it to one size"):
+        return torch.stack(frames), frame_rate(times, declared[-1])
 
 
 def read_settings(path):

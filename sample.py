@@ -33,17 +33,18 @@ import exsvd
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# What a run uses where no flag says otherwise. area: width x height, kept at the image's own aspect ratio; frames: the
-# rows of the extension's table, or the native length; beyond the ranges a model is far from what it was trained on.
+# What a run uses where no flag says otherwise. size: what the model was trained on; its area is kept, at the aspect
+# ratio of the image. Frames are the rows of the extension's table, or the native length. Outside of the ranges, too, a model
+# is far from what it was trained on.
 DEFAULTS = {
     # as diffusers runs SVD and SVD-XT; the ranges are those of Stability's script
-    "SVD": dict(area=1024 * 576, steps=25, sampler="euler", eta=0.0, share_noise=0, cfg=(1.0, 3.0),
+    "SVD": dict(size=(1024, 576), steps=25, sampler="euler", eta=0.0, share_noise=0, cfg=(1.0, 3.0),
                 fps=7, motion=127, aug=0.02, decode_chunk=14, fps_range=(5, 30), motion_range=(0, 255)),
     # as the ExVideo authors run their release, which was trained with 30 fps alone: the range is half and twice that
-    "ExVideo": dict(area=512 * 512, steps=50, sampler="euler", eta=0.0, share_noise=0, cfg=(2.0, 2.0),
+    "ExVideo": dict(size=(512, 512), steps=50, sampler="euler", eta=0.0, share_noise=0, cfg=(2.0, 2.0),
                     fps=30, motion=127, aug=0.02, decode_chunk=16, fps_range=(15, 60), motion_range=(0, 127)),
     # fresh noise at every step corrects earlier ones: the tint of frames trembles less
-    "toy": dict(area=128 * 128, steps=16, sampler="ddim", eta=1.0, share_noise=0, cfg=(1.0, 1.0),
+    "toy": dict(size=(128, 128), steps=16, sampler="ddim", eta=1.0, share_noise=0, cfg=(1.0, 1.0),
                 fps=8, motion=40, aug=0.02, decode_chunk=16, fps_range=(4, 16), motion_range=(0, 80)),
 }
 
@@ -201,18 +202,22 @@ def rounds(frames, length, overlap):
     return [(start, min(start + length, frames)) for start in starts]
 
 
-def adjust(z, match, contrast):
+def adjust(z, s):
     """What the official tool does to the latents of the released ExVideo weights: (1,T,4,h,w) -> (1,T,4,h,w).
 
-    match: every frame gets the mean and deviation of the whole video. contrast: a factor, 1.2 there.
-    Both counter a video that greys with time. The likely cause, read off that code and not confirmed: its training
-    targets were scaled by 0.13025, SDXL's constant, instead of 0.18215, so the weights aim at too little contrast.
+    s["match_stats"]: every frame gets the mean and deviation of the whole video, but for key frames, whose picture is
+    given. s["contrast"]: a factor, 1.2 there. Both counter a video that greys with time. The likely cause, read off
+    that code and not confirmed: its training targets were scaled by 0.13025, SDXL's constant, instead of 0.18215, so
+    the weights aim at too little contrast. What is given in full contrast is divided by the factor beforehand.
     """
-    if match:
+    if s["match_stats"]:
         mean = z.mean(dim=(2, 3, 4), keepdim=True)
         std = z.std(dim=(2, 3, 4), keepdim=True)
-        z = (z - mean) / std * z.std() + z.mean()
-    return z * contrast
+        matched = (z - mean) / std * z.std() + z.mean()
+        given = [number for number in s["keyframes"] if number < z.shape[1]]
+        matched[:, given] = z[:, given]
+        z = matched
+    return z * s["contrast"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -389,7 +394,8 @@ def parse(argv):
         help=f"frames decoded at once; fewer need less memory {shown('decode_chunk')}")
     add("--match-stats", action=argparse.BooleanOptionalAction,
         help="give every frame's latents the mean and deviation of the video's [only with published ExVideo weights]")
-    add("--contrast", type=at_least(0), help="factor on the latents [1.2 with the published ExVideo weights, else 1]")
+    add("--contrast", type=at_least(0.01),
+        help="factor on the latents [1.2 with the published ExVideo weights, else 1]")
     add("--decode-only", metavar="FILE",
         help="decode latents saved by an earlier run, instead of sampling. --fps, --decode-chunk, --match-stats, "
              "--contrast and --dtype may differ from that run's")
@@ -535,11 +541,13 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
                 if start == 0:
                     for number, frame in keyframes.items():
                         shown = svd.vae.encode(frame[None].to(device)) * exsvd.VAE_SCALE
-                        z[:, number] = shown / (s["contrast"] or 1)  # adjust() puts it back
+                        z[:, number] = shown / s["contrast"]  # adjust() puts it back
                         fixed[number] = 1
-                else:  # told of its own first frame, not of the last one made: see rounds()
-                    img = frame_of(svd.vae, z[:, :made], start, s)
-                denoise = told(img, z[:, start:start + 1] / exsvd.VAE_SCALE if start > 0 else None)
+                    denoise = told(img)
+                else:  # told of its own first frame, as a viewer sees it, not of the last one made: see rounds()
+                    shown = adjust(z[:, :made], s)
+                    img = decoded_frame(svd.vae, shown, start, s["decode_chunk"])
+                    denoise = told(img, shown[:, start:start + 1] / exsvd.VAE_SCALE)
                 if end is not None and stop == s["frames"]:
                     denoise = fused(denoise, told(end), length)
             weight = fixed[start:stop].clone()
@@ -561,17 +569,17 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
     return z
 
 
-def frame_of(vae, latents, number, s):
+def decoded_frame(vae, z, number, chunk):
     """One frame (3,H,W) of scaled latents (1,T,4,h,w), decoded with its neighbours."""
-    first = max(0, number - s["decode_chunk"] // 2)
-    z = adjust(latents, s["match_stats"], s["contrast"])[:, first:first + s["decode_chunk"]]
-    return torch.cat(list(decode(vae, z / exsvd.VAE_SCALE, s["decode_chunk"])))[number - first].clamp(-1, 1)
+    first = max(0, number - chunk // 2)
+    nearby = z[:, first:first + chunk] / exsvd.VAE_SCALE
+    return torch.cat(list(decode(vae, nearby, chunk)))[number - first].clamp(-1, 1)
 
 
 @torch.inference_mode()
 def write_video(vae, latents, s, out):
     """Scaled latents (1,T,4,h,w) to a video file, chunk by chunk."""
-    z = adjust(latents, s["match_stats"], s["contrast"]) / exsvd.VAE_SCALE
+    z = adjust(latents, s) / exsvd.VAE_SCALE
     with (on_device(latents.device, vae), data.VideoWriter(out, s["fps"], s) as video,
           tqdm(total=z.shape[1], desc="decoding", unit="frame") as bar):
         for frames in decode(vae, z, s["decode_chunk"]):
@@ -595,9 +603,9 @@ def settings_of(a, family, svd, img, seed, video=None):
         chosen["eta"] = 0.0  # the default belongs to the default sampler
     native = a.native or svd.unet.config.native_frames
     length = svd.unet.max_frames or native
-    frames = a.frames or (min(len(video.frames), length) if video else length)
+    frames = a.frames or (len(video.latents) if video else length)
     if frames > length and not svd.unet.max_frames and not a.overlap:
-        warn(f"--frames {frames}, but this model without extension knows {native}: expect motion that jitters or fades "
+        warn(f"{frames} frames, but this model without extension knows {native}: expect motion that jitters or fades "
              "after those (--extension for longer videos, --overlap for rounds, --native N if the model's is another)")
         length = frames
     overlap = a.overlap or max(1, length // 8)
@@ -607,26 +615,23 @@ def settings_of(a, family, svd, img, seed, video=None):
         if number >= frames:
             raise data.MediaError(f"--keyframe {number}: the video has the frames 0 to {frames - 1}")
     if video and a.fps is None:
-        chosen["fps"] = max(1.0, video.fps * frames / len(video.frames))  # as fast as it was
-    if a.size:
-        width, height = a.size
-    elif video and video.settings:
-        width, height = video.settings["width"], video.settings["height"]
-    elif video:
-        H, W = video.frames.shape[1:3]
-        width, height = data.default_size(W, H, W * H)
+        chosen["fps"] = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
+    trained = DEFAULTS[family]["size"]
+    area = math.prod(trained)
+    if video:
+        height, width = (8 * n for n in video.latents.shape[2:])
     else:
-        width, height = data.default_size(img.shape[1], img.shape[0], chosen["area"])
+        width, height = a.size or data.default_size(img.shape[1], img.shape[0], area)
     if a.offload and a.decode_chunk is None:  # about 3 GB: 4 frames of 1024x1024 at once, 16 of 512x512
         chosen["decode_chunk"] = max(4, min(chosen["decode_chunk"], 2**22 // (width * height)))
-    near = chosen["area"] / 2 <= width * height <= chosen["area"] * 2
-    if not near and not video:
-        warn(f"{width}x{height}, but {family} was trained on about {math.isqrt(chosen['area'])} squared: expect "
-             "repetition or blur (make it at that size, and then larger: --video FILE --size WxH)")
+    longest = max(width / height, height / width)
+    if not video and not (area / 2 <= width * height <= area * 2 and longest <= 2):
+        warn(f"{width}x{height}, but {family} was trained on {trained[0]}x{trained[1]}: expect repetition or blur "
+             "(make it at that size, and then larger: --video FILE --size WxH)")
     for key in ("fps", "motion"):
         low, high = chosen[f"{key}_range"]
         if not low <= chosen[key] <= high:
-            warn(f"--{key} {chosen[key]:g}, but {family} was trained on {low} to {high}: expect artefacts")
+            warn(f"{key} {chosen[key]:g}, but {family} was trained on {low} to {high}: expect artefacts")
     published = svd.extension == {}  # names of the ExVideo release and none of our metadata: only that is corrected
     return dict(
         family=family,
@@ -702,38 +707,39 @@ def decode_again(a, model, toy, device):
           f"{peak_memory(device)} at the peak")
 
 
-# A video to refine. frames: uint8 (n,H,W,3), or scaled latents (n,4,h,w) with the settings they were made with.
-Video = namedtuple("Video", "frames fps settings")
-
-
-def open_video(path):
-    if path.endswith(".safetensors"):
-        latents, s = saved_latents(path)
-        return Video(latents[0], s["fps"], s)
-    return Video(*data.read_video(path), None)
+# A video to refine, as it is seen. latents: scaled (n,4,h,w), on the CPU; first: its first frame, uint8 (H,W,3)
+Video = namedtuple("Video", "latents fps first")
 
 
 @torch.inference_mode()
-def first_frame(vae, video, device):
-    """uint8 (H,W,3)"""
-    if video.settings is None:
-        return video.frames[0]
-    with on_device(device, vae):
-        return to_pixels(frame_of(vae, video.frames[None].to(device), 0, video.settings)[None])[0]
-
-
-@torch.inference_mode()
-def encode_video(vae, video, s, device):
-    """A video resampled in time: scaled latents (1,T,4,h,w)."""
-    frames = video.frames[torch.linspace(0, len(video.frames) - 1, s["frames"]).round().long()]
-    if video.settings is None:
+def open_video(a, vae, device):
+    """--video, at --size or its own."""
+    if a.video.endswith(".safetensors"):
+        latents, s = saved_latents(a.video)
+        width, height = a.size or (s["width"], s["height"])
+        if (width, height) != (s["width"], s["height"]):
+            raise data.MediaError(f"--size {width}x{height}: the latents are of {s['width']}x{s['height']}; give the "
+                                  "video itself to --video, or leave --size out")
+        shown = adjust(latents, s)
         with on_device(device, vae):
-            fitted = (data.fit_image(frame, s["width"], s["height"])[None].to(device) for frame in frames)
-            return torch.stack([vae.encode(frame) for frame in fitted], dim=1) * exsvd.VAE_SCALE
-    if frames.shape[2:] != (s["height"] // 8, s["width"] // 8):
-        raise data.MediaError(f"--size {s['width']}x{s['height']}: the latents are of {video.settings['width']}x"
-                              f"{video.settings['height']}; give the video itself to --video, or leave --size out")
-    return frames[None].to(device)
+            first = decoded_frame(vae, shown.to(device), 0, s["decode_chunk"])
+        return Video(shown[0], s["fps"], to_pixels(first[None])[0])
+    latents, times, first = [], [], None
+    with on_device(device, vae), tqdm(desc="encoding", unit="frame") as bar:
+        for frame, time, declared in data.video_frames(a.video):  # one by one: the whole of it may not fit memory
+            if first is None:
+                H, W = frame.shape[:2]
+                first, size = frame, a.size or data.default_size(W, H, W * H)
+            fitted = data.fit_image(frame, *size)[None].to(device)
+            latents.append(vae.encode(fitted)[0].float().cpu() * exsvd.VAE_SCALE)
+            times.append(time)
+            bar.update()
+    return Video(torch.stack(latents), data.frame_rate(times, declared), first)
+
+
+def resampled(latents, frames):
+    """So many of a video's latents (n,4,h,w), evenly spaced: (1,frames,4,h,w)."""
+    return latents[torch.linspace(0, len(latents) - 1, frames).round().long()][None]
 
 
 def load(a, model, extension, toy, device):
@@ -759,7 +765,8 @@ def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
         return data.fit_image(picture, s["width"], s["height"])
 
     begin = time.perf_counter()
-    latents = make_latents(svd, fit(img), s, device, video and encode_video(svd.vae, video, s, device),
+    start = video and resampled(video.latents, s["frames"]).to(device) / s["contrast"]  # adjust() puts it back
+    latents = make_latents(svd, fit(img), s, device, start,
                            None if end is None else fit(end), {i: fit(frame) for i, frame in keyframes.items()})
     sampled = time.perf_counter()
     if not latents.isfinite().all():
@@ -791,10 +798,11 @@ def main(argv=None):
         decode_again(a, model, toy, device)
         return
 
-    video = open_video(a.video) if a.video else None
+    if a.video and not a.video.endswith(".safetensors"):
+        next(data.video_frames(a.video))  # what cannot be read is to be known before the networks are loaded
     end = data.read_image(a.end) if a.end else None
     keyframes = {number: data.read_image(path) for number, path in a.keyframe}
-    svd, failed = None, []
+    svd, video, failed = None, None, []
 
     def fail(out, error):  # the others of a batch are made all the same
         if not a.batch:
@@ -813,8 +821,10 @@ def main(argv=None):
             continue
         if svd is None:
             svd, family = load(a, model, extension, toy, device)
+        if a.video and video is None:
+            video = open_video(a, svd.vae, device)
         if img is None:
-            img = first_frame(svd.vae, video, device)
+            img = video.first
         s = settings_of(a, family, svd, img, seed, video)
         check_writable(out, s["fps"])  # once more: a video to refine may be too fast for a GIF
         try:

@@ -34,6 +34,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zlib
 from fractions import Fraction
 
@@ -2014,10 +2015,13 @@ def test_rounds_of_a_long_video():
 def test_adjust_matches_frames_and_raises_contrast():
     gain, bias = (torch.linspace(*ends, 6).view(1, -1, 1, 1, 1) for ends in ((0.5, 2), (-1, 1)))
     z = torch.randn(1, 6, 4, 8, 8) * gain + bias
-    out = sample.adjust(z, True, 1.2)
+    s = {"match_stats": True, "contrast": 1.2, "keyframes": []}
+    out = sample.adjust(z, s)
     assert torch.allclose(out.mean((2, 3, 4)), z.mean().expand(1, 6) * 1.2, atol=1e-5)
     assert torch.allclose(out.std((2, 3, 4)), z.std().expand(1, 6) * 1.2, rtol=1e-4)
-    assert torch.equal(sample.adjust(z, False, 1.0), z)
+    given = sample.adjust(z, s | {"keyframes": [2, 9]})
+    assert torch.equal(given[:, 2], z[:, 2] * 1.2) and torch.equal(given[:, 3:], out[:, 3:])
+    assert torch.equal(sample.adjust(z, s | {"match_stats": False, "contrast": 1.0}), z)
 
 
 class Frames:
@@ -2357,11 +2361,16 @@ def test_a_batch(make, picture, tmp_path, monkeypatch, capsys):
 
 
 def oracle(monkeypatch, *clips):
-    """From now on the model sees the first of these latents, then the second, ... in whatever it is shown. -> calls"""
-    calls, clips = [], iter(clips)
+    """From now on the model sees the first of these latents, then the second, ... in whatever it is shown. -> what it
+    is called with, a list; .told are the image latents"""
+    class Calls(list):
+        told = []
+
+    calls, clips = Calls(), iter(clips)
 
     def guided(unet, image_latents, ctx, ids, cfg, frames, interval):
         z = next(clips)
+        calls.told.append(image_latents)
 
         def denoise(x, sigma):
             calls.append((x, sigma))
@@ -2395,6 +2404,23 @@ def test_longer_than_the_table_in_rounds(make, tiny_extension, monkeypatch):
     for img, start in zip(images[1:], (16, 25)):  # a round is told of its own first frame, as the model was trained
         assert (video - img).square().mean((1, 2, 3)).argmin() == start
     assert len(video) == 45 and len(images) == 3
+
+
+def test_rounds_and_key_frames_of_published_weights(make, tiny_model, tiny_extension, picture, monkeypatch):
+    """Every frame is matched to the others and gets 1.2 times the contrast: a later round is told of the frame that a
+    viewer sees, and a key frame comes out as its picture is."""
+    clips = torch.randn(2, 1, 20, 4, 8, 8)
+    calls = oracle(monkeypatch, *clips)
+    flags = "--frames", 24, "--overlap", 8, "--keyframe", f"14={picture}"
+    out = make("--extension", tiny_extension[1], *flags, name="frames")
+    z, settings = latents_of(out), data.read_settings(out)
+    assert settings["match_stats"] and settings["contrast"] == 1.2
+    img = data.fit_image(data.read_image(picture), 64, 64)
+    with torch.no_grad():
+        shown = exsvd.load(tiny_model, parts=("vae",)).vae.encode(img[None])
+    assert torch.allclose(sample.adjust(z, settings)[:, 14] / exsvd.VAE_SCALE, shown, atol=1e-4)
+    clips[0][:, 14] = z[:, 14]
+    assert torch.allclose(calls.told[1], sample.adjust(clips[0], settings)[:, 4:5] / exsvd.VAE_SCALE, atol=1e-4)
 
 
 def test_an_end_and_key_frames(make, tiny_model, picture, tmp_path, monkeypatch):
@@ -2443,6 +2469,26 @@ def test_a_video_is_refined_from_where_the_strength_says(make, tiny_model, monke
         make("--video", source, "--size", "128x128")
 
 
+def test_refinement_by_published_weights_begins_as_the_video_looks(make, tiny_model, tiny_extension, monkeypatch):
+    """From the video and from its latents alike: what they show, less the contrast that is put on in the end. All 24
+    frames are made, in two rounds, at their own rate."""
+    release = "--extension", tiny_extension[1]
+    oracle(monkeypatch, *torch.randn(2, 1, 20, 4, 8, 8))
+    first = make(*release, "--frames", 24, name="first.mp4")
+    shown = sample.adjust(latents_of(first), data.read_settings(first))
+    video = data.read_video(first)[0].permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        encoded = data.encode_frames(exsvd.load(tiny_model, parts=("vae",)).vae, video)[None] * exsvd.VAE_SCALE
+    for source, z in ((sample.latents_path(str(first)), shown), (first, encoded)):
+        calls = oracle(monkeypatch, *torch.zeros(2, 1, 20, 4, 8, 8))
+        out = make(None, "--video", source, *release, "--strength", 0, "--steps", 9, "--share-noise", 0, name="b.mp4")
+        noise = torch.randn(1, 20, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        x, sigma = calls[0]
+        assert torch.allclose(x, z[:, :20] / 1.2 + sigma * noise, rtol=1e-4, atol=1e-3)
+        refined, fps = data.read_video(out)
+        assert len(calls) == 2 and len(refined) == 24 and fps == data.read_video(first)[1]
+
+
 @pytest.mark.parametrize("flags", [
     "a.mp4 --out a.mp4", "p.png --end a.mp4 --out a.mp4", "p.png --keyframe 1=a.mp4 --out a.mp4",
     "f/frame_0000.png --out f/", "--video a.mp4 --out a.gif", "--video a.latents.safetensors --out a.webm"])
@@ -2457,9 +2503,8 @@ def test_a_video_to_refine_keeps_its_size(tiny_model, tmp_path):
     """Whatever the size of IMAGE; latents also where they are wider than what is chosen for pictures."""
     svd, large = exsvd.load(tiny_model), torch.zeros(200, 300, 3, dtype=torch.uint8)
     a = sample.parse(["large.png", "--video", "a.mp4", "--out", str(tmp_path / "refined.mp4")])
-    pixels = sample.Video(torch.zeros(2, 64, 128, 3, dtype=torch.uint8), 8, None)
-    latents = sample.Video(torch.zeros(2, 4, 8, 40), 8, {"width": 320, "height": 64})
-    for video, size in ((pixels, (128, 64)), (latents, (320, 64))):
+    for size in ((128, 64), (320, 64)):
+        video = sample.Video(torch.zeros(2, 4, size[1] // 8, size[0] // 8), 8, None)
         s = sample.settings_of(a, "toy", svd, large, 0, video)
         assert (s["width"], s["height"]) == size
 
@@ -2473,9 +2518,11 @@ def test_warnings_off_the_trained_range(make, picture, tmp_path, capsys):
     data.write_png(tmp_path / "second.png", world.clip(0, 1, 1, 64)[0][0])
     make(picture, tmp_path / "second.png", "--frames", 1, "--fps", 100, "--motion", 90, name="{name}.mp4")
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert [line.split()[1].strip(",") for line in warnings] == ["64x64", "--fps", "--motion"], "one line each, once"
+    assert [line.split()[1].strip(",") for line in warnings] == ["64x64", "fps", "motion"], "one line each, once"
     make("--frames", 1, "--size", "128x128", "--fps", 8, "--motion", 20)
     assert "warning" not in capsys.readouterr().err
+    make("--frames", 1, "--size", "256x64", "--fps", 8, "--motion", 20)
+    assert "256x64, but toy was trained on 128x128" in capsys.readouterr().err, "of the area, but four times as wide"
 
 
 def test_out_of_memory_names_what_helps_in_order(make, tiny_model, picture, monkeypatch):
@@ -2513,7 +2560,7 @@ def test_text_to_video_by_the_snippet(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained",
                         lambda name, torch_dtype: text_to_image)
     monkeypatch.setattr(sample, "default_model", lambda a: (tiny_model, None))
-    monkeypatch.setitem(sample.DEFAULTS, "toy", sample.DEFAULTS["toy"] | {"steps": 1, "area": 64 * 64})
+    monkeypatch.setitem(sample.DEFAULTS, "toy", sample.DEFAULTS["toy"] | {"steps": 1, "size": (64, 64)})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "sample", sample)
     with open(os.path.join(HERE, "README.md")) as file:
@@ -2536,10 +2583,10 @@ def test_text_to_video_by_the_snippet(tiny_model, tmp_path, monkeypatch):
 
 def test_more_frames_than_the_model_knows(make, tiny_model, capsys):
     make("--frames", 9)
-    assert "warning: --frames 9" in capsys.readouterr().err
+    assert "warning: 9 frames, but" in capsys.readouterr().err
     for flags in (["--native", 9], ["--overlap", 1]):  # the model is said to know them; they are made in rounds
         make("--frames", 9, *flags)
-        assert "warning: --frames" not in capsys.readouterr().err
+        assert "frames, but" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args, words", [
@@ -3058,20 +3105,48 @@ def test_passes_of_two_lengths(small, tmp_path, monkeypatch):
     assert seen == [wanted[n] for n in range(5)] and set(seen) == {"L", "S"}
 
 
-def test_monitors_get_loss_lr_and_motion_score(small, tmp_path):
-    """TensorBoard by --deepspeed_config: what is in its event file is what log.csv says. W&B goes the same way."""
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard here")
-    config = {"tensorboard": {"enabled": True, "output_path": str(tmp_path), "job_name": "board"}}
+def test_monitors_get_loss_lr_and_motion_score(small, tmp_path, monkeypatch):
+    """By --deepspeed_config, what log.csv says: in TensorBoard's event file, where that is installed, and at W&B, of
+    which a stand-in drops what W&B drops."""
+    wandb, curves, last = types.ModuleType("wandb"), {}, [0]
+
+    def log(values, step, commit):
+        if step >= last[0]:  # "Steps must be monotonically increasing, so this data will be ignored"
+            last[0] = step
+            for name, value in values.items():
+                curves.setdefault(name, []).append((step, value))
+
+    wandb.init, wandb.log = lambda **_: None, log
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = {"wandb": {"enabled": True}}
+    with contextlib.suppress(ImportError):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        config["tensorboard"] = {"enabled": True, "output_path": str(tmp_path), "job_name": "board"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    train_here("--model", small, "--out", tmp_path / "run", *FAST, "--steps", 2, "--sample-every", 2,
+    train_here("--model", small, "--out", tmp_path / "run", *FAST, "--steps", 2, "--sample-every", 2, "--batch", 2,
                "--deepspeed_config", tmp_path / "config.json")
-    board = events.EventAccumulator(str(tmp_path / "board"))
-    board.Reload()
-    for tag, column in (("train/loss", "loss"), ("train/lr", "lr")):
-        logged = [(int(row["step"]), float(row[column])) for row in log_of(tmp_path / "run")]
-        assert [(e.step, pytest.approx(e.value, abs=1e-5)) for e in board.Scalars(tag)] == logged
-    assert [e.step for e in board.Scalars("sample/motion_score")] == [0, 2]
-    assert all(e.value > 0 for e in board.Scalars("sample/motion_score"))
+    logged = log_of(tmp_path / "run")
+    for name, column in (("train/loss", "loss"), ("train/lr", "lr")):
+        assert curves[name] == [(int(row["videos"]), pytest.approx(float(row[column]), abs=1e-5)) for row in logged]
+    assert [videos for videos, _ in curves["sample/motion_score"]] == [0, 4]
+    assert all(score > 0 for _, score in curves["sample/motion_score"])
+    if "tensorboard" in config:
+        board = EventAccumulator(str(tmp_path / "board"))
+        board.Reload()
+        for name, curve in curves.items():
+            assert [(e.step, e.value) for e in board.Scalars(name)] == [(n, pytest.approx(v)) for n, v in curve]
+
+
+def test_progress_of_a_long_run_stays_small(small, tmp_path):
+    """Of its rows every second one goes when there are too many; videos go as weights do."""
+    for step in range(train.PROGRESS_ROWS + 1):
+        train.add_progress(tmp_path, step, torch.full((9, 64, 64, 3), step, dtype=torch.uint8))
+    rows = data.read_image(tmp_path / "progress.png")[::64, 0, 0].tolist()
+    assert rows == [*range(0, train.PROGRESS_ROWS + 1, 2)] and len(os.listdir(tmp_path / "progress")) == len(rows)
+    train_here("--model", small, "--out", tmp_path / "run", *FAST, "--steps", 5, "--sample-every", 1,
+               "--save-every", 1, "--keep", 1, "--keep-every", 3)
+    kept = sorted(path.name for path in (tmp_path / "run").glob("sample-*.mp4"))
+    assert kept == ["sample-000000.mp4", "sample-000003.mp4", "sample-000005.mp4"]
 
 
 def test_samples_start_from_one_image(picture, tmp_path):
@@ -3151,6 +3226,7 @@ def test_gradients_that_stay_bad_stop_the_run_and_name_the_clips(small, tmp_path
     (["--motion", "much"], "invalid bucket value"),
     (["--model", "missing.safetensors"], "no such weight file"),
     (["--data", "missing"], "missing"),
+    (["--sample-image", "missing.png"], "missing.png"),
     (["--train", "nothing"], "names no parameter"),
     (["--train", "("], "nor a regular expression"),
     (["--deepspeed_config", "{config}", "--lr", "0.1"], "contradicts"),

@@ -35,8 +35,9 @@ A run folder (--out) holds
     progress.png                a row per sample: frames 0, T/8, ... T-1; sample-<step>.mp4 are the videos
     data.log                    the files that are not used or could not be read later, and why
     run.json, source/           settings, versions, commit, code
-States and weights are pruned to the last --keep; weights of every --keep-every steps stay for ever. When the disk is
-full the run goes on, both are tried again at the next interval, and nothing older goes before both are written.
+States, weights and samples are pruned to the last --keep; weights and samples of every --keep-every steps stay for
+ever. When the disk is full the run goes on, both are tried again at the next interval, and nothing older goes before
+both are written.
 
 The same command resumes from the newest state that is undamaged. What a step draws (clip, noise level, noise, dropout)
 depends on --seed and the number of the video alone, so a run that was killed, in the middle of a save too, ends in the
@@ -112,6 +113,7 @@ DEEPSPEED_KEYS = {
 SIGMA_BINS = (0.7, 2.0, 6.0)  # the loss is logged apart between these: about the quartiles of the default noise levels
 SAMPLING = {"SVD": sample.DEFAULTS["ExVideo"], "toy": sample.DEFAULTS["toy"]}  # settings of samples during training
 BUCKET = 50_000_000           # gradients that DeepSpeed gathers on the GPU at a time, 2 bytes each; it would take 10x
+PROGRESS_ROWS = 32            # of progress.png, at most
 BAD_STEPS = 5                 # steps in a row with non-finite gradients that stop the run
 
 
@@ -193,7 +195,9 @@ def parse(argv=None):
     add = p.add_argument_group("machine").add_argument
     add("--fp16", action="store_true", default=None, help="fp16 with loss scaling instead of bf16")
     add("--offload", action="store_true", default=None, help="optimiser, masters, moments and EMA on the CPU")
-    add("--deepspeed_config", type=json_file, metavar="FILE", help="JSON, merged over the settings in this file")
+    add("--deepspeed_config", type=json_file, metavar="FILE",
+        help='JSON, merged over the settings in this file. TensorBoard: {"tensorboard": {"enabled": true, '
+             '"output_path": "runs"}}; Weights & Biases: {"wandb": {"enabled": true, "project": "exvideo"}}')
     add("--checkpoint", choices=("memory", "speed", "none"),
         help=f"kept for the way back: least; twice that, for a sixth less work; or all [{shown('checkpoint')}]")
     add("--workers", type=whole(0), default=2, help="processes per rank that read clips [2]")
@@ -204,8 +208,9 @@ def parse(argv=None):
 
     add = p.add_argument_group("output").add_argument
     add("--save-every", type=whole(1), help=f"steps between states and weights [{shown('save_every')}]")
-    add("--keep", type=whole(1), default=2, help="how many of the last states and weights stay [2]")
-    add("--keep-every", type=whole(1), metavar="N", help=f"weights that stay too, in steps [{shown('keep_every')}]")
+    add("--keep", type=whole(1), default=2, help="how many of the last states, weights and samples stay [2]")
+    add("--keep-every", type=whole(1), metavar="N",
+        help=f"weights and samples that stay too, in steps [{shown('keep_every')}]")
     add("--log-every", type=whole(1), default=10, help="steps per row of log.csv [10]")
     add("--sample-every", type=whole(0), metavar="N",
         help="sample a video from the EMA before the first and after every N-th step, with the settings of sample.py, "
@@ -233,6 +238,8 @@ def parse(argv=None):
     if a.data is None and not toy:
         p.error("--data is needed with --model: a folder of videos, for example")
     a.data = a.data or "synthetic"
+    if a.sample_image:
+        data.read_image(a.sample_image)  # what cannot be read is to be known before a run of days begins
     return a, family
 
 
@@ -469,6 +476,8 @@ def read_range(files, name, begin, out):
 STATE = re.compile(r"state-(\d+)")
 DAMAGED = re.compile(r"damaged-(\d+)")  # a state that was passed over; it goes when there is a new one
 WEIGHTS = re.compile(r"(?:exvideo|model)-(\d+)\.safetensors")
+SAMPLE = re.compile(r"sample-(\d+)\.mp4")
+ROW = re.compile(r"(\d+)\.png")       # of progress.png
 
 
 def saved_steps(out, pattern):
@@ -568,13 +577,14 @@ def save(a, shards, position, settings, write_weights):
 
 
 def prune(a):
-    """Remove damaged states, and states and weights that --keep and --keep-every do not keep."""
+    """Remove damaged states, and states, weights and samples that --keep and --keep-every do not keep."""
     damaged = list(saved_steps(a.out, DAMAGED).values())
     for path in damaged + list(saved_steps(a.out, STATE).values())[:-a.keep]:
         remove(path)
-    for step, path in list(saved_steps(a.out, WEIGHTS).items())[:-a.keep]:
-        if step % a.keep_every:
-            remove(path)
+    for pattern in (WEIGHTS, SAMPLE):
+        for step, path in list(saved_steps(a.out, pattern).items())[:-a.keep]:
+            if step % a.keep_every:
+                remove(path)
 
 
 def save_state(a, shards, position, settings):
@@ -851,7 +861,7 @@ def weights_replaced(module, state):
 
 def add_progress(out, step, frames):
     """Frames 0, T/8, ... T-1 of a sample, uint8 (T,H,W,3), as the last row of progress.png. A resumed run goes on from
-    rows that are kept apart."""
+    rows that are kept apart. Of more than PROGRESS_ROWS every second one goes: a week's picture is no larger."""
     T = len(frames)
     chosen = sorted({T * i // 8 for i in range(8)} | {T - 1})
     every = math.ceil(frames.shape[1] / 256)  # small enough to look at
@@ -859,9 +869,12 @@ def add_progress(out, step, frames):
     os.makedirs(folder, exist_ok=True)
     row = torch.cat([frames[i, ::every, ::every] for i in chosen], dim=1)  # (H, 9 W, 3)
     data.write_png(os.path.join(folder, f"{step:06d}.png"), row)
-    rows = [os.path.join(folder, name) for name in sorted(os.listdir(folder))
-            if re.fullmatch(r"\d+\.png", name) and int(name[:-4]) <= step]
-    data.write_png(os.path.join(out, "progress.png"), torch.cat([data.read_image(row) for row in rows]))
+    rows = [path for number, path in saved_steps(folder, ROW).items() if number <= step]
+    if len(rows) > PROGRESS_ROWS:
+        for path in rows[1:-1:2]:
+            os.remove(path)
+            rows.remove(path)
+    data.write_png(os.path.join(out, "progress.png"), torch.cat([data.read_image(path) for path in rows]))
 
 
 def save_sample(a, family, step, frames, start):
@@ -1137,7 +1150,8 @@ def main(argv=None):
 
     def monitor(values):
         try:
-            engine.monitor.write_events([(name, value, step) for name, value in values.items()])
+            # over the videos seen, as what DeepSpeed itself writes there: W&B drops values whose number goes back
+            engine.monitor.write_events([(name, value, videos) for name, value in values.items()])
         except OSError as e:
             say(f"warning: step {step} is missing in DeepSpeed's monitors ({e})", file=sys.stderr)
 

@@ -135,14 +135,14 @@ def train(a, name, *arguments):
 
 def train_all(a, pool):
     jobs = []
+    if not a.quick:  # the longest goes first
+        common = ["--model", scratch(a), "--train", "^unet", "--frames", str(T)]
+        longer = ["--steps", str(5 * a.steps), "--save-every", str(a.steps)]
+        jobs.append(pool.submit(train, a, "scratch", *common, *longer))
     quarter = ["--save-every", str(max(1, a.steps // 4)), "--keep", "4"]
     for name, (table, seed, extra) in runs(a).items():
         common = ["--model", BASE, "--extension", start(a, table, seed), "--frames", str(T), "--seed", str(seed)]
         jobs.append(pool.submit(train, a, name, *common, "--steps", str(a.steps), *quarter, *extra))
-    if not a.quick:
-        common = ["--model", scratch(a), "--train", "^unet", "--frames", str(T)]
-        longer = ["--steps", str(5 * a.steps), "--save-every", str(a.steps)]
-        jobs.append(pool.submit(train, a, "scratch", *common, *longer))
     for job in jobs:
         job.result()
 
