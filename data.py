@@ -32,6 +32,7 @@ import types
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -42,7 +43,6 @@ import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import exsvd
@@ -67,7 +67,6 @@ class MediaError(ValueError):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Pictures and videos in
-# ----------------------------------------------------------------------------------------------------------------------
 
 MAX_PIXELS = 200_000_000                    # of one frame; beyond it a small file may unpack to more than the memory
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2    # Pillow refuses what has twice as many
@@ -171,7 +170,8 @@ def _best_stream(container):
 
 def _decode(path, seek=None):
     """(frame, stream) for the frames of a video in the order shown, from the key frame at or before the time stamp
-    `seek`; the frame is None where a packet is damaged."""
+    `seek`; the frame is None where a packet is damaged.  Raises ValueError at the end if all are."""
+    found = False
     with open(path, "rb") as f, _demux(f) as c:
         s = _best_stream(c)
         s.codec_context.thread_count = 1    # with more, an error surfaces at another packet from one run to the next
@@ -183,7 +183,11 @@ def _decode(path, seek=None):
             except (av.FFmpegError, ValueError):
                 frames = [None]
             for frame in frames:
-                yield None if frame is None or frame.is_corrupt else frame, s
+                whole = frame is not None and not frame.is_corrupt
+                found |= whole
+                yield frame if whole else None, s
+    if not found:
+        raise ValueError("none of its frames can be decoded")
 
 
 def read_image(path):
@@ -198,31 +202,27 @@ def read_image(path):
             f.seek(4)
             if f.read(8) in HEIC:
                 raise ValueError("it is HEIC: convert it to JPEG, with heif-convert or in the phone's photo app")
-        for frame, _ in _decode(path):
-            if frame is not None:
-                return _pixels(frame)
-        raise ValueError("no picture could be decoded")
+        return next(_pixels(frame) for frame, _ in _decode(path) if frame is not None)
 
 
 def video_frames(path):
     """The frames of a video, GIF, or folder of PNGs written by VideoWriter, one by one: (uint8 (H, W, 3), its time in
     seconds or None, the frame rate that the file declares or None).  Raises MediaError."""
-    path, count = Path(path), 0
+    path = Path(path)
     with _reading(path, "give a video file, or a folder written by sample.py"):
         if path.is_dir():
-            fps = float(read_settings(path)["fps"])
-            for count, file in enumerate(sorted(path.glob("frame_*.png")), 1):
-                yield read_image(file), (count - 1) / fps, fps
+            fps, files = float(read_settings(path)["fps"]), sorted(path.glob("frame_*.png"))
+            if not files:
+                raise ValueError("it holds no frame_0000.png")
+            for i, file in enumerate(files):
+                yield read_image(file), i / fps, fps
         else:
             for frame, stream in _decode(path):
                 if frame is not None:
-                    count += 1
                     yield _pixels(frame), frame.time, stream.average_rate
-        if not count:
-            raise ValueError("no frame could be decoded")
 
 
-def frame_rate(times, declared):
+def frame_rate(times, declared=None):
     """Frames per second: measured from the time stamps (seconds, or None), or as declared; 1.0 if neither says it."""
     if len(times) > 1 and None not in times and times[-1] > times[0]:
         measured = (len(times) - 1) / (times[-1] - times[0])
@@ -279,8 +279,6 @@ def default_size(width, height, area, multiple=64, max_ratio=4):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Videos out
-# ----------------------------------------------------------------------------------------------------------------------
-
 # One thread: x264 and libvpx divide the work differently for each number of threads, and the bytes with it.
 # No mbtree: with it up to one in ten files of the same 64x64 frames came out with other bytes; without, none of 450.
 ENCODERS = {  # extension: codec, its options
@@ -291,18 +289,11 @@ ENCODERS = {  # extension: codec, its options
 SETTINGS = "settings.json"                  # of a folder of PNGs, which cannot tell their frame rate
 
 
-def _write(path, content):
-    """Bytes into a file that is never half written."""
-    part = Path(path).with_name(f".{Path(path).name}.part{os.getpid()}")
-    part.write_bytes(content)
-    os.replace(part, path)
-
-
 def write_png(path, img):
-    """Writes uint8 (H, W, 3) as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(img)).save(file, "PNG")
-    _write(path, file.getvalue())
+    """Writes uint8 (H, W, 3) as a PNG file that is never half written."""
+    part = Path(path).with_name(f".{Path(path).name}.part{os.getpid()}")
+    Image.fromarray(np.ascontiguousarray(img)).save(part, "PNG")
+    os.replace(part, path)
 
 
 class VideoWriter:
@@ -342,7 +333,7 @@ class VideoWriter:
         (self.part if self.kind else self.new).mkdir(parents=True)
         return self
 
-    def _start(self, H, W):
+    def _start(self, frame):
         codec, options = ENCODERS[self.kind]
         # faststart puts the index first, so that a browser can begin before it has all; it opens the file a second time
         # by its name, which must be absolute
@@ -352,11 +343,10 @@ class VideoWriter:
             self.container.metadata["comment"] = json.dumps(self.settings)
         self.tick = Fraction(1, 100) if codec == "gif" else 1 / self.fps            # GIF delays are whole 1/100 s
         s = self.stream = self.container.add_stream(codec, rate=1 / self.tick, options=options)
-        s.width, s.height, s.pix_fmt = W, H, "pal8"
+        s.width, s.height, s.pix_fmt = frame.width, frame.height, frame.format.name
         s.codec_context.time_base, s.codec_context.thread_count = self.tick, 1
         s.codec_context.flags |= av.codec.context.Flags.bitexact
         if codec != "gif":
-            s.width, s.height, s.pix_fmt = W + W % 2, H + H % 2, "yuv420p"          # half-size chroma: even sides
             s.codec_context.colorspace = s.codec_context.color_primaries = s.codec_context.color_trc = 1    # bt709
             s.codec_context.color_range = ColorRange.MPEG
 
@@ -374,8 +364,6 @@ class VideoWriter:
             self.count += 1
 
     def _encode(self, x):
-        if not self.container:
-            self._start(*x.shape[:2])
         if self.kind == ".gif":
             x = Image.fromarray(x).quantize(256, Image.Quantize.FASTOCTREE)
             colours = np.reshape(x.getpalette(), (-1, 3))
@@ -383,10 +371,12 @@ class VideoWriter:
             palette[:len(colours), 1:] = colours
             frame = av.VideoFrame.from_ndarray((np.asarray(x), palette), "pal8")
         else:
-            x = np.pad(x, ((0, x.shape[0] % 2), (0, x.shape[1] % 2), (0, 0)), "edge")
+            x = np.pad(x, ((0, x.shape[0] % 2), (0, x.shape[1] % 2), (0, 0)), "edge")       # chroma has half the size
             frame = av.VideoFrame.from_ndarray(x, "rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
                                    interpolation=EXACT)
+        if not self.container:
+            self._start(frame)
         frame.pts, frame.time_base = round(self.count / self.fps / self.tick), self.tick
         self.container.mux(self.stream.encode(frame))
 
@@ -394,10 +384,8 @@ class VideoWriter:
         try:
             if kind is None:
                 self._finish()
-            elif self.container:
-                with contextlib.suppress(av.FFmpegError):                           # must not hide the first error
-                    self.container.close()
         finally:
+            self.container = None
             shutil.rmtree(self.part, ignore_errors=True)
 
     def _finish(self):
@@ -415,8 +403,6 @@ class VideoWriter:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Motion and noise: what a clip tells the model about itself
-# ----------------------------------------------------------------------------------------------------------------------
-
 # ExVideo's training script sorts clips into 128 buckets by these lower bounds, here in units of 1e-9
 EXVIDEO_MOTION = (
     0, 12205946, 15117834, 18080613, 20614484, 21959992, 24088068, 26323952, 28277775, 29968588, 31836554, 33596724,
@@ -462,7 +448,6 @@ def draw_condition(seed, name, frame, size):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. The index of a set of videos: each is decoded once, before anything relies on it
-# ----------------------------------------------------------------------------------------------------------------------
 # A frame's number is its place among the frames that decode, in the order shown.  Headers are not believed: they count
 # frames that are damaged, hidden or not there.  A shot is what lies between two hard cuts; clips never cross one.
 
@@ -536,16 +521,14 @@ def scan(path):
             recent.appendleft(x)
             stamps.append(frame.pts)
             last, base, aspect = frame, stream.time_base, stream.sample_aspect_ratio or 1
-        if not stamps:
-            raise ValueError("none of its frames can be decoded")
     except Exception as e:                  # a damaged file can make a decoder raise anything
         return {"error": f"unreadable: {_reason(e)}"}
-    if None in stamps or any(a >= b for a, b in zip(stamps, stamps[1:])):           # AVI with B-frames, a bare stream
+    if None in stamps or any(a >= b for a, b in itertools.pairwise(stamps)):          # AVI with B-frames, a bare stream
         return {"error": "unstamped: its frames do not say when they are shown; encode it again with times, as in "
                          f'ffmpeg -i "{one_line(os.path.basename(path))}" -crf 16 out.mp4'}
     lags = np.array(lags)
     cuts = find_cuts(lags)
-    shots = zip([0, *cuts], [*cuts, len(stamps)])
+    shots = itertools.pairwise([0, *cuts, len(stamps)])
     width, height = round(last.width * aspect), last.height
     return {"frames": len(stamps), "bad": bad, "cuts": cuts,
             "size": [height, width] if last.rotation % 180 else [width, height],    # upright, of square pixels
@@ -615,36 +598,17 @@ def build_index(source, files):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Clips
-# ----------------------------------------------------------------------------------------------------------------------
-
-def _rate(times):
-    """Frames per second, the mean over all of `times`."""
-    return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 1.0
 
 
-def _middles(times):
-    """Times until which each frame is the nearest one, (N,)."""
-    return np.append((times[1:] + times[:-1]) / 2, times[-1] + 0.5 / _rate(times[-2:]))
+def picks(times, start, k, stride, fps):
+    """The number of a clip's k-th frame, k = 0, 1, ...: every stride-th, or with fps that shown nearest to each 1/fps.
 
-
-def spans(entry, frames, stride, fps):
-    """The numbers of the frames where clips can start: a range for each shot that is long enough."""
-    found, middles = [], _middles(_times(entry))
-    for a, b in zip([0, *entry["cuts"]], [*entry["cuts"], entry["frames"]]):
-        if fps is None:
-            count = b - a - (frames - 1) * stride
-        else:                               # the last picture is taken while the shot's last frame is the nearest
-            count = int(np.searchsorted(_times(entry)[a:b], middles[b - 1] - (frames - 1) / fps, "right"))
-        if count > 0:
-            found.append(range(a, a + count))
-    return found
-
-
-def picks(times, start, frames, stride, fps):
-    """The numbers of a clip's frames, int64 (T,): every stride-th, or those shown nearest to each 1/fps."""
+    times: of the file's N frames, in seconds; N where the file has ended.  start, k: integers or arrays of them."""
     if fps is None:
-        return start + stride * np.arange(frames)
-    return np.searchsorted(_middles(times), times[start] + np.arange(frames) / fps)
+        return start + stride * k
+    # a frame is the nearest one up to the middle between it and the next; the last, for half a step more
+    until = np.append((times[1:] + times[:-1]) / 2, times[-1] + 0.5 / frame_rate(times[-2:]))       # (N,)
+    return np.searchsorted(until, times[start] + k / fps)
 
 
 def _numbered(path, entry, size, wanted=None, seek=None):
@@ -686,29 +650,51 @@ def read_clip(path, entry, numbers, size):
     raise MediaError(f"{path}: its frames are not those of the index; leave it out and start again")
 
 
+@dataclass
 class Clips:
     """An endless stream of clips: item n is a function of (seed, n) alone, whatever process asks for it.
 
     Each epoch takes one clip, anywhere in it, from every usable file, in a new order.  Where a file can't be read any
     more, that costs a line in the log, and item n is another clip, drawn from (seed, n, number of the try)."""
-    def __init__(self, source, index, frames, size, stride, fps, seed, motion, skip_static):
-        self.source, self.frames, self.size, self.stride, self.fps = str(source), frames, tuple(size), stride, fps
-        self.seed, self.motion, self.skip_static, self.index = seed, motion, skip_static, index
-        self.usable, self.left_out, self.order, self.log = {}, {}, (None, None), None
+    source: str                 # "synthetic", anything list_files() takes, or a folder written by encode()
+    frames: int = 40            # of a clip
+    size: list = (64, 64)       # (W, H): the shorter side is resized, the centre cropped
+    stride: int = 1             # every stride-th frame, or
+    fps: float = None           # those nearest to each 1/fps
+    seed: int = 0
+    motion: str = "exvideo"     # the bucket of the measured score; or one bucket for all clips
+    skip_static: float = 0.0    # shots whose thumbnails, 0 to 1, change less per frame are left out; 0.002: a still
+    log: str = None             # a file that will name what is left out, or later can't be read, and why
+
+    def __post_init__(self):
+        if (min(self.frames, self.stride, *self.size) < 1 or self.size[0] % 8 or self.size[1] % 8 or self.seed < 0
+                or self.fps is not None and not self.fps > 0):
+            raise MediaError(f"frames {self.frames}, stride {self.stride}, fps {self.fps}, seed {self.seed}, size "
+                             f"{self.size[0]}x{self.size[1]}: must be positive, and sizes multiples of 8")
+        self.size = list(self.size)         # as JSON has it
+        self._open()
+
+    def _use(self, index):
+        """Sorts what is usable of the files in an index from what is left out."""
+        self.index, self.usable, self.left_out = index, {}, {}
         for name, entry in index.items():
             if "error" in entry:
                 self.left_out[name] = entry["error"]
                 continue
-            found, shots = spans(entry, frames, stride, fps), [0, *entry["cuts"]]
-            moving = [starts for starts in found if entry["change"][shots.index(starts[0])] >= skip_static]
+            starts = np.arange(entry["frames"])
+            last = picks(_times(entry), starts, self.frames - 1, self.stride, self.fps)     # of the clip from there
+            shots = list(itertools.pairwise([0, *entry["cuts"], entry["frames"]]))
+            found = [range(a, a + np.count_nonzero(last[a:b] < b)) for a, b in shots]
+            moving = [starts for starts, change in zip(found, entry["change"]) if starts and change >= self.skip_static]
             if moving:
                 self.usable[name] = moving
-            elif found:
-                self.left_out[name] = f"static: frames differ by {max(entry['change'])}, {skip_static} needed"
+            elif any(found):
+                self.left_out[name] = f"static: frames differ by {max(entry['change'])}, {self.skip_static} needed"
             else:
-                longest = max(np.diff([*shots, entry["frames"]]))
+                longest = max(b - a for a, b in shots)
                 self.left_out[name] = f"too short: {entry['frames']} frames, {longest} of them without a cut"
         self.names, self.clips = list(self.usable), len(self.usable)
+        _add_to_log(self.log, [f"{name}\t{why}" for name, why in self.left_out.items()])
 
     def describe(self):
         """One line: how many files are used, and how many are not for each reason."""
@@ -720,11 +706,12 @@ class Clips:
 
     def _where(self, n, attempt):
         """File and first frame of item n."""
-        epoch, i = divmod(n, self.clips)
-        if self.order[0] != epoch:
-            self.order = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(self.clips)
         rng = np.random.default_rng([self.seed, 1, n, attempt])
-        name = self.names[self.order[1][i] if attempt == 0 else rng.integers(self.clips)]
+        if attempt == 0:
+            epoch, i = divmod(n, self.clips)
+            name = self.names[np.random.default_rng([self.seed, 0, epoch]).permutation(self.clips)[i]]
+        else:
+            name = self.names[rng.integers(self.clips)]
         starts = list(itertools.chain(*self.usable[name]))
         return name, starts[rng.integers(len(starts))]
 
@@ -733,14 +720,14 @@ class Clips:
             name, start = self._where(int(n), attempt)
             entry = self.index[name]
             times = _times(entry)                                                   # (N,), seconds
-            numbers = picks(times, start, self.frames, self.stride, self.fps)       # (T,)
+            numbers = picks(times, start, np.arange(self.frames), self.stride, self.fps)    # (T,)
             try:
                 item, score = self._load(name, numbers)
             except MediaError as e:
                 error = e
                 _add_to_log(self.log, [f"{name}\tclip {n}, try {attempt + 1}: {e}"])
                 continue
-            fps = _rate(times[numbers] if self.frames > 1 else times)
+            fps = frame_rate(times[numbers] if self.frames > 1 else times)
             return item | {"name": f"{name}@{start}", "fps": torch.tensor(fps, dtype=torch.float32),
                            "motion": torch.tensor(motion_bucket(score, self.motion))}
         raise error
@@ -760,9 +747,9 @@ class VideoClips(Clips):
     """Items, float32: "video" (T, 3, H, W) in [-1, 1], "fps", "motion", "aug", "aug_noise" (3, H, W); and "name"."""
     pixels = True
 
-    def __init__(self, source, *settings):
-        self.files = list_files(source)
-        super().__init__(source, build_index(source, self.files), *settings)
+    def _open(self):
+        self.files = list_files(self.source)
+        self._use(build_index(self.source, self.files))
 
     def _load(self, name, numbers):
         video = read_clip(self.files[name], self.index[name], numbers, self.size)
@@ -770,14 +757,15 @@ class VideoClips(Clips):
         return {"video": video, "aug": aug, "aug_noise": noise}, motion_score(video)
 
 
-class SyntheticClips:
+class SyntheticClips(Clips):
     """The same of toy/world.py, made on the fly: item n is its clip n, with the frame rate and motion bucket it has."""
-    pixels, usable, left_out, clips = True, {}, {}, 10_000                          # of clips there is no end
+    pixels = True
 
-    def __init__(self, frames, size, stride, fps, seed, motion):
-        if stride != 1 or fps is not None:
+    def _open(self):
+        if self.stride != 1 or self.fps is not None:
             raise MediaError("synthetic clips have frame rates of their own; leave out --stride and --fps")
-        self.frames, self.size, self.seed, self.motion = frames, tuple(size), seed, motion
+        self._use({})
+        self.clips = 10_000                 # there is no end of them
 
     def describe(self):
         return f"synthetic scenes: clips of {self.frames} frames, {self.size[0]}x{self.size[1]} pixels"
@@ -799,18 +787,17 @@ class LatentClips(Clips):
     unless motion does not come from there.  The condition noise is that of the seed it was encoded with."""
     pixels = False
 
-    def __init__(self, source, frames, size, stride, fps, seed, motion, skip_static):
-        with _reading(Path(source, STORE), "encode into another folder"):
-            [self.settings, self.of], *lines = _json_lines(Path(source, STORE))
-            skip_static = max(skip_static, self.settings["skip_static"])
-            super().__init__(source, dict(lines), frames, size, stride, fps, seed, motion, skip_static)
-        asked = {"size": list(size)}
-        if motion == "exvideo":
-            asked |= {"frames": frames, "stride": stride, "fps": fps}
-        for key, value in asked.items():
-            if self.settings.get(key) != value:
-                raise MediaError(f"{source}: was encoded with {key} {self.settings.get(key)}, not {value}; use that, "
-                                 "encode again, or where it is not the size, give all clips one bucket: --motion 127")
+    def _open(self):
+        store = Path(self.source, STORE)
+        with _reading(store, "encode into another folder"):
+            [self.settings, self.of], *lines = _json_lines(store)
+            self.skip_static = max(self.skip_static, self.settings["skip_static"])
+            self._use(dict(lines))
+        for key in ("size", "frames", "stride", "fps") if self.motion == "exvideo" else ("size",):
+            ours, theirs = getattr(self, key), self.settings.get(key)
+            if ours != theirs:
+                raise MediaError(f"{self.source}: was encoded with {key} {theirs}, not {ours}; use that, encode "
+                                 "again, or where it is not the size, give all clips one bucket: --motion 127")
 
     def describe(self):
         missing = self.of - len(self.index)
@@ -824,25 +811,18 @@ class LatentClips(Clips):
             return item, f.get_slice("motion")[first:first + 1].item()
 
 
-def open_dataset(source, frames=40, size=(64, 64), stride=1, fps=None, seed=0, motion="exvideo", skip_static=0.0,
-                 log=None, or_nothing=False):
+def open_dataset(source, frames=Clips.frames, or_nothing=False, **settings):
     """The clips of a data set: dataset[n] for n = 0, 1, 2, ... without end; for the items see VideoClips, LatentClips.
 
-    source: "synthetic", anything list_files() takes, or a folder written by encode(). A clip is `frames` frames, every
-    stride-th one or, with fps, those nearest to each 1/fps; size is (W, H), shorter side resized, centre cropped.
-    motion: "exvideo", the bucket of the measured score; or one bucket for all clips.
-    skip_static: shots whose thumbnails change less from frame to frame, 0 to 1, are left out (0.002: a still picture).
-    log: a file that will name what is left out, or later can't be read, and why.  Raises MediaError, also when nothing
-    is left, unless or_nothing.  Of several processes one must come first: it builds the index that the others find."""
-    if min(frames, stride, *size) < 1 or seed < 0 or fps is not None and not fps > 0 or size[0] % 8 or size[1] % 8:
-        raise MediaError(f"frames {frames}, stride {stride}, fps {fps}, seed {seed}, size {size[0]}x{size[1]}: must be "
-                         "positive, and sizes multiples of 8")
+    source, frames, settings: see Clips.  Raises MediaError, also when nothing is left, unless or_nothing.  Of several
+    processes one must come first: it builds the index that the others find."""
     if str(source) == "synthetic":
-        return SyntheticClips(frames, size, stride, fps, seed, motion)
-    kind = LatentClips if os.path.exists(os.path.join(source, STORE)) else VideoClips
-    dataset = kind(source, frames, size, stride, fps, seed, motion, skip_static)
-    dataset.log = log
-    _add_to_log(log, [f"{name}\t{why}" for name, why in dataset.left_out.items()])
+        kind = SyntheticClips
+    elif os.path.exists(os.path.join(source, STORE)):
+        kind = LatentClips
+    else:
+        kind = VideoClips
+    dataset = kind(source, frames, **settings)
     if not dataset.clips and not or_nothing:
         raise MediaError(f"{dataset.describe()}: nothing is left to use; python data.py check says why")
     return dataset
@@ -850,7 +830,6 @@ def open_dataset(source, frames=40, size=(64, 64), stride=1, fps=None, seed=0, m
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Encoding a set of videos once, so that training needs neither VAE nor CLIP
-# ----------------------------------------------------------------------------------------------------------------------
 # One .safetensors file per video.  Per frame: its mean latent; as if a clip began there, its condition latent, CLIP
 # embedding, and motion score.  And a list: a line with the settings, then one per file, written when the file is there.
 
@@ -883,25 +862,24 @@ def encode_condition(vae, clip, frame, aug, noise):
 def _encode_file(dataset, name, vae, clip, dtype, bar):
     """The tensors of one file, a row per frame; holds the pixels of no more frames than a clip spans."""
     times, starts = _times(dataset.index[name]), deque(itertools.chain(*dataset.usable[name]))
-    rows, window = {"latents": [], "cond": [], "ctx": [], "aug": []}, {}
+    rows, window = [], {}
     motion = torch.zeros(len(times), dtype=torch.float64)
     for i, frame in _numbered(dataset.files[name], dataset.index[name], dataset.size):
         aug, noise = draw_condition(dataset.seed, name, i, dataset.size)
         cond, ctx = encode_condition(vae, clip, frame, aug, noise)
-        rows["aug"].append(aug)
-        for key, value in (("latents", encode_frames(vae, frame[None])[0]), ("cond", cond), ("ctx", ctx)):
-            rows[key].append(value.to("cpu", dtype))
+        row = {"latents": encode_frames(vae, frame[None])[0], "cond": cond, "ctx": ctx}
+        rows.append({key: x.to("cpu", dtype) for key, x in row.items()} | {"aug": aug})
         window[i] = frame.to(cond.device)
         while starts:                       # the clips that end here
-            numbers = picks(times, starts[0], dataset.frames, dataset.stride, dataset.fps).tolist()
+            numbers = picks(times, starts[0], np.arange(dataset.frames), dataset.stride, dataset.fps).tolist()
             if numbers[-1] > i:
                 break
             motion[starts.popleft()] = motion_score([window[k] for k in numbers])
         window = {k: x for k, x in window.items() if starts and k >= starts[0]}
         bar.update()
-    if len(rows["aug"]) != len(times):
+    if len(rows) != len(times):
         raise MediaError(f"{dataset.files[name]}: its frames are not those of the index; leave it out and start again")
-    return {key: torch.stack(values) for key, values in rows.items()} | {"motion": motion}
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]} | {"motion": motion}
 
 
 def encode(model, source, out, dtype=torch.float32, device="cpu", **settings):
@@ -917,8 +895,7 @@ def encode(model, source, out, dtype=torch.float32, device="cpu", **settings):
     for x in (svd.vae.quant_conv.weight, svd.clip.proj):
         weights.update(x.detach().cpu().numpy().tobytes())
     ours = {"model": weights.hexdigest(), "ctx": svd.clip.config.out_dim, "dtype": str(dtype).split(".")[1],
-            "seed": dataset.seed, "size": list(dataset.size), "frames": dataset.frames, "stride": dataset.stride,
-            "fps": dataset.fps, "skip_static": dataset.skip_static}
+            **{key: getattr(dataset, key) for key in ("seed", "size", "frames", "stride", "fps", "skip_static")}}
     store = Path(out, STORE)
     with _reading(store, "encode into another folder"):
         [theirs, _], *lines = list(_json_lines(store)) or [[ours, 0]]
@@ -930,13 +907,14 @@ def encode(model, source, out, dtype=torch.float32, device="cpu", **settings):
     done = {name: entry for name, entry in done.items() if os.path.exists(_shard(out, name))}
     todo = [name for name in dataset.names if name not in done]
     store.parent.mkdir(parents=True, exist_ok=True)
-    _write(store, "".join(json.dumps(line) + "\n" for line in ([ours, dataset.clips], *done.items())).encode())
+    part = store.with_name(f".{STORE}.part")                                        # files that changed lose their line
+    part.write_text("".join(json.dumps(line) + "\n" for line in ([ours, dataset.clips], *done.items())))
+    os.replace(part, store)
     with tqdm(desc="encode", total=sum(dataset.index[name]["frames"] for name in todo), unit="frame") as bar:
         for name in todo:
             tensors, path = _encode_file(dataset, name, svd.vae, svd.clip, dtype, bar), _shard(out, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            save_file(tensors, f"{path}.part")
-            os.replace(f"{path}.part", path)
+            exsvd.save(path, tensors, {})
             with open(store, "a") as f:
                 print(json.dumps([name, dataset.index[name]]), file=f)
     return dataset
@@ -944,7 +922,7 @@ def encode(model, source, out, dtype=torch.float32, device="cpu", **settings):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Command line: python data.py check videos/;  python data.py encode --model M --data videos/ --out latents/
-# ----------------------------------------------------------------------------------------------------------------------
+
 
 def check(source, **settings):
     """Prints what of a data set would be used, and why not the rest.  Returns the number of usable files."""
@@ -955,7 +933,7 @@ def check(source, **settings):
     used = [dataset.index[name] for name in dataset.names]
     if used:
         times = [_times(entry) for entry in used]
-        rates = sorted(map(_rate, times))
+        rates = sorted(map(frame_rate, times))
         W, H = dataset.size
         print(f"  {sum(t[-1] - t[0] for t in times) / 3600:.2f} hours, {sum(len(e['cuts']) for e in used)} cuts, "
               f"{rates[0]:.5g} to {rates[-1]:.5g} frames per second; {sum(e['bad'] > 0 for e in used)} with damaged "
@@ -992,15 +970,14 @@ def main():
         q.add_argument("--fps", type=float, help="take the frames nearest to this rate instead")
         q.add_argument("--skip-static", type=float, default=0.0,
                        help="leave out shots that change less per frame; try 0.002")
-    a = vars(p.parse_args())
+    a = p.parse_args()
     try:
-        toy = "model" in a and exsvd.open_model(a["model"])[0]["unet"].meta.get("family") == "toy"
-        a["frames"] = a["frames"] or (40 if toy else 128)
-        a["size"] = a["size"] or ((128, 128) if toy else (512, 512))
-        if a.pop("command") == "check":
-            return 0 if check(a.pop("data"), **a) else 1
-        a["dtype"] = getattr(torch, a["dtype"])
-        print(encode(a.pop("model"), a.pop("data"), **a).describe())
+        toy = a.command == "encode" and exsvd.open_model(a.model)[0]["unet"].meta.get("family") == "toy"
+        settings = {"frames": a.frames or (40 if toy else 128), "size": a.size or ((128, 128) if toy else (512, 512)),
+                    "stride": a.stride, "fps": a.fps, "skip_static": a.skip_static}
+        if a.command == "check":
+            return 0 if check(a.data, **settings) else 1
+        print(encode(a.model, a.data, a.out, getattr(torch, a.dtype), a.device, seed=a.seed, **settings).describe())
         return 0
     except (MediaError, exsvd.WeightsError, OSError) as error:
         print(error, file=sys.stderr)

@@ -1564,7 +1564,7 @@ def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name
     path = write_video(tmp_path / name, scene(3), codec, **options)
     entry, loss = data.scan(path), 0.1 if name == "l.gif" else 0.01
     assert entry["frames"] == 48 and entry["bad"] == 0 and entry["cuts"] == []
-    assert data._rate(data._times(entry)) == pytest.approx(30, rel=0.02 if name == "l.gif" else 0.002)
+    assert data.frame_rate(data._times(entry)) == pytest.approx(30, rel=0.02 if name == "l.gif" else 0.002)
     whole = dict(data._numbered(path, entry, (64, 64)))
     assert list(whole) == list(range(48))
     original = torch.from_numpy(scene(3)).permute(0, 3, 1, 2) / 127.5 - 1           # in the order they were written
@@ -1856,14 +1856,14 @@ def test_encoding_goes_on_where_it_was_stopped(mixed, tmp_path, coder, capsys, m
         monkeypatch.setattr(sys, "argv", [*argv, "--frames", "6", "--size", "64x64"])
         return data.main()
 
-    def stopped(tensors, path):
+    def stopped(tensors, path, metadata):
         if len(list(tmp_path.rglob("*.safetensors"))) == 3:
             with open(path, "wb") as f:
                 f.write(b"half of it")
             raise KeyboardInterrupt
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     with monkeypatch.context() as m:
-        m.setattr(data, "save_file", stopped)
+        m.setattr(exsvd, "save_file", stopped)
         assert run(tmp_path / "latents") == 130
     finished = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
     assert len(finished) == 3 and run(tmp_path / "latents") == 0
