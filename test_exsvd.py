@@ -1212,13 +1212,9 @@ def png_chunk(name, body):
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-def png_of(samples, colour, *chunks):
-    """A PNG of big-endian samples (H, W, C) of 8 or 16 bits; colour: 0 grey, 2 RGB, 3 palette, 4 grey and alpha."""
-    H, W = samples.shape[:2]
-    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8 * samples.itemsize, colour, 0, 0, 0))
-    rows = b"".join(b"\0" + row.tobytes() for row in samples)
-    body = b"".join(png_chunk(*chunk) for chunk in [*chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")])
-    return b"\x89PNG\r\n\x1a\n" + head + body
+def png_head(W, H, bits):
+    """How a PNG of RGB pixels begins."""
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, bits, 2, 0, 0, 0))
 
 
 @pytest.fixture
@@ -1230,10 +1226,6 @@ def reads(tmp_path):
         assert image.dtype == torch.uint8 and image.shape == pixels.shape
         assert np.abs(image.numpy().astype(int) - np.asarray(pixels).astype(int)).max() <= tolerance
     return check
-
-
-def psnr(a, b):
-    return float(10 * torch.log10(255 ** 2 / (a.double() - b.double()).square().mean()))
 
 
 LOSS = {"JPEG": 6, "MPO": 6, "AVIF": 8}                                             # at the edges of a picture
@@ -1290,11 +1282,12 @@ def test_transparency_is_laid_on_white(reads):
     alpha = rgba[..., 3:] / 255
     for form in ("PNG", "WEBP", "TIFF"):
         reads(file_of(rgba, form), np.rint(rgba[..., :3] * alpha + 255 * (1 - alpha)), 1)
-    grey = png_of(np.array([[[0, 0], [0, 255], [100, 128]]], np.uint8), 4)
-    reads(grey, np.repeat([[[255], [0], [177]]], 3, 2), 1)
-    palette = (b"PLTE", bytes([255, 0, 0, 0, 255, 0, 0, 0, 255])), (b"tRNS", bytes([255, 128, 0]))
+    grey = np.array([[[0, 0], [0, 255], [100, 128]]], np.uint8)
+    reads(file_of(grey, "PNG"), np.repeat([[[255], [0], [177]]], 3, 2), 1)
+    palette = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     want = np.array([[[255, 0, 0], [127, 255, 127], [255, 255, 255]]])
-    reads(png_of(np.array([[0, 1, 2]], np.uint8), 3, *palette), want, 1)
+    reads(file_of(palette, "PNG", transparency=bytes([255, 128, 0])), want, 1)
     want = corners()
     want[:24, :40] = 255
     reads(file_of(corners(), "PNG", transparency=(200, 40, 40)), want)
@@ -1303,7 +1296,8 @@ def test_transparency_is_laid_on_white(reads):
 def test_sixteen_bits_are_scaled_not_clipped(reads):
     x = np.random.default_rng(0).integers(0, 65536, (7, 11, 3)).astype(">u2")
     x[0, 0, 0] = 777
-    reads(png_of(x, 2), x / 257, 1)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in x))
+    reads(png_head(11, 7, 16) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b""), x / 257, 1)
     one, grey = x[..., 0].astype(np.uint16), np.rint(np.repeat(x[..., :1], 3, 2) / 257)
     for form in ("PNG", "TIFF", "PPM"):
         reads(file_of(one, form), grey)
@@ -1311,12 +1305,12 @@ def test_sixteen_bits_are_scaled_not_clipped(reads):
     for image in (big_endian, one.astype(np.int32), one.astype(np.float32) / 65535):
         reads(file_of(image, "TIFF"), grey)
     grey[x[..., 0] == 777] = 255
-    reads(png_of(x[..., :1], 0, (b"tRNS", struct.pack(">H", 777))), grey)
+    reads(file_of(one, "PNG", transparency=777), grey)
     one_bit = Image.fromarray(corners()).convert("1")
     reads(file_of(one_bit, "PNG"), np.asarray(one_bit.convert("RGB")))
 
 
-def test_animations_give_their_first_frame_on_its_canvas(reads, tmp_path):
+def test_animations_give_their_first_frame_on_its_canvas(reads):
     first = Image.new("RGBA", (80, 48))
     first.paste(Image.fromarray(corners(20, 30)), (10, 5))
     want = np.full((48, 80, 3), 255)
@@ -1327,13 +1321,9 @@ def test_animations_give_their_first_frame_on_its_canvas(reads, tmp_path):
     reads(file_of(corners(), "AVIF", **rest), corners(), LOSS["AVIF"])
     poster = Image.fromarray(corners()).convert("RGBA")                             # where animations are not shown
     reads(file_of(poster, "PNG", **rest | {"append_images": [first, poster], "default_image": True}), want)
-    small = file_of(corners(20, 30), "GIF")                                     # a frame smaller than the canvas
+    small = file_of(corners(20, 30), "GIF")                                         # a frame smaller than the canvas
     at = small.index(b",\0\0\0\0")
     reads(small[:6] + struct.pack("<HH", 80, 48) + small[10:at + 1] + struct.pack("<HH", 10, 5) + small[at + 5:], want)
-    for name in ("x.gif", "x.mp4", "x.webm"):
-        with data.VideoWriter(tmp_path / name, fps=5) as v:
-            v.write(np.stack([corners(64, 64), corners(64, 64)[::-1]]))
-        assert psnr(data.read_image(tmp_path / name), torch.from_numpy(corners(64, 64))) > 28, name
 
 
 def test_files_are_recognised_by_content_not_by_name(tmp_path, monkeypatch):
@@ -1348,9 +1338,8 @@ def test_files_are_recognised_by_content_not_by_name(tmp_path, monkeypatch):
 
 def test_unreadable_files_raise_one_line(tmp_path, capfd):
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
-    huge = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
     bad = {"empty.jpg": b"", "text.png": b"not an image\n" * 50, "noise": noise.tobytes(), "two\nlines": b"?",
-           "bomb.png": huge + file_of(noise, "PNG")[33:], "x.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
+           "bomb.png": png_head(60000, 60000, 8) + file_of(noise, "PNG")[33:], "x.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
            "x.svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="5" height="5"/>'}
     for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "AVIF", "BMP"):
         whole = file_of(noise, form)
@@ -1365,21 +1354,17 @@ def test_unreadable_files_raise_one_line(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("H, W, form, value", [(48, 80, "yuv420p", 1), (66, 34, "yuv420p10le", 4)])
-def test_colours_of_videos_are_exact(tmp_path, form, value, H, W):
+@pytest.mark.parametrize("H, W, form", [(48, 80, "yuv420p"), (66, 34, "yuv420p10le")])
+def test_colours_of_videos_are_exact(tmp_path, form, H, W):
     # against the half-size chroma interpolated linearly and ITU-R BT.601, limited range
     rng = np.random.default_rng(0)
     planes = [rng.integers(100, 160, ((H + k) // (1 + k), (W + k) // (1 + k))) for k in (0, 1, 1)]
-    frame = av.VideoFrame(W, H, form)
-    for plane, v in zip(frame.planes, planes):
-        rows = np.zeros((plane.height, plane.line_size), np.uint8)
-        raw = (v * value).astype(np.uint8 if value == 1 else "<u2").view(np.uint8)
-        rows[:, :raw.shape[1]] = raw
-        plane.update(rows)
+    packed = np.concatenate([v.flatten() for v in planes]).reshape(-1, W)
+    packed = packed.astype(np.uint8) if form == "yuv420p" else 4 * packed.astype(np.uint16)
     with av.open(str(tmp_path / "x.mkv"), "w") as c:
         s = c.add_stream("ffv1", rate=5)
         s.width, s.height, s.pix_fmt = W, H, form
-        c.mux([*s.encode(frame), *s.encode(None)])
+        c.mux([*s.encode(av.VideoFrame.from_ndarray(packed, form)), *s.encode(None)])
     y, cb, cr = (torch.from_numpy(v).float() for v in planes)
     cb, cr = (F.interpolate(v[None, None], scale_factor=2, mode="bilinear")[0, 0, :H, :W] - 128 for v in (cb, cr))
     y = 1.1644 * (y - 16)
@@ -1434,7 +1419,8 @@ def test_videos_survive_a_round_trip(tmp_path, name, least):
     assert found[0] == found[1] == found[2] and not [f for f in found[0] if ".part" in f]
     video, fps = data.read_video(tmp_path / name)
     assert video.shape == frames.shape and abs(fps - 7.5) < (0.2 if name == "x.gif" else 1e-6)
-    assert psnr(video, frames) >= least
+    assert 10 * torch.log10(255 ** 2 / (video.double() - frames.double()).square().mean()) >= least
+    assert (tmp_path / name).is_dir() or torch.equal(data.read_image(tmp_path / name), video[0])
     assert name == "x.gif" or settings.items() <= data.read_settings(tmp_path / name).items()
 
 
@@ -1456,17 +1442,17 @@ def test_mp4_is_what_browsers_play(tmp_path):
 @pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif", "x"])
 def test_an_exception_leaves_the_older_video_and_no_rubbish(tmp_path, name):
     frames = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
+
+    def interrupted():
+        yield frames + 200
+        raise KeyboardInterrupt
     with data.VideoWriter(tmp_path / name, 5, {"run": 1}) as v:
         v.write(frames)
-    before = contents(tmp_path)
-    for error, more in ((KeyboardInterrupt, None), (ValueError, [frames, frames[:, :16]]), (data.MediaError, [])):
-        with pytest.raises(error):
-            with data.VideoWriter(tmp_path / name, 5, {"run": 2}) as v:
-                if more is None:
-                    v.write(frames + 200)
-                    raise KeyboardInterrupt
-                for part in more:                                                   # of two sizes; no frame at all
-                    v.write(part)
+    before, two_sizes = contents(tmp_path), [frames, frames[:, :16]]
+    for error, parts in (KeyboardInterrupt, interrupted()), (ValueError, two_sizes), (data.MediaError, []):
+        with pytest.raises(error), data.VideoWriter(tmp_path / name, 5, {"run": 2}) as v:
+            for part in parts:
+                v.write(part)
         assert contents(tmp_path) == before
     with data.VideoWriter(tmp_path / name, 5) as v:                                 # older settings do not stay
         v.write(frames)
@@ -1580,20 +1566,18 @@ def test_stride_rate_and_variable_frame_rate_go_by_presentation_time(tmp_path):
     write_video(tmp_path / "v.mkv", np.broadcast_to(levels, (61, 64, 64, 3)), times=times)
 
     def numbers(item):
-        return ((item["video"].mean((1, 2, 3)) + 1) * 127.5 / 4).round().long().tolist()
-
-    def start_of(item):
-        return int(item["name"].split("@")[1])
+        found = ((item["video"].mean((1, 2, 3)) + 1) * 127.5 / 4).round().long().tolist()
+        assert item["name"] == f"v.mkv@{found[0]}"
+        return found
     every = open_clips(tmp_path, frames=6, stride=3)[0]
-    assert numbers(every) == list(range(start_of(every), start_of(every) + 16, 3))
-    assert every["fps"].item() == pytest.approx(25 / 3, rel=1e-4)
+    assert np.diff(numbers(every)).tolist() == [3] * 5 and every["fps"].item() == pytest.approx(25 / 3, rel=1e-4)
     timed = open_clips(tmp_path, frames=6, fps=12.5)
     assert sum(map(len, timed.usable["v.mkv"])) == sum(t + 400 <= times[-1] + 37.5 for t in times)
     for n in range(5):
-        first = times[start_of(timed[n])]
-        wanted = [int(np.argmin([abs(t - first - 80 * k) for t in times])) for k in range(6)]
-        assert numbers(timed[n]) == wanted
-        assert timed[n]["fps"].item() == pytest.approx(5000 / (times[wanted[-1]] - times[wanted[0]]), rel=1e-4)
+        found = numbers(timed[n])
+        first, last = times[found[0]], times[found[-1]]
+        assert found == [int(np.argmin([abs(t - first - 80 * k) for t in times])) for k in range(6)]
+        assert timed[n]["fps"].item() == pytest.approx(5000 / (last - first), rel=1e-4)
     assert open_clips(tmp_path, frames=20, fps=50)[0]["fps"].item() == pytest.approx(50, rel=0.1)       # some repeated
 
 
@@ -1603,24 +1587,20 @@ def test_the_picture_comes_out_upright_square_and_from_the_right_stream(tmp_path
     def read(path):
         return data.read_clip(path, data.scan(path), [3], (64, 64))[0]
     upright = read(write_video(tmp_path / "0.mp4", x))
-    turns = [(90, None), (180, None), (270, None), (0, "hflip"), (0, "vflip"), (90, "hflip"), (270, "vflip")]
-    for degrees, mirror in turns:
-        want = upright.rot90(degrees // 90, (1, 2))                                 # to the left
-        if mirror:
-            want = want.flip(2 if mirror == "hflip" else 1)
+    axis = {"hflip": [2], "vflip": [1], None: []}
+    for degrees, mirror in itertools.product((0, 90, 180, 270), axis):
+        want = upright.rot90(degrees // 90, (1, 2)).flip(axis[mirror])              # to the left, then mirrored
         path = write_video(tmp_path / f"{degrees}{mirror}.mp4", x, rotation=degrees, mirror=mirror)
         for image in (data.read_image(path), data.read_video(path)[0][0]):
             assert torch.allclose(image.permute(2, 0, 1) / 127.5 - 1, want, atol=0.15), (degrees, mirror)
         assert torch.allclose(read(path), want, atol=0.15)
     assert torch.equal(read(write_video(tmp_path / "sound.mp4", x, sound="first")), upright)
-
     bar = np.full((10, 64, 64, 3), 230, np.uint8)
     bar[:, :, 20:24] = 0                                                            # shown 128 wide, the sides cropped
     wide = write_video(tmp_path / "wide.mp4", bar, aspect=Fraction(2))
     assert data.scan(wide)["size"] == [128, 64]
     assert (read(wide).mean((0, 1)) < 0).nonzero().flatten().tolist() == list(range(8, 16))
     assert data.scan(write_video(tmp_path / "tall.mp4", x, aspect=Fraction(2), rotation=90))["size"] == [64, 128]
-
     with av.open(str(tmp_path / "cover.mp4"), "w") as c, av.open(str(tmp_path / "0.mp4")) as film:
         cover = c.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 256, 256, "yuvj420p"
@@ -1677,21 +1657,18 @@ def test_what_cannot_be_used_is_left_out_counted_and_named(mixed, tmp_path, caps
     avi, mp4 = dataset.index["broken.avi"], dataset.index["broken.mp4"]             # only a packet of theirs is lost
     assert avi["frames"] == 47 and avi["bad"] == 1 and 46 <= mp4["frames"] <= 47 and mp4["bad"] >= 1
     assert 26 <= dataset.index["cut off.ts"]["frames"] < 40
-    assert "5 of 11 files" in dataset.describe()
-    assert "at stride 1, 1 static, 1 too short, 2 unreadable, 2 unstamped" in dataset.describe()
     lines = dict(line.split("\t") for line in (tmp_path / "data.log").read_text().splitlines())
     assert set(lines) == {"short.mp4", "still.mp4", "junk.mp4", "empty.mov", "no stamps.avi", "bare.h264"}
     assert lines["short.mp4"] == "too short: 12 frames, 12 of them without a cut"
     assert "ffmpeg -i \"no stamps.avi\" -crf 16 out.mp4" in lines["no stamps.avi"]
     for n in range(10):                                                             # all of them can really be read
         assert dataset[n]["video"].shape == (24, 3, 64, 64)
-
     check = ["data.py", "check", str(mixed), "--frames"]
     monkeypatch.setattr(sys, "argv", [*check, "24", "--skip-static", "0.002", "--size", "96x64"])
     assert data.main() == 0
     out = capsys.readouterr().out
-    for words in (dataset.left_out["short.mp4"], "5 of 11 files", "2 unreadable", "2 with damaged packets", "0 cuts",
-                  "5 smaller than 96x64"):
+    for words in (*dataset.left_out.values(), "5 of 11 files", "2 with damaged packets", "5 smaller than 96x64",
+                  "at stride 1, 1 static, 1 too short, 2 unreadable, 2 unstamped", ", 0 cuts"):
         assert words in out, out
     monkeypatch.setattr(sys, "argv", [*check, "500"])
     assert data.main() == 1
@@ -1727,7 +1704,7 @@ def test_lists_name_the_same_files_as_the_folder(mixed, monkeypatch):
     monkeypatch.chdir(mixed.parent)
     assert data.list_files("videos") == data.list_files(mixed)
     names = ["good.mp4", "deep/vp9.webm", str(mixed / "broken.avi")]
-    lists = {"a.txt": "# three\n" + "\n".join(names), "b.csv": "\n".join(["id,path", *(f"7,{n}" for n in names)]),
+    lists = {"a.txt": "\n".join(["# three", *names]), "b.csv": "\n".join(["id,path", *(f"7,{n}" for n in names)]),
              "c.csv": "\n".join(["video,caption", *(f"{n},a" for n in names)]),
              "d.json": json.dumps([{"path": n} for n in names]), "e.json": json.dumps(names)}
     for name, text in lists.items():
