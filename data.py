@@ -306,14 +306,13 @@ class VideoWriter:
     slash, a folder of PNGs.  `settings`, JSON, goes into the comment tag of mp4 and webm, or with the frame rate into
     settings.json of the folder; a GIF holds none.  The target appears when the `with` block ends well; after an
     exception an older one is as it was.  Same machine, versions and frames: same bytes.  Bad names and rates raise
-    MediaError at once, before any work; frames of a wrong type or size raise ValueError."""
+    MediaError before any work; frames of a wrong type or size raise ValueError."""
 
     def __init__(self, path, fps, settings=None):
         self.path, self.settings = Path(path), settings or {}
         self.kind = "" if str(path).endswith("/") else self.path.suffix.lower()
         if self.kind not in ("", *ENCODERS):
-            raise MediaError(f"{path}: cannot write {self.kind} files; end the name in .mp4, .webm or .gif, or give "
-                             "none of these for a folder of PNGs")
+            raise MediaError(f"{path}: end the name in .mp4, .webm or .gif, or in a slash for a folder of PNGs")
         if not 0 < fps <= (50 if self.kind == ".gif" else 1000):
             raise MediaError(f"{path}: {fps} frames per second cannot be written; use at most 50 for a gif, else 1000")
         if self.kind and self.path.is_dir():
@@ -335,8 +334,7 @@ class VideoWriter:
 
     def _start(self, frame):
         codec, options = ENCODERS[self.kind]
-        # faststart puts the index first, so that a browser can begin before it has all; it opens the file a second time
-        # by its name, which must be absolute
+        # faststart: the index comes first, so that a browser can begin before it has all; wants an absolute name
         self.container = av.open("file:" + os.path.abspath(self.new), "w",
                                  container_options={"fflags": "+bitexact", "movflags": "+faststart"})
         if self.settings:
@@ -600,17 +598,6 @@ def build_index(source, files):
 # 5. Clips
 
 
-def picks(times, start, k, stride, fps):
-    """The number of a clip's k-th frame, k = 0, 1, ...: every stride-th, or with fps that shown nearest to each 1/fps.
-
-    times: of the file's N frames, in seconds; N where the file has ended.  start, k: integers or arrays of them."""
-    if fps is None:
-        return start + stride * k
-    # a frame is the nearest one up to the middle between it and the next; the last, for half a step more
-    until = np.append((times[1:] + times[:-1]) / 2, times[-1] + 0.5 / frame_rate(times[-2:]))       # (N,)
-    return np.searchsorted(until, times[start] + k / fps)
-
-
 def _numbered(path, entry, size, wanted=None, seek=None):
     """(number, pixels) of a file's frames from its start, or from the key frame at or before the time stamp `seek`.
 
@@ -667,12 +654,22 @@ class Clips:
     log: str = None             # a file that will name what is left out, or later can't be read, and why
 
     def __post_init__(self):
-        if (min(self.frames, self.stride, *self.size) < 1 or self.size[0] % 8 or self.size[1] % 8 or self.seed < 0
-                or self.fps is not None and not self.fps > 0):
+        self.size = W, H = list(self.size)  # a list, as in JSON
+        positive = min(self.frames, self.stride, W, H) > 0 and (self.fps is None or self.fps > 0)
+        if not positive or self.seed < 0 or W % 8 or H % 8:
             raise MediaError(f"frames {self.frames}, stride {self.stride}, fps {self.fps}, seed {self.seed}, size "
-                             f"{self.size[0]}x{self.size[1]}: must be positive, and sizes multiples of 8")
-        self.size = list(self.size)         # as JSON has it
+                             f"{W}x{H}: must be positive, and sizes multiples of 8")
         self._open()
+
+    def picks(self, times, start, k):
+        """The number of a clip's frame k = 0, 1, ...: every stride-th, or that shown nearest to each 1/fps.
+
+        times: of the file's frames, in seconds (N,); N where it has ended.  start, k: integers or arrays of them."""
+        if self.fps is None:
+            return start + self.stride * k
+        # a frame is the nearest one up to the middle between it and the next; the last, for half a step more
+        until = np.append((times[1:] + times[:-1]) / 2, times[-1] + 0.5 / frame_rate(times[-2:]))   # (N,)
+        return np.searchsorted(until, times[start] + k / self.fps)
 
     def _use(self, index):
         """Sorts what is usable of the files in an index from what is left out."""
@@ -681,8 +678,7 @@ class Clips:
             if "error" in entry:
                 self.left_out[name] = entry["error"]
                 continue
-            starts = np.arange(entry["frames"])
-            last = picks(_times(entry), starts, self.frames - 1, self.stride, self.fps)     # of the clip from there
+            last = self.picks(_times(entry), np.arange(entry["frames"]), self.frames - 1)   # of a clip from each
             shots = list(itertools.pairwise([0, *entry["cuts"], entry["frames"]]))
             found = [range(a, a + np.count_nonzero(last[a:b] < b)) for a, b in shots]
             moving = [starts for starts, change in zip(found, entry["change"]) if starts and change >= self.skip_static]
@@ -720,7 +716,7 @@ class Clips:
             name, start = self._where(int(n), attempt)
             entry = self.index[name]
             times = _times(entry)                                                   # (N,), seconds
-            numbers = picks(times, start, np.arange(self.frames), self.stride, self.fps)    # (T,)
+            numbers = self.picks(times, start, np.arange(self.frames))              # (T,)
             try:
                 item, score = self._load(name, numbers)
             except MediaError as e:
@@ -871,7 +867,7 @@ def _encode_file(dataset, name, vae, clip, dtype, bar):
         rows.append({key: x.to("cpu", dtype) for key, x in row.items()} | {"aug": aug})
         window[i] = frame.to(cond.device)
         while starts:                       # the clips that end here
-            numbers = picks(times, starts[0], np.arange(dataset.frames), dataset.stride, dataset.fps).tolist()
+            numbers = dataset.picks(times, starts[0], np.arange(dataset.frames)).tolist()
             if numbers[-1] > i:
                 break
             motion[starts.popleft()] = motion_score([window[k] for k in numbers])
@@ -956,8 +952,7 @@ def main():
     e.add_argument("--model", required=True, help="SVD-XT, a file or a diffusers folder, for its VAE and CLIP")
     e.add_argument("--data", required=True, help="a folder, or a .txt, .csv or .json list")
     e.add_argument("--out", required=True, help="a folder for the latents, one file per video")
-    e.add_argument("--seed", type=int, default=0,
-                   help="of the noise on condition images; train.py --seed then draws the same")
+    e.add_argument("--seed", type=int, default=0, help="of the noise on condition images (default: 0, as train.py's)")
     e.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"],
                    help="of what is stored (default: float16: a clip's loss off by up to 5e-5 of itself; bfloat16: "
                    "9e-4; float32: bit for bit what encoding on the fly gives)")
@@ -968,8 +963,7 @@ def main():
                        help="pixels of a clip, multiples of 8 (default: 512x512; toy: 128x128)")
         q.add_argument("--stride", type=int, default=1, help="take every k-th frame (default: 1)")
         q.add_argument("--fps", type=float, help="take the frames nearest to this rate instead")
-        q.add_argument("--skip-static", type=float, default=0.0,
-                       help="leave out shots that change less per frame; try 0.002")
+        q.add_argument("--skip-static", type=float, default=0.0, help="leave out shots that change less; try 0.002")
     a = p.parse_args()
     try:
         toy = a.command == "encode" and exsvd.open_model(a.model)[0]["unet"].meta.get("family") == "toy"
