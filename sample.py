@@ -34,8 +34,8 @@ import exsvd
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # What a run uses where no flag says otherwise. size: what the model was trained on; its area is kept, at the aspect
-# ratio of the image. Frames are the rows of the extension's table, or the native length. Outside of the ranges, too, a model
-# is far from what it was trained on.
+# ratio of the image. Frames are the rows of the extension's table, or the native length. Outside of the ranges, too, a
+# model is far from what it was trained on.
 DEFAULTS = {
     # as diffusers runs SVD and SVD-XT; the ranges are those of Stability's script
     "SVD": dict(size=(1024, 576), steps=25, sampler="euler", eta=0.0, share_noise=0, cfg=(1.0, 3.0),
@@ -750,7 +750,9 @@ def load(a, model, extension, toy, device):
         svd.unet.stream = exsvd.Stream(svd.unet, device)
     if a.compile:
         exsvd.compile_blocks(svd.unet)
-    family = "toy" if toy else "ExVideo" if svd.unet.max_frames else "SVD"
+    family = "toy"
+    if not toy:
+        family = "ExVideo" if svd.unet.max_frames else "SVD"
     parameters = sum(p.numel() for p in svd.unet.parameters())
     print(f"{family}: {parameters / 1e6:.1f} M parameters in the UNet, {a.dtype} on {device}")
     return svd, family

@@ -99,24 +99,30 @@ def version(code, folder):
 
 
 def unet(code, frames, folder, new, checkpointing):
-    context, ids, sigma = lambda: new(1, 1, 1024), lambda: new(1, 3), lambda: new(1)
+    """-> the network, run(frames, height, width) for one pass, the names of the blocks that ExVideo trains"""
     if code == "diffusers":
         from diffusers import UNetSpatioTemporalConditionModel
         m = UNetSpatioTemporalConditionModel(num_frames=25, num_attention_heads=(5, 10, 20, 20))
         m.enable_gradient_checkpointing()  # takes effect in training mode only, as in the others
-        run = lambda T, H, W: m(new(1, T, 8, H, W), sigma(), context(), ids()).sample
+
+        def run(T, H, W):
+            return m(new(1, T, 8, H, W), new(1), new(1, 1, 1024), new(1, 3)).sample
+
         return m, run, (".temporal_transformer_blocks.",)
     if code in ("diffsynth", "diffsynth-base"):
         module = diffsynth_classes(folder)[0]
         m = module.SVDUNet(add_positional_conv=frames if code == "diffsynth" else None)
         blocks = [n + "." for n, b in m.named_modules() if isinstance(b, module.TemporalAttentionBlock)]
-        run = lambda T, H, W: m(new(T, 8, H, W), 1.0, context()[0], ids(), use_gradient_checkpointing=m.training)
+
+        def run(T, H, W):
+            return m(new(T, 8, H, W), 1.0, new(1, 1024), new(1, 3), use_gradient_checkpointing=m.training)
+
         return m, run, blocks
     m = exsvd.UNet()
     if code == "ours":
         exsvd.extend(m, frames)
     m.checkpointing = checkpointing
-    return m, lambda T, H, W: m(new(1, T, 8, H, W), sigma(), context(), ids()), (".attn.temporal.",)
+    return m, lambda T, H, W: m(new(1, T, 8, H, W), new(1), new(1, 1, 1024), new(1, 3)), (".attn.temporal.",)
 
 
 def vae(code, folder, new):
@@ -353,7 +359,10 @@ def decode_frames(T, a, pixels):
 
 COLUMNS = ("peak GB", "TFLOP", "seconds", "ratio", "of matrix rate", "note")
 HEADER = ("", "code", "shape", *COLUMNS, "conditions")
-gb = lambda n: None if n is None else f"{n / 1e9:.3f}"
+
+
+def gb(n):
+    return None if n is None else f"{n / 1e9:.3f}"
 
 
 def others(a, codes):
@@ -504,7 +513,10 @@ def frames_rows(a):
     times, cpu = pairs(partial(one_pass, run, long), partial(one_pass, run, short), a)
     del m, run
     work = count("ours", a, long)[1] / long[0] / (count("ours", a, short)[1] / short[0])
-    per_frame = lambda times: [x / long[0] / (y / short[0]) / work for x, y in zip(*times)]
+
+    def per_frame(times):
+        return [x / long[0] / (y / short[0]) / work for x, y in zip(*times)]
+
     for shape, t in zip((long, short), times):
         yield "UNet forward", "ours", shape, {"seconds": quartiles(t)}
     yield "per frame, long over short", "ours", long, {

@@ -74,7 +74,9 @@ def runs(a):
 
 def rows(a):
     """{row: (model, extension, native length)}, None for the alternatives, which are made by the base."""
-    out = lambda *parts: os.path.join(a.out, *parts)
+    def out(*parts):
+        return os.path.join(a.out, *parts)
+
     found = {"base, asked for 40 frames": (BASE, None)}
     found |= {f"untuned: {table}": (BASE, out("start", f"{table}-0.safetensors")) for table in TABLES}
     for name in runs(a):
@@ -166,8 +168,12 @@ def generate(svd, first, frames, fps=world.FPS, known=None):
     known: latents that the first frames are held to, noised anew at every step.
     """
     s, generator = sample.DEFAULTS["toy"], torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(1, frames, 4, SIZE // 8, SIZE // 8, generator=generator)
-    noise = lambda: sample.shared_noise(draw(), s["share_noise"]) if s["share_noise"] else draw()
+    def draw():
+        return torch.randn(1, frames, 4, SIZE // 8, SIZE // 8, generator=generator)
+
+    def noise():
+        return sample.shared_noise(draw(), s["share_noise"])
+
     image_noise = torch.randn(first[None].shape, generator=generator)
     cond, ctx = sample.condition(svd, first, s["aug"], image_noise, torch.device("cpu"))
     ids = torch.tensor([[fps - 1, MOTION, s["aug"]]])
@@ -266,8 +272,12 @@ def summary(row):
 
 def table(found):
     """Markdown of {row: {column: value}}."""
+    def cell(v):
+        if v is None:
+            return ""
+        return f"{v:.1f}" if abs(v) >= 10 else f"{v:.3f}"
+
     columns = list(max(found.values(), key=len))
-    cell = lambda v: "" if v is None else f"{v:.1f}" if abs(v) >= 10 else f"{v:.3f}"
     lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     lines += [f"| {row} | " + " | ".join(cell(v.get(c)) for c in columns) + " |" for row, v in found.items()]
     return "\n".join(lines)
