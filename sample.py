@@ -17,6 +17,7 @@ import argparse
 import functools
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -214,7 +215,7 @@ def adjust(z, s):
         mean = z.mean(dim=(2, 3, 4), keepdim=True)
         std = z.std(dim=(2, 3, 4), keepdim=True)
         matched = (z - mean) / std * z.std() + z.mean()
-        given = [number for number in s["keyframes"] if number < z.shape[1]]
+        given = [number for number in s.get("keyframes", []) if number < z.shape[1]]
         matched[:, given] = z[:, given]
         z = matched
     return z * s["contrast"]
@@ -226,7 +227,7 @@ def adjust(z, s):
 
 def is_out_of_memory(error):
     """Of any device: only CUDA's allocator has an exception type, neither the CPU's nor those of cuDNN and cuBLAS."""
-    words = ("allocate memory", "ALLOC_FAILED")
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
@@ -335,7 +336,7 @@ def parse(argv):
     p = argparse.ArgumentParser(
         usage="sample.py IMAGE... [options], --help lists them",
         description="Image to video with SVD and ExVideo. Defaults depend on the model: SVD / ExVideo / toy.",
-        epilog="One line warns where --size, --fps, --motion or --frames are far from what the model was trained on. "
+        epilog="One line warns where --size (of a picture), --fps, --motion or --frames are far from the training. "
                "Out of memory: --dtype bfloat16, --offload, fewer --frames, a smaller --size, in this order. README.md "
                "has real weights (section Weights) and text to video (More than one image).")
     add = p.add_argument
@@ -388,7 +389,8 @@ def parse(argv):
     add("--seeds", type=at_least(1, kind=int), default=1, metavar="N",
         help="videos of each image, with seeds from --seed on: <name>-0.mp4, <name>-1.mp4, ... [1]")
     add("--shard", type=shard, default=(0, 1), metavar="I/N",
-        help="make every N-th video of the list alone, from the I-th on (0 to N - 1): one shard per GPU")
+        help="make every N-th video of the list alone, from the I-th on (0 to N - 1): one shard for each GPU, which "
+             "CUDA_VISIBLE_DEVICES or --device cuda:I chooses")
     add("--overwrite", action="store_true", help="make videos again that are there; [of several they are skipped]")
     add("--decode-chunk", type=at_least(1, kind=int), metavar="N",
         help=f"frames decoded at once; fewer need less memory {shown('decode_chunk')}")
@@ -424,8 +426,12 @@ def parse(argv):
         torch.zeros(1, device=a.device).cpu()
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
-    if a.decode_only and (a.seeds > 1 or a.shard != (0, 1)):
-        p.error("--decode-only makes one video: leave --seeds and --shard out")
+    honoured = ("decode_only", "model", "out", "device", "fps", "decode_chunk", "match_stats", "contrast", "dtype")
+    idle = [flag for flag, value in vars(a).items() if value != p.get_default(flag) and flag not in honoured]
+    if a.decode_only and idle:
+        p.error(f"--decode-only samples nothing: leave out --{', --'.join(idle).replace('_', '-')}")
+    if not a.video and "strength" in idle:
+        p.error("--strength: only with --video")
     jobs = jobs_of(a)
     a.batch = len(jobs) > 1
     a.jobs = jobs[a.shard[0]::a.shard[1]]
@@ -679,13 +685,17 @@ def check_writable(out, fps):
         raise data.MediaError(f"{out}: {folder} cannot be written to ({e.strerror}); choose another --out") from None
 
 
-def saved_latents(path):
-    """What an earlier run saved: scaled latents (1,T,4,h,w) and the settings they were made with."""
+def saved_latents(path, toy):
+    """What an earlier run saved: scaled latents (1,T,4,h,w) and the settings they were made with. toy: whether the model
+    is one now, whose latents are no other's."""
     file = exsvd.Tensors(path)
     s = file.meta.get("settings")
     shape = tuple(file.shape("latents")) if "latents" in file.names else None
-    if not isinstance(s, dict) or shape != (1, s.get("frames"), 4, s.get("height", 0) // 8, s.get("width", 0) // 8):
+    needed = {"family", "frames", "width", "height", "fps", "dtype", "decode_chunk", "match_stats", "contrast"}
+    if not isinstance(s, dict) or needed - s.keys() or shape != (1, s["frames"], 4, s["height"] // 8, s["width"] // 8):
         raise exsvd.WeightsError(f"{path} holds no latents saved by sample.py, whose names end in .latents.safetensors")
+    if toy != (s["family"] == "toy"):
+        raise exsvd.WeightsError(f"{path} was made by a model of the {s['family']} family: give its --model")
     latents = file.get("latents")
     if not latents.isfinite().all():
         raise exsvd.WeightsError(f"{path}: the latents are not finite; sample again, with --dtype bfloat16 or float32")
@@ -694,10 +704,10 @@ def saved_latents(path):
 
 def decode_again(a, model, toy, device):
     """--decode-only: a video from the latents that an earlier run saved."""
-    latents, s = saved_latents(a.decode_only)
+    latents, s = saved_latents(a.decode_only, toy)
     out = a.jobs[0][2]
-    if toy != (s["family"] == "toy"):
-        raise exsvd.WeightsError(f"{a.decode_only} was made by a model of the {s['family']} family: give its --model")
+    if a.contrast:
+        latents[:, s.get("keyframes", [])] *= s["contrast"] / a.contrast  # their pictures stay as they are given
     for flag in ("fps", "decode_chunk", "match_stats", "contrast", "dtype"):
         if getattr(a, flag) is not None:
             s[flag] = getattr(a, flag)
@@ -712,14 +722,10 @@ Video = namedtuple("Video", "latents fps first")
 
 
 @torch.inference_mode()
-def open_video(a, vae, device):
+def open_video(a, vae, toy, device):
     """--video, at --size or its own."""
     if a.video.endswith(".safetensors"):
-        latents, s = saved_latents(a.video)
-        width, height = a.size or (s["width"], s["height"])
-        if (width, height) != (s["width"], s["height"]):
-            raise data.MediaError(f"--size {width}x{height}: the latents are of {s['width']}x{s['height']}; give the "
-                                  "video itself to --video, or leave --size out")
+        latents, s = saved_latents(a.video, toy)
         shown = adjust(latents, s)
         with on_device(device, vae):
             first = decoded_frame(vae, shown.to(device), 0, s["decode_chunk"])
@@ -734,7 +740,21 @@ def open_video(a, vae, device):
             latents.append(vae.encode(fitted)[0].float().cpu() * exsvd.VAE_SCALE)
             times.append(time)
             bar.update()
+    if len(times) < 2:
+        raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE, without --video")
     return Video(torch.stack(latents), data.frame_rate(times, declared), first)
+
+
+def check_video(a, toy):
+    """Before the networks are loaded: whether --video can be read, and has the --size if it is latents."""
+    if a.video and not a.video.endswith(".safetensors"):
+        next(data.video_frames(a.video))
+    elif a.video:
+        _, s = saved_latents(a.video, toy)
+        width, height = a.size or (s["width"], s["height"])
+        if (width, height) != (s["width"], s["height"]):
+            raise data.MediaError(f"--size {width}x{height}: the latents are of {s['width']}x{s['height']}; give the "
+                                  "video itself to --video, or leave --size out")
 
 
 def resampled(latents, frames):
@@ -800,8 +820,7 @@ def main(argv=None):
         decode_again(a, model, toy, device)
         return
 
-    if a.video and not a.video.endswith(".safetensors"):
-        next(data.video_frames(a.video))  # what cannot be read is to be known before the networks are loaded
+    check_video(a, toy)
     end = data.read_image(a.end) if a.end else None
     keyframes = {number: data.read_image(path) for number, path in a.keyframe}
     svd, video, failed = None, None, []
@@ -824,7 +843,7 @@ def main(argv=None):
         if svd is None:
             svd, family = load(a, model, extension, toy, device)
         if a.video and video is None:
-            video = open_video(a, svd.vae, device)
+            video = open_video(a, svd.vae, toy, device)
         if img is None:
             img = video.first
         s = settings_of(a, family, svd, img, seed, video)
@@ -848,6 +867,7 @@ While decoding, which went down to one frame at a time by itself: --decode-only 
 
 def command(argv=None):
     """main(), for a shell: what the user can mend is one line and exit code 1."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("sample.py: terminated"))  # an exception, which leaves no rubbish
     try:
         main(argv)
     except (exsvd.WeightsError, data.MediaError, FloatingPointError, OSError) as e:

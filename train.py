@@ -853,10 +853,12 @@ def weights_replaced(module, state):
     for name, t in state.items():
         parameters[name].data.copy_(t)
     module.eval()
-    yield
-    for name, t in own.items():
-        parameters[name].data.copy_(t)
-    module.train()
+    try:
+        yield
+    finally:
+        for name, t in own.items():
+            parameters[name].data.copy_(t)
+        module.train()
 
 
 def add_progress(out, step, frames):
@@ -1158,12 +1160,12 @@ def main(argv=None):
     def take_sample():
         average = shards.gather_average()
         if master:
-            with weights_replaced(module, average):
-                frames = sample_video(a, family, module.unet, *networks(), sampled_from, device)
             try:
+                with weights_replaced(module, average):
+                    frames = sample_video(a, family, module.unet, *networks(), sampled_from, device)
                 measured, line = save_sample(a, family, step, frames, sampled_from)
-            except (OSError, data.MediaError) as e:  # a full disk must not end the run
-                measured, line = {}, f"warning: the sample of step {step} could not be written ({e})"
+            except (OSError, data.MediaError, exsvd.WeightsError, torch.OutOfMemoryError) as e:  # must not end the run
+                measured, line = {}, f"warning: there is no sample of step {step} ({e})"
             monitor({f"sample/{key}": value for key, value in measured.items()})
             say(line)
         dist.barrier()
