@@ -426,11 +426,12 @@ def parse(argv):
         torch.zeros(1, device=a.device).cpu()
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
-    honoured = ("decode_only", "model", "out", "device", "fps", "decode_chunk", "match_stats", "contrast", "dtype")
-    idle = [flag for flag, value in vars(a).items() if value != p.get_default(flag) and flag not in honoured]
+    decoding = ("decode_only", "model", "out", "device", "fps", "decode_chunk", "match_stats", "contrast", "dtype")
+    given = [flag for flag, value in vars(a).items() if value and value != p.get_default(flag)]
+    idle = [flag for flag in given if flag not in decoding]
     if a.decode_only and idle:
         p.error(f"--decode-only samples nothing: leave out --{', --'.join(idle).replace('_', '-')}")
-    if not a.video and "strength" in idle:
+    if not a.video and "strength" in given:
         p.error("--strength: only with --video")
     jobs = jobs_of(a)
     a.batch = len(jobs) > 1
@@ -686,8 +687,8 @@ def check_writable(out, fps):
 
 
 def saved_latents(path, toy):
-    """What an earlier run saved: scaled latents (1,T,4,h,w) and the settings they were made with. toy: whether the model
-    is one now, whose latents are no other's."""
+    """What an earlier run saved: scaled latents (1,T,4,h,w) and the settings they were made with. toy: whether the
+    model is one now, whose latents are no other's."""
     file = exsvd.Tensors(path)
     s = file.meta.get("settings")
     shape = tuple(file.shape("latents")) if "latents" in file.names else None
