@@ -26,8 +26,8 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
+import tempfile
 import types
 import warnings
 from collections import Counter, deque
@@ -320,16 +320,17 @@ class VideoWriter:
         if not self.kind and self.path.exists() and not self._ours():
             raise MediaError(f"{path}: exists and holds more than PNG frames written here; choose another name")
         self.fps = Fraction(fps).limit_denominator(1001)                            # 30000/1001 and 7.5 alike
-        self.part = self.path.with_name(f".{self.path.name}.part{os.getpid()}")     # a folder on the same file system
-        self.new = self.part / f"new{self.kind}"
         self.count, self.size, self.container = 0, None, None
 
     def _ours(self):
         return self.path.is_dir() and all(f.name == SETTINGS or f.match("frame_*.png") for f in self.path.iterdir())
 
     def __enter__(self):
-        shutil.rmtree(self.part, ignore_errors=True)                                # of a run that was killed
-        (self.part if self.kind else self.new).mkdir(parents=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.part = tempfile.TemporaryDirectory(prefix=f".{self.path.name}.part", dir=self.path.parent)
+        self.new = Path(self.part.name, f"new{self.kind}")                          # on the same file system
+        if not self.kind:
+            self.new.mkdir()
         return self
 
     def _start(self, frame):
@@ -378,25 +379,23 @@ class VideoWriter:
         frame.pts, frame.time_base = round(self.count / self.fps / self.tick), self.tick
         self.container.mux(self.stream.encode(frame))
 
-    def __exit__(self, kind, error, trace):
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self.container = None
-            shutil.rmtree(self.part, ignore_errors=True)
-
-    def _finish(self):
-        if not self.count:
-            raise MediaError(f"{self.path}: no frame was written; the older file, if any, is as it was")
-        if self.kind:
-            self.container.mux(self.stream.encode(None))
-            self.container.close()
-        else:
-            (self.new / SETTINGS).write_text(json.dumps({"fps": float(self.fps), **self.settings}))
-            if self.path.exists():          # a folder is not replaced by another
-                os.replace(self.path, self.part / "old")
-        os.replace(self.new, self.path)
+    def __exit__(self, error, *_):
+        with self.part:                     # removed whatever happens
+            if error:
+                if self.container:
+                    with contextlib.suppress(av.FFmpegError):                       # must not hide the first error
+                        self.container.close()
+                return
+            if not self.count:
+                raise MediaError(f"{self.path}: no frame was written; the older file, if any, is as it was")
+            if self.kind:
+                self.container.mux(self.stream.encode(None))
+                self.container.close()
+            else:
+                (self.new / SETTINGS).write_text(json.dumps({"fps": float(self.fps), **self.settings}))
+                if self.path.exists():      # a folder is not replaced by another
+                    os.replace(self.path, Path(self.part.name, "old"))
+            os.replace(self.new, self.path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
