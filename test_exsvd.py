@@ -17,12 +17,13 @@ holding the same weights, are the reference. What needs a GPU skips and says so.
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import re
@@ -45,14 +46,17 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import exsvd
 import sample
 import train
+from bench import compare
 from toy import measure, world
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -126,7 +130,8 @@ def named(module, layout):
         t = t.T if names == ["visual_projection.weight"] else t
         if layout == "diffusers" and re.search(r"(decoder|encoder).*attn_1.*weight", ours) and t.ndim == 4:
             t = t[:, :, 0, 0]  # diffusers has Linear layers there
-        out |= {n: part.clone() for n, part in zip(names, t.chunk(len(names)))}
+        parts = [part.clone(memory_format=torch.contiguous_format) for part in t.chunk(len(names))]
+        out |= dict(zip(names, parts))
     return out
 
 
@@ -134,20 +139,6 @@ def named(module, layout):
 # Parity with the public implementations: the same random weights, the same epsilons, fp32, |a-b|/|b| <= 1e-5.
 
 PARITY = 1e-5
-
-
-def diffusers_unet(unet):
-    models = pytest.importorskip("diffusers.models", reason="the reference implementation of the UNet")
-    c = unet.config
-    with torch.device("meta"):
-        ref = models.UNetSpatioTemporalConditionModel(block_out_channels=c.channels, num_attention_heads=c.heads,
-                                                      cross_attention_dim=c.context_dim)
-    ref.load_state_dict({n: t for n, t in named(unet, "diffusers").items() if "positional_" not in n}, assign=True)
-    for name, m in ref.named_modules():  # the only ones that differ: diffusers has 1e-6 in most residual blocks
-        if isinstance(m, torch.nn.GroupNorm) and "resnets" in name:
-            m.eps = exsvd.EPS_UNET_RES
-    same_epsilons(unet, ref)
-    return ref.eval()
 
 
 def same_epsilons(module, ref):
@@ -159,46 +150,49 @@ def same_epsilons(module, ref):
     assert ours == theirs and len(ours) > 5
 
 
-@pytest.mark.parametrize("size", [8, (16, 24)])
-@torch.no_grad()
-def test_unet_parity(size):
-    unet = make_unet()
-    x, c_noise, ctx, ids = unet_inputs(T=5, size=size)
-    close(unet(x, c_noise, ctx, ids), diffusers_unet(unet)(x, c_noise, ctx, ids).sample, PARITY, f"UNet at {size}")
-
-
-def extended_diffusers_unet(unet):
-    """The reference with ExVideo's two additions, built from stock parts: a table in place of the frame sinusoid (it
-    goes through time_pos_embed too), and a Conv3d with reflected borders before the temporal block's norm_in."""
-    ref = diffusers_unet(unet)
-    extra = {n: t for n, t in named(unet, "diffusers").items() if "positional_" in n}
-    blocks = [(n, m) for n, m in ref.named_modules() if type(m).__name__ == "TransformerSpatioTemporalModel"]
-    assert len(blocks) == 16 and len(extra) == 3 * 16
-    for name, m in blocks:
-        table, weight, bias = (extra[f"{name}.temporal_transformer_blocks.0.positional_{n}"]
-                               for n in ("embedding.embeddings", "conv.weight", "conv.bias"))
+def diffusers_unet(unet, aspect):
+    """diffusers' UNet, of the same weights. Where ours is extended, ExVideo's two additions are built from stock parts:
+    a table in place of the frame sinusoid (it goes through time_pos_embed too), and a Conv3d with reflected borders
+    before the temporal block's norm_in. aspect: H / W of what it is given, which tokens do not tell."""
+    models = pytest.importorskip("diffusers.models", reason="the reference implementation of the UNet")
+    c, tensors = unet.config, named(unet, "diffusers")
+    additions = {n: tensors.pop(n) for n in list(tensors) if "positional_" in n}
+    assert len(additions) == (3 * 16 if unet.max_frames else 0)
+    with torch.device("meta"):
+        ref = models.UNetSpatioTemporalConditionModel(block_out_channels=c.channels, num_attention_heads=c.heads,
+                                                      cross_attention_dim=c.context_dim)
+    ref.load_state_dict(tensors, assign=True)
+    for name, m in ref.named_modules():  # the only ones that differ: diffusers has 1e-6 in most residual blocks
+        if isinstance(m, torch.nn.GroupNorm) and "resnets" in name:
+            m.eps = exsvd.EPS_UNET_RES
+    same_epsilons(unet, ref)
+    for table_name in [n for n in additions if n.endswith("positional_embedding.embeddings")]:
+        transformer, _, _ = table_name.partition(".temporal_transformer_blocks")
+        conv_name = table_name.replace("embedding.embeddings", "conv")
+        weight, bias = additions[f"{conv_name}.weight"], additions[f"{conv_name}.bias"]
         conv = torch.nn.Conv3d(len(bias), len(bias), 3, padding=1, padding_mode="reflect")
         conv.load_state_dict({"weight": weight, "bias": bias})
-        m.time_proj = torch.nn.Embedding.from_pretrained(table)
-        size = {}
-        m.register_forward_pre_hook(lambda m, args, size=size: size.update(hw=args[0].shape[2:]))
 
-        def convolve(m, args, kwargs, conv=conv, size=size):
-            x, T = args[0], kwargs["num_frames"]
-            video = x.reshape(-1, T, *size["hw"], x.shape[-1]).permute(0, 4, 1, 2, 3)
-            return (conv(video).permute(0, 2, 3, 4, 1).reshape(x.shape),), kwargs
+        def convolve(m, args, kwargs, conv=conv):
+            h = round(math.sqrt(args[0].shape[1] * aspect))
+            video = rearrange(args[0], "(b t) (h w) c -> b c t h w", t=kwargs["num_frames"], h=h)
+            return (rearrange(conv(video), "b c t h w -> (b t) (h w) c"),), kwargs
 
+        m = ref.get_submodule(transformer)
+        m.time_proj = torch.nn.Embedding.from_pretrained(additions[table_name])
         m.temporal_transformer_blocks[0].register_forward_pre_hook(convolve, with_kwargs=True)
-    return ref
+    return ref.eval()
 
 
-@pytest.mark.parametrize("T, size", [(2, 16), (11, (16, 24))])  # not size 8: the reference can't reflect one pixel
+# extended not at 8x8: the reference can't reflect one pixel
+@pytest.mark.parametrize("extended, T, size", [(None, 5, (8, 8)), (None, 5, (16, 24)), (12, 2, (16, 16)),
+                                               (12, 11, (16, 24))])
 @torch.no_grad()
-def test_extended_unet_parity(T, size):
-    unet = make_unet(num_frames=12, native_frames=5)  # table and convolution random, as if trained
-    x, c_noise, ctx, ids = unet_inputs(T, size)
-    ref = extended_diffusers_unet(unet)
-    close(unet(x, c_noise, ctx, ids), ref(x, c_noise, ctx, ids).sample, PARITY, f"extended UNet, {T} frames at {size}")
+def test_unet_parity(extended, T, size):
+    unet = make_unet(extended, native_frames=5)  # table and convolution random, as if trained
+    inputs = unet_inputs(T, size)
+    ref = diffusers_unet(unet, size[0] / size[1])
+    close(unet(*inputs), ref(*inputs).sample, PARITY, f"UNet extended to {extended}, {T} frames at {size}")
 
 
 @torch.no_grad()
@@ -240,37 +234,29 @@ def test_clip_preprocessing_parity(size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# ExVideo: a freshly extended model is the base model; the fold; the borders.
+# ExVideo: extending changes nothing up to the native length; the fold; the borders.
 
 
-@pytest.mark.parametrize("native, size", [(25, 8), (14, 16)])  # SVD-XT's and SVD's native lengths
+# SVD-XT's and SVD's native lengths; a model extended before, with learned table and convolution
+@pytest.mark.parametrize("native, learned, size", [(25, None, 8), (14, None, 16), (5, 12, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_freshly_extended_equals_base(native, size, dtype):
-    base = make_unet(native_frames=native).to(dtype)
-    fresh = make_unet(native_frames=native).to(dtype)
-    assert exsvd.extend(fresh, 40) is fresh and fresh.max_frames == 40 and base.max_frames is None
+def test_extending_changes_nothing_up_to_the_native_length(native, learned, size, dtype):
+    base, longer = (make_unet(learned, native_frames=native).to(dtype) for _ in range(2))
+    assert exsvd.extend(longer, 40) is longer and longer.max_frames == 40 and base.max_frames == learned
+    native = learned or native
     for T in (1, 2, 3, native // 2, native - 1, native):
         inputs = unet_inputs(T, size, seed=T)
         want = base(*inputs)
-        assert want.isfinite().all() and torch.equal(fresh(*inputs), want), f"{T} frames"
+        assert want.isfinite().all() and torch.equal(longer(*inputs), want), f"{T} frames"
         alone = [i[:1] for i in inputs]  # other memory layouts, which once made other roundings
-        assert torch.equal(fresh(*alone), base(*alone)), f"{T} frames, one video"
-    x, *rest = unet_inputs(native + 1, size)
-    assert not torch.equal(fresh(x, *rest), base(x, *rest))  # beyond it the positions are other ones
-
-
-@torch.no_grad()
-def test_extending_an_extended_model():
-    short, longer = (make_unet(num_frames=12, native_frames=5) for _ in range(2))  # learned table and convolution
-    exsvd.extend(longer, 30)
-    assert longer.max_frames == 30
-    for a, b in zip(short.temporal_blocks(), longer.temporal_blocks()):
-        assert torch.equal(b.frame_table, a.frame_table[exsvd.fold_positions(12, 30)])
-    for T in (1, 7, 12):
-        inputs = unet_inputs(T)
-        assert torch.equal(longer(*inputs), short(*inputs))
-    longer(*unet_inputs(30))
+        assert torch.equal(longer(*alone), base(*alone)), f"{T} frames, one video"
+    if learned:
+        for a, b in zip(base.temporal_blocks(), longer.temporal_blocks()):
+            assert torch.equal(b.frame_table, a.frame_table[exsvd.fold_positions(12, 40)])
+    else:
+        inputs = unet_inputs(native + 1, size)
+        assert not torch.equal(longer(*inputs), base(*inputs))  # beyond it the positions are other ones
 
 
 def test_fold_positions():
@@ -300,27 +286,21 @@ def test_borders_of_the_frame_convolution(shape):
     assert torch.equal(exsvd.FrameConv(6)(tokens, nothing, shape[1]), tokens)
 
 
-@pytest.mark.parametrize("T, size", [(1, 8), (1, 16), (12, 8)])  # one frame; 64 pixels, on the coarsest level one
-def test_smallest_inputs(T, size):
+def test_inputs_that_fit_and_that_do_not():
     unet = make_unet(num_frames=12).train()
-    out = unet(*unet_inputs(T, size))
-    assert out.shape == (2, T, 4, size, size) and out.isfinite().all()
-    out.square().mean().backward()
-    assert all(p.grad.isfinite().all() for p in unet.parameters() if p.grad is not None)
-    assert all(b.frame_conv.weight.grad.abs().sum() > 0 for b in unet.temporal_blocks())
-
-
-def test_inputs_that_do_not_fit():
-    unet = make_unet(num_frames=12)
-    for size in ((8, 12), (20, 16), 4):
-        with pytest.raises(ValueError, match="multiples of 8"):
-            unet(*unet_inputs(2, size))
+    for T, size in (1, 8), (1, 16), (12, 8):  # one frame; 64 pixels, on the coarsest level one
+        unet.zero_grad()
+        out = unet(*unet_inputs(T, size))
+        assert out.shape == (2, T, 4, size, size) and out.isfinite().all()
+        out.square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in unet.parameters() if p.grad is not None)
+        assert all(b.frame_conv.weight.grad.abs().sum() > 0 for b in unet.temporal_blocks())
     x, c_noise, ctx, ids = unet_inputs(2)
-    for bad in (ctx[:1], ctx.repeat(1, 2, 1), ctx[:, 0]):
-        with pytest.raises(ValueError, match="ctx"):
-            unet(x, c_noise, bad, ids)
-    with pytest.raises(ValueError, match="13 frames.*extended to 12"):
-        unet(*unet_inputs(13))
+    refused = [(unet_inputs(2, size), "multiples of 8") for size in ((8, 12), (20, 16), 4)]
+    refused += [((x, c_noise, bad, ids), "ctx") for bad in (ctx[:1], ctx.repeat(1, 2, 1), ctx[:, 0])]
+    for inputs, says in [*refused, (unet_inputs(13), "13 frames.*extended to 12")]:
+        with pytest.raises(ValueError, match=says):
+            unet(*inputs)
     with pytest.raises(ValueError, match="at least one"):
         exsvd.extend(unet, 0)
 
@@ -340,21 +320,18 @@ def test_layout_handed_to_flash_attn(monkeypatch):
     unet, vae, clip = networks(num_frames=12)
     inputs, pixels, images = unet_inputs(5), torch.randn(2, 3, 56, 56), torch.randn(6, 3, 32, 32)
     q, k = torch.randn(2, 7, 12), torch.randn(2, 5, 12)
-    calls = []
-
-    def run():
-        return {"UNet": unet(*inputs), "CLIP": clip(pixels), "VAE": vae.encode(images),
-                "q, k": exsvd.attention(q, k, k, heads=3)}
+    run = {"UNet": lambda: unet(*inputs), "CLIP": lambda: clip(pixels), "VAE": lambda: vae.encode(images),
+           "q, k": lambda: exsvd.attention(q, k, k, heads=3)}
+    want, calls = {what: f() for what, f in run.items()}, []
 
     def flash(q, k, v):
         calls.append(q.shape)
         return plain_attention(q, k, v)
 
-    want = run()
     monkeypatch.setattr(exsvd, "flash_fits", lambda q: True)
     monkeypatch.setattr(exsvd, "flash_attn_func", flash)
-    for what, got in run().items():
-        close(got, want[what], 1e-5, f"{what} through flash-attn's layout")
+    for what, f in run.items():
+        close(f(), want[what], 1e-5, f"{what} through flash-attn's layout")
     assert len(calls) == 2 * 16 + 3 + 1 + 1
     assert calls[0] == (10, 64, 1, 32) and calls[1] == (128, 5, 1, 32) and calls[-1] == (2, 7, 3, 4)  # (B, N, H, D)
 
@@ -382,32 +359,30 @@ def test_flash_attn_itself(n, heads, dim):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# EDM: the networks here are functions whose right answer is known.
-
-SIGMAS = torch.tensor([0.002, 0.05, 1.0, 20.0, 700.0])
+# EDM
 
 
-def edm_batch():
-    """x, noise, image_latents, ctx, ids for a video at each of SIGMAS."""
-    shapes = (3, 4, 8, 8), (3, 4, 8, 8), (1, 4, 8, 8), (1, UNET.context_dim), (3,)
-    return [torch.randn(len(SIGMAS), *shape) for shape in shapes]
-
-
-def test_denoise_inputs_and_ideal_network():
-    x, noise, image, ctx, ids = edm_batch()
-    s = SIGMAS.view(-1, 1, 1, 1, 1)
-    noisy = x + s * noise
+def test_denoise_and_loss_of_networks_whose_answer_is_known():
+    sigma = torch.tensor([0.002, 0.05, 1.0, 20.0, 700.0])
+    x, noise, image, ctx, ids = (torch.randn(5, *shape) for shape in (
+        (3, 4, 8, 8), (3, 4, 8, 8), (1, 4, 8, 8), (1, UNET.context_dim), (3,)))
+    s = sigma.view(-1, 1, 1, 1, 1)
+    noisy, per_frame = x + s * noise, image.expand(-1, 3, -1, -1, -1)
+    v = (noise - s * x) / (s**2 + 1).sqrt()  # of unit variance
 
     def ideal(inputs, c_noise, ctx_in, ids_in):
-        assert torch.equal(inputs[:, :, 4:], image.expand(-1, 3, -1, -1, -1))  # unscaled, repeated for every frame
+        assert torch.equal(inputs[:, :, 4:], per_frame)  # unscaled, repeated for every frame
         assert ctx_in is ctx and ids_in is ids
-        close(c_noise, SIGMAS.log() / 4, 1e-6, "c_noise")
+        close(c_noise, sigma.log() / 4, 1e-6, "c_noise")
         close(inputs[:, :, :4], noisy / (s**2 + 1).sqrt(), 1e-6, "scaled noisy latents")
-        return (noise - s * x) / (s**2 + 1).sqrt()  # v, of unit variance
+        return v
 
-    close(exsvd.denoise(ideal, noisy, SIGMAS, image, ctx, ids), x, 1e-4, "D of the ideal F")
-    per_frame = image.expand(-1, 3, -1, -1, -1)
-    close(exsvd.denoise(ideal, noisy, SIGMAS, per_frame, ctx, ids), x, 1e-4, "image latents per frame")
+    for image_latents in (image, per_frame):
+        close(exsvd.denoise(ideal, noisy, sigma, image_latents, ctx, ids), x, 1e-4, "D of the ideal F")
+    guess = torch.randn(x.shape)
+    loss = exsvd.edm_loss(lambda *a: guess, x, sigma, noise, image, ctx, ids)
+    assert loss.shape == (5,)
+    close(loss, (guess - v).square().mean(dim=(1, 2, 3, 4)), 1e-4, "loss, |F - v|^2 as its weight is 1 / c_out^2")
 
 
 def test_karras_sigmas_are_those_of_the_published_scheduler():
@@ -423,21 +398,8 @@ def test_karras_sigmas_are_those_of_the_published_scheduler():
     assert exsvd.karras_sigmas(1).tolist() == [700, 0]
 
 
-def test_edm_loss_closed_form():
-    x, noise, *cond = edm_batch()
-    s = SIGMAS.view(-1, 1, 1, 1, 1)
-    guess = torch.randn(x.shape)
-    want = (guess - (noise - s * x) / (s**2 + 1).sqrt()).square().mean(dim=(1, 2, 3, 4))  # the weight is 1 / c_out^2
-    loss = exsvd.edm_loss(lambda *a: guess, x, SIGMAS, noise, *cond)
-    assert loss.shape == (5,)
-    close(loss, want, 1e-4, "loss against |F - v|^2")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory and training: slices, checkpoints, freezing; no code that reads values; low precision.
-
-# A softmax over the one context token is 1 whatever the query, so these receive no gradient. They are loaded and saved.
-IDLE = re.compile(r"\.(attn2\.to_q|attn2\.to_k|norm2)\.")
 
 
 def gradients(unet):
@@ -447,18 +409,22 @@ def gradients(unet):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_checkpointing_changes_no_gradient(frozen):
-    unet = make_unet(num_frames=12).train()
+def test_checkpoints_and_slices_change_no_gradient(frozen):
+    unet = make_unet(num_frames=12).double().train()  # where rounding can't hide or fake anything
     if frozen:  # then most blocks have nothing to train, and the first ones no input that requires a gradient
         exsvd.freeze(unet)
-    with_checkpoints = gradients(unet)
     unet.checkpointing = None
-    without = gradients(unet)
-    unet.checkpointing = "memory"
-    evaluated = gradients(unet.eval())  # checkpoints are for .train() only
-    assert with_checkpoints.keys() == without.keys() == evaluated.keys() and len(without) > 300
-    for name, g in without.items():
-        assert torch.equal(with_checkpoints[name], g) and torch.equal(evaluated[name], g), name
+    plain = gradients(unet)
+    total = torch.stack([g.norm() for g in plain.values()]).norm()
+    for unet.checkpointing in ("memory", "speed"):
+        unet.slice_size = None
+        whole = gradients(unet)
+        unet.slice_size = 3000
+        sliced = gradients(unet)
+        assert plain.keys() == whole.keys() == sliced.keys() and len(plain) > 300
+        for n, g in plain.items():  # 2nd term: a bias before a norm of one channel has no gradient but rounding
+            assert torch.equal(whole[n], g), n
+            assert (sliced[n] - g).norm() <= 1e-9 * g.norm() + 1e-13 * total, (n, rel(sliced[n], g))
 
 
 @pytest.mark.parametrize("switch, blocks", [("memory", 16), ("speed", 5), (None, 0)])
@@ -495,19 +461,6 @@ def test_slices_change_no_output(frames, size):
     assert all(map(torch.equal, inputs, before)), "slicing changed its inputs"
 
 
-@pytest.mark.parametrize("switch", ["memory", "speed"])
-def test_slices_change_no_gradient(switch):
-    unet = make_unet(num_frames=12).double().train()  # where rounding can't hide or fake anything
-    unet.slice_size = None
-    whole = gradients(unet)
-    unet.slice_size, unet.checkpointing = 3000, switch
-    sliced = gradients(unet)
-    assert whole.keys() == sliced.keys()
-    total = torch.stack([g.norm() for g in whole.values()]).norm()
-    for name, g in whole.items():  # 2nd term: a bias in front of a norm of one channel has no gradient but rounding
-        assert (sliced[name] - g).norm() <= 1e-9 * g.norm() + 1e-13 * total, (name, rel(sliced[name], g))
-
-
 @torch.no_grad()
 def test_slices_change_no_pixel(monkeypatch):
     vae, z = randomize(exsvd.VAE(VAE)), torch.randn(2, 3, 4, 4, 8)
@@ -540,14 +493,7 @@ def test_slices_are_of_one_length_where_they_can_be():
             assert length == max((m for m in range(even // 2 + 1, even + 1) if n % m == 0), default=even)
 
 
-@pytest.fixture(scope="module")
-def compare():
-    spec = importlib.util.spec_from_file_location("compare", os.path.join(HERE, "bench", "compare.py"))
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
-
-
-def test_live_bytes_are_counted(compare):
+def test_live_bytes_are_counted():
     """The bench's counter, on a pass whose bytes can be counted by hand."""
     x = torch.zeros(1000)
     with compare.LiveBytes([x]) as live:
@@ -560,7 +506,7 @@ def test_live_bytes_are_counted(compare):
         assert (live.live, live.peak) == (3204, 7200) and c == 800 * 2
 
 
-def test_decoding_fits_a_small_card(compare):
+def test_decoding_fits_a_small_card():
     """What sample.py --offload decodes of 1024x1024 at once, with all of the VAE's weights: 3 GB, as it promises."""
     with FakeTensorMode():
         vae, run = compare.build("ours", argparse.Namespace(device="cpu", diffsynth=None), part="vae")
@@ -571,24 +517,16 @@ def test_decoding_fits_a_small_card(compare):
 
 def test_blocks_compile_without_a_break(monkeypatch):
     """Traced as torch.compile traces, in full graphs or not at all, and run without its code generator."""
-    traced, compiled = [], []
-
-    def backend(graph, inputs):
-        traced.append(graph)
-        return graph.forward
-
-    def compile(self, fullgraph):
-        compiled.append(self)
-        self._compiled_call_impl = torch.compile(self._call_impl, fullgraph=True, backend=backend)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    traced = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=traced))
+    monkeypatch.setattr(exsvd, "flash_attn_func", None)  # with it graphs need not be full
     unet = make_unet(num_frames=12)
     unet.slice_size = 3000
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8):
         eager = unet(*unet_inputs(9))
         exsvd.compile_blocks(unet)
         close(unet(*unet_inputs(9)), eager, 1e-5, "compiled")
-    assert len(compiled) == 2 * 16 + 22 and len(traced) > 10
+    assert sum(m._compiled_call_impl is not None for m in unet.modules()) == 2 * 16 + 22 and traced.frame_count > 10
 
 
 def test_freeze():
@@ -598,8 +536,8 @@ def test_freeze():
     assert len(names) == 33 * 16 and set(names) == {n for n, p in unet.named_parameters() if id(p) in blocks}
     assert set(names) == {n for n, p in unet.named_parameters() if p.requires_grad}
     grads = gradients(unet)
-    idle = {n for n in names if n not in grads}
-    assert set(grads) <= set(names) and idle == {n for n in names if IDLE.search(n)} and len(idle) == 4 * 16
+    idle = set(names) - set(grads)  # a softmax over the one context token is 1 whatever the query
+    assert set(grads) <= set(names) and idle == {n for n in names if exsvd.IDLE.search(n)} and len(idle) == 4 * 16
     for n, g in grads.items():
         if n.endswith("frame_table"):  # the rows of the three frames there were
             assert (g.abs().amax(1) > 0).tolist() == [True] * 3 + [False] * 9
@@ -623,8 +561,9 @@ def test_streaming_changes_no_bit(frames):
     same(unet, state)
 
 
-def made_there(network, dtype, device):
-    """network() on a device; .to() refuses tensors without contents."""
+def made_there(network, dtype, device="meta"):
+    """network() on a device; .to() refuses tensors without contents. Under FakeTensorMode "meta" is a device as any
+    other but the CPU, on which nothing need exist: mixed devices and reads of values fail."""
     torch.set_default_dtype(dtype)
     try:
         with torch.inference_mode(False), torch.device(device):
@@ -635,33 +574,29 @@ def made_there(network, dtype, device):
 
 @pytest.mark.parametrize("dtype, offload", [(torch.bfloat16, True), (torch.float16, False)], ids=str)
 def test_sampling_on_another_device(dtype, offload):
-    """All of it on a device that is not the CPU, tensors without contents: mixed devices and reads of values fail."""
-    there = "meta"  # under FakeTensorMode a device as any other, on which nothing need exist
-    frames, (h, w) = 9, (8, 16)
+    there, frames, (h, w) = torch.device("meta"), 9, (8, 16)
     sigmas = exsvd.karras_sigmas(2).tolist()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        sigmas = [torch.tensor(sigma) for sigma in sigmas]  # on the CPU, the only values there are
         unet = made_there(lambda: exsvd.extend(exsvd.UNet(UNET), 12), dtype, "cpu" if offload else there).eval()
-        vae, clip = (made_there(lambda: f(c), dtype, there) for f, c in ((exsvd.VAE, VAE), (exsvd.ImageEncoder, CLIP)))
+        vae, clip = made_there(lambda: exsvd.VAE(VAE), dtype), made_there(lambda: exsvd.ImageEncoder(CLIP), dtype)
         if dtype == torch.float16:  # as load() makes it
-            wide = made_there(lambda: exsvd.VAE(VAE), torch.float32, there)
-            vae.encoder, vae.quant_conv = (getattr(wide, name) for name in ("encoder", "quant_conv"))
+            wide = made_there(lambda: exsvd.VAE(VAE), torch.float32)
+            vae.encoder, vae.quant_conv = wide.encoder, wide.quant_conv
         if offload:
             unet.stream = exsvd.Stream(unet, there, large=2000)
-        svd = argparse.Namespace(unet=unet, vae=vae, clip=clip)
-        img = torch.rand(3, 8 * h, 8 * w)
-        image_latents, ctx = sample.condition(svd, img, 0.02, torch.randn(1, *img.shape), torch.device(there))
+        svd, img = argparse.Namespace(unet=unet, vae=vae, clip=clip), torch.rand(3, 8 * h, 8 * w)
+        image_latents, ctx = sample.condition(svd, img, 0.02, torch.randn(1, *img.shape), there)
         guided = sample.guided(unet, image_latents, ctx, torch.ones(1, 3, device=there), (1.0, 3.0), frames, (1, 100))
-        sigmas = [torch.tensor(sigma) for sigma in sigmas]  # on the CPU, the only values there are
 
         def draw():
             return sample.shared_noise(torch.randn(1, frames, 4, h, w), 2).to(there)
 
-        x = draw()
-        both_ends = sample.held(sample.fused(guided, guided, frames), x, torch.zeros(frames))
+        both_ends = sample.held(sample.fused(guided, guided, frames), draw(), torch.zeros(frames))
         samplers = [sample.heun] if offload else sample.SAMPLERS.values()
         for sampler, denoise in [*itertools.product(samplers, [guided]), (sample.ddim, both_ends)]:
             x = sampler(denoise, sigmas[0] * draw(), sigmas, 0.5, draw)
-            assert x.device.type == there and x.dtype == torch.float32
+            assert x.device == there and x.dtype == torch.float32
         video = sample.to_pixels(torch.cat(list(sample.decode(vae, sample.adjust(x, True, 1.2), 4))))
         assert video.shape == (frames, 8 * h, 8 * w, 3) and video.device.type == "cpu"
 
@@ -669,14 +604,14 @@ def test_sampling_on_another_device(dtype, offload):
 @pytest.mark.parametrize("dtype, what", [(torch.bfloat16, "temporal"), (torch.float16, "all")], ids=str)
 def test_training_on_another_device(dtype, what):
     """From videos that a reader has put on the CPU to gradients and sums of losses."""
-    there = "meta"
+    there = torch.device("meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unet, clip, vae = (made_there(f, t, there) for f, t in (
-            (lambda: exsvd.extend(exsvd.UNet(UNET), 12), dtype), (lambda: exsvd.ImageEncoder(CLIP), dtype),
-            (lambda: exsvd.VAE(VAE), torch.float32)))
+        unet = made_there(lambda: exsvd.extend(exsvd.UNet(UNET), 12), dtype)
+        clip = made_there(lambda: exsvd.ImageEncoder(CLIP), dtype)
+        vae = made_there(lambda: exsvd.VAE(VAE), torch.float32)
         numbers, n = {key: torch.ones(2) for key in ("fps", "motion", "aug")}, (2, 9, 4, 8, 16)
         item = numbers | {"video": torch.rand(2, 9, 3, 64, 128), "aug_noise": torch.randn(2, 3, 64, 128)}
-        x, *told = train.inputs(item, vae, clip, what == "all", torch.device(there))
+        x, *told = train.inputs(item, vae, clip, what == "all", there)
         assert x.shape == n and x.dtype == torch.float32
         for loss, checkpointing in (("edm", "memory"), ("exvideo", None)):
             module = train.Loss(unet, clip if what == "all" else None, loss).train()
@@ -686,7 +621,7 @@ def test_training_on_another_device(dtype, what):
             losses = module(x, sigma, noise, *told, keep)
             losses.mean().backward()
             train.add_losses(sums.double(), losses.detach(), sigma)
-            assert {p.grad.device.type for p in trained.values()} == {there}
+            assert {p.grad.device for p in trained.values()} == {there}
             module.zero_grad()
 
 
@@ -716,75 +651,63 @@ PUBLISHED = {"svd_xt.safetensors": "2a07abce74b4bdc696b76254ab474da6",
              "image_encoder/model.safetensors": "8fb352186fcacd462dd817c19064d51e",
              "ExVideo-SVD-128f-v1": "9a4ab6869ac9b7d6e31f9854e397c867"}
 
-# Hashes don't see two names of one shape exchanged. Parity does for diffusers' names; these tables tie the others to
-# them: how a name in the single file begins -> how it does in diffusers' folders, and what a parameter is called there.
-BEGINNINGS = {
-    "unet.input_blocks.0.0.": "conv_in.", "unet.out.0.": "conv_norm_out.", "unet.out.2.": "conv_out.",
-    "unet.time_embed.0.": "time_embedding.linear_1.", "unet.time_embed.2.": "time_embedding.linear_2.",
-    "unet.label_emb.0.0.": "add_embedding.linear_1.", "unet.label_emb.0.2.": "add_embedding.linear_2.",
-    "unet.middle_block.0.": "mid_block.resnets.0.", "unet.middle_block.1.": "mid_block.attentions.0.",
-    "unet.middle_block.2.": "mid_block.resnets.1.", "unet.output_blocks.2.1.conv.": "up_blocks.0.upsamplers.0.conv.",
-    **{f"unet.input_blocks.{3 * i + 3}.0.op.": f"down_blocks.{i}.downsamplers.0.conv." for i in range(3)},
-    **{f"unet.input_blocks.{3 * i + j + 1}.0.": f"down_blocks.{i}.resnets.{j}." for i in range(4) for j in range(2)},
-    **{f"unet.input_blocks.{3 * i + j + 1}.1.": f"down_blocks.{i}.attentions.{j}." for i in range(3) for j in range(2)},
-    **{f"unet.output_blocks.{3 * i + j}.0.": f"up_blocks.{i}.resnets.{j}." for i in range(4) for j in range(3)},
-    **{f"unet.output_blocks.{3 * i + j}.1.": f"up_blocks.{i}.attentions.{j}." for i in range(1, 4) for j in range(3)},
-    **{f"unet.output_blocks.{3 * i + 2}.2.conv.": f"up_blocks.{i}.upsamplers.0.conv." for i in range(1, 3)},
-    "vae.quant_conv.": "quant_conv.", "vae.decoder.conv_out.time_mix_conv.": "decoder.time_conv_out.",
-    **{f"vae.encoder.down.{i}.block.{j}.": f"encoder.down_blocks.{i}.resnets.{j}." for i in range(4) for j in range(2)},
-    **{f"vae.encoder.down.{i}.downsample.": f"encoder.down_blocks.{i}.downsamplers.0." for i in range(3)},
-    **{f"vae.decoder.up.{3 - i}.block.{j}.": f"decoder.up_blocks.{i}.resnets.{j}." for i in range(4) for j in range(3)},
-    **{f"vae.decoder.up.{3 - i}.upsample.": f"decoder.up_blocks.{i}.upsamplers.0." for i in range(3)},
-    **{f"vae.{part}.{theirs}.": f"{part}.{ours}." for part in ("encoder", "decoder") for theirs, ours in {
-        "conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out", "mid.block_1": "mid_block.resnets.0",
-        "mid.attn_1": "mid_block.attentions.0", "mid.block_2": "mid_block.resnets.1"}.items()},
-    **{f"clip.transformer.resblocks.{i}.": f"vision_model.encoder.layers.{i}." for i in range(32)},
-    "clip.conv1.": "vision_model.embeddings.patch_embedding.", "clip.ln_pre.": "vision_model.pre_layrnorm.",
-    "clip.class_embedding": "vision_model.embeddings.class_embedding", "clip.ln_post.": "vision_model.post_layernorm.",
-    "clip.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "clip.proj": "visual_projection.weight"}
-OWN_NAMES = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut", "nin_shortcut": "conv_shortcut",
-    "transformer_blocks.0": "transformer_blocks.0", "time_stack.0": "temporal_transformer_blocks.0",
-    "time_pos_embed.0": "time_pos_embed.linear_1", "time_pos_embed.2": "time_pos_embed.linear_2",
-    "mix_factor": "time_mixer.mix_factor", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
-VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-EXVIDEO_NAMES = {
-    "act_fn_in.proj": "ff_in.net.0.proj", "ff_in": "ff_in.net.2", "act_fn_out.proj": "ff.net.0.proj",
-    "ff_out": "ff.net.2", "norm_out": "norm3", "attn1.to_out": "attn1.to_out.0", "attn2.to_out": "attn2.to_out.0",
-    "positional_embedding_proj.0": "time_pos_embed.linear_1", "positional_embedding_proj.2": "time_pos_embed.linear_2"}
-
-
-def diffusers_names(name):
-    """[name, ...] in diffusers' folders, of a name in the single file, by the tables above."""
-    for prefix, part in {"model.diffusion_model.": "unet.", "first_stage_model.": "vae.",
-                         "conditioner.embedders.3.encoder.": "vae.",
-                         "conditioner.embedders.0.open_clip.model.visual.": "clip."}.items():
-        name = part + name.removeprefix(prefix) if name.startswith(prefix) else name
-    beginning = max((b for b in BEGINNINGS if name.startswith(b)), key=len)
-    own, end = re.fullmatch(r"(.*?)((?:^|\.)(?:weight|bias)|)", name.removeprefix(beginning)).groups()
-    begin = BEGINNINGS[beginning]
-    if "attn.in_proj_" in own:  # q, k, v in one
-        return [f"{begin}self_attn.{c}_proj.{own.split('_')[-1]}" for c in "qkv"]
-    if ".resnets." in begin and name.startswith(("unet", "vae.decoder")):
-        is_temporal = own.startswith("time_stack.")
-        half = "temporal_res_block." if is_temporal else "spatial_res_block."
-        own = own.removeprefix("time_stack.")
-        begin += "" if "mix_factor" in own else half
-    if name.startswith("vae") and ".attentions." in begin:
-        own = VAE_ATTENTION[own]
-    for theirs, ours in OWN_NAMES.items():
-        if own == theirs or own.startswith(theirs + "."):
-            own = ours + own.removeprefix(theirs)
-            break
-    return [begin + own + end]
-
 
 def keys_md5(tensors):
     lines = [line for n, t in tensors.items() for line in (n, f"{n}:{'_'.join(map(str, t.shape))}")]
     return hashlib.md5(",".join(sorted(lines)).encode()).hexdigest()
+
+
+# Hashes don't see two names of one shape exchanged. Parity does for diffusers' names; these substitutions, in order and
+# written without those of exsvd.py, tie the others to them: they make diffusers' names of those in the other files.
+
+
+def numbered(template, per_level, offset=0):
+    """A replacement of a block's flat number by its level and its index there."""
+    return lambda m: template.format(*divmod(int(m[1]) - offset, per_level))
+
+
+FROM_SGM_RES = [
+    ("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("out_layers.0", "norm2"), ("out_layers.3", "conv2"),
+    ("emb_layers.1", "time_emb_proj"), ("skip_connection|nin_shortcut", "conv_shortcut"),
+    (r"(\d)\.mix_factor", r"\1.time_mixer.mix_factor"), (r"(resnets\.\d)\.time_stack", r"\1.temporal_res_block"),
+    (r"^(?!encoder)(.*resnets\.\d)\.(?!temporal|time_mixer)", r"\1.spatial_res_block.")]
+FROM_SGM = {
+    exsvd.UNet: [
+        (r"^model\.diffusion_model\.", ""), ("time_embed.0", "time_embedding.linear_1"),
+        ("time_embed.2", "time_embedding.linear_2"), ("label_emb.0.0", "add_embedding.linear_1"),
+        ("label_emb.0.2", "add_embedding.linear_2"), ("input_blocks.0.0", "conv_in"),
+        (r"input_blocks\.(\d+)\.0\.op", numbered("down_blocks.{}.downsamplers.0.conv", 3, 1)),
+        (r"input_blocks\.(\d+)\.0", numbered("down_blocks.{}.resnets.{}", 3, 1)),
+        (r"input_blocks\.(\d+)\.1", numbered("down_blocks.{}.attentions.{}", 3, 1)),
+        ("middle_block.0", "mid_block.resnets.0"), ("middle_block.1", "mid_block.attentions.0"),
+        ("middle_block.2", "mid_block.resnets.1"),
+        (r"output_blocks\.(\d+)\.[12]\.conv", numbered("up_blocks.{}.upsamplers.0.conv", 3)),
+        (r"output_blocks\.(\d+)\.0", numbered("up_blocks.{}.resnets.{}", 3)),
+        (r"output_blocks\.(\d+)\.1", numbered("up_blocks.{}.attentions.{}", 3)),
+        (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"), *FROM_SGM_RES,
+        (r"(attentions\.\d)\.time_stack", r"\1.temporal_transformer_blocks"),
+        ("time_pos_embed.0", "time_pos_embed.linear_1"), ("time_pos_embed.2", "time_pos_embed.linear_2")],
+    exsvd.VAE: [
+        (r"^(first_stage_model|conditioner\.embedders\.3\.encoder)\.", ""), (r"\.block\.", ".resnets."),
+        ("mid.block_1", "mid_block.resnets.0"), ("mid.block_2", "mid_block.resnets.1"),
+        ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"), ("mid.attn_1.q", "mid_block.attentions.0.to_q"),
+        ("mid.attn_1.k", "mid_block.attentions.0.to_k"), ("mid.attn_1.v", "mid_block.attentions.0.to_v"),
+        ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"), (r"encoder\.down\.", "encoder.down_blocks."),
+        (r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{3 - int(m[1])}"), ("sample.conv", "samplers.0.conv"),
+        ("norm_out", "conv_norm_out"), ("conv_out.time_mix_conv", "time_conv_out"), *FROM_SGM_RES],
+    exsvd.ImageEncoder: [
+        (r"^conditioner\.embedders\.0\.open_clip\.model\.visual\.", ""), ("^proj", "visual_projection.weight"),
+        ("^class_embedding", "vision_model.embeddings.class_embedding"), ("^ln_pre", "vision_model.pre_layrnorm"),
+        ("^positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+        ("^conv1", "vision_model.embeddings.patch_embedding"), ("^ln_post", "vision_model.post_layernorm"),
+        ("^transformer.resblocks", "vision_model.encoder.layers"), ("attn.in_proj_", "self_attn.qkv_proj."),
+        ("attn.out_proj", "self_attn.out_proj"), ("ln_", "layer_norm"), ("c_fc", "fc1"), ("c_proj", "fc2")]}
+FROM_RELEASE = [  # of a name inside one block
+    (r"^ff_in\.", "ff_in.net.2."), (r"^act_fn_in\.", "ff_in.net.0."), (r"^ff_out\.", "ff.net.2."),
+    (r"^act_fn_out\.", "ff.net.0."), ("norm_out", "norm3"), ("to_out", "to_out.0"),
+    ("^(?!positional_embedding_proj)", "temporal_transformer_blocks.0."),
+    ("positional_embedding_proj.0", "time_pos_embed.linear_1"),
+    ("positional_embedding_proj.2", "time_pos_embed.linear_2")]
 
 
 def sgm_leftovers(vae):
@@ -810,7 +733,6 @@ def full():
     """The full-size networks, without storage, and {published file: {name: tensor}} made from their names."""
     with torch.device("meta"):
         unet, vae, clip = exsvd.UNet(), exsvd.VAE(), exsvd.ImageEncoder()
-        assert sum(p.numel() for p in unet.parameters()) == 1_524_623_082
         single = named(unet, "sgm") | named(vae, "sgm") | named(clip, "sgm") | sgm_leftovers(vae)
         temporal = re.compile("first_stage.*(time_stack|mix_factor|time_mix_conv)")
         image_decoder = {n: t for n, t in single.items() if not temporal.match(n)}
@@ -822,71 +744,54 @@ def full():
     return unet, vae, clip, files
 
 
-def test_full_size_counts(full):
-    def count(tensors):
-        return sum(p.numel() for p in tensors)
-
-    unet, vae, clip, files = full
-    names = exsvd.freeze(unet)
-    assert len(names) == 528 and count(p for p in unet.parameters() if p.requires_grad) == 832_956_800
-    assert count(p for n, p in unet.named_parameters() if n in names and IDLE.search(n)) == 25_194_880
-    assert count(unet.parameters()) == 1_860_773_802
-    assert count(vae.parameters()) == 97_742_847 and count(clip.parameters()) == 632_076_800
-
-
 def test_names_of_published_files(full):
     *nets, files = full
     assert {file: keys_md5(tensors) for file, tensors in files.items()} == PUBLISHED
-    pairs = 0
     for net in nets:
         sgm, diffusers = (exsvd.file_names(net, layout) for layout in ("sgm", "diffusers"))
-        for n in sgm:
-            if "frame_conv" not in n and "frame_table" not in n:
-                assert diffusers_names(sgm[n][0]) == diffusers[n]
-                pairs += 1
-    assert pairs == 2446 - 252
+        for n, (name,) in sgm.items():
+            translated = exsvd.rename(name, FROM_SGM[type(net)])
+            parts = [translated.replace("qkv", c) for c in "qkv"] if "qkv" in translated else [translated]
+            assert parts == diffusers[n] or "frame_conv" in n or "frame_table" in n
+    release, diffusers = (exsvd.file_names(nets[0], layout) for layout in ("exvideo", "diffusers"))
     blocks = [f"down_blocks.{i}.attentions.{j}." for i in range(3) for j in range(2)] + ["mid_block.attentions.0."]
     blocks += [f"up_blocks.{i}.attentions.{j}." for i in range(1, 4) for j in range(3)]
-    release, diffusers = (exsvd.file_names(nets[0], layout) for layout in ("exvideo", "diffusers"))
-    numbers = sorted({int(names[0].split(".")[1]) for names in release.values()})  # of blocks, in forward order
+    numbers = sorted({int(name.split(".")[1]) for name, in release.values()})  # of blocks, in forward order
     for n, (name,) in release.items():
-        number, own, end = re.fullmatch(r"blocks\.(\d+)\.(.*?)(\.weight|\.bias|)", name).groups()
-        own = EXVIDEO_NAMES.get(own, own)
-        own = own if own.startswith("time_pos_embed") else "temporal_transformer_blocks.0." + own
-        assert diffusers[n] == [blocks[numbers.index(int(number))] + own + end]
+        _, number, own = name.split(".", 2)
+        assert diffusers[n] == [blocks[numbers.index(int(number))] + exsvd.rename(own, FROM_RELEASE)]
 
 
 def test_published_files_fill_the_networks(full):
+    """And one tensor more or less is refused."""
     unet, vae, clip, files = full
     temporal = set(exsvd.freeze(unet))
-    parts = {"svd_xt.safetensors": (unet, vae, clip), "unet/diffusion_pytorch_model.safetensors": (unet,),
-             "vae/diffusion_pytorch_model.safetensors": (vae,), "image_encoder/model.safetensors": (clip,),
-             "ExVideo-SVD-128f-v1": (unet,)}
-    for file, nets in parts.items():
-        located = {net: exsvd.locate(net, exsvd.Tensors(files[file])) for net in nets}
-        left = set(files[file]) - {n for where in located.values() for _, names in where.values() for n in names}
-        missing = {n for net in nets for n in net.state_dict().keys() - located[net].keys()}
-        if file.startswith("ExVideo"):
-            assert not left and missing == set(unet.state_dict()) - temporal
-        else:
-            assert all("frame_conv" in n or "frame_table" in n for n in missing), "what extend() added"
-            assert len(left) == (252 if file == "svd_xt.safetensors" else 0)
-            assert all(exsvd.SGM_IGNORED.match(n) for n in left)
+    contents = {"svd_xt.safetensors": (unet, vae, clip), "unet/diffusion_pytorch_model.safetensors": (unet,),
+                "vae/diffusion_pytorch_model.safetensors": (vae,), "image_encoder/model.safetensors": (clip,),
+                "ExVideo-SVD-128f-v1": (unet,)}
+    for file, nets in contents.items():
+        tensors, left = files[file], set(files[file])
+        for net in nets:
+            located = exsvd.locate(net, exsvd.Tensors(tensors))
+            groups, missing = [names for _, names in located.values()], net.state_dict().keys() - located.keys()
+            left -= {n for names in groups for n in names}
+            if file.startswith("ExVideo"):
+                assert missing == net.state_dict().keys() - temporal
+            else:
+                assert all("frame_conv" in n or "frame_table" in n for n in missing), "what extend() added"
+            for n, *_ in groups[0], groups[len(groups) // 2], groups[-1]:
+                with pytest.raises(exsvd.WeightsError, match=rf"1 missing, such as {re.escape(n)}$"):
+                    exsvd.locate(net, exsvd.Tensors({name: t for name, t in tensors.items() if name != n}))
+                with pytest.raises(exsvd.WeightsError, match=rf"1 unexpected, such as {re.escape(n)}2$"):
+                    exsvd.locate(net, exsvd.Tensors(tensors | {n + "2": torch.empty(1, device="meta")}))
+        assert len(left) == (252 if file == "svd_xt.safetensors" else 0)
+        assert all(exsvd.SGM_IGNORED.match(n) for n in left)
     with pytest.raises(exsvd.WeightsError, match=r"image-decoder variant.*use svd_xt.safetensors"):
         exsvd.locate(vae, exsvd.Tensors(files["svd_xt_image_decoder.safetensors"]))
-
-
-def test_one_tensor_more_or_less(full):
-    unet, vae, clip, files = full
-    for net, file in [(unet, "svd_xt.safetensors"), (vae, "svd_xt.safetensors"), (clip, "svd_xt.safetensors"),
-                      (unet, "unet/diffusion_pytorch_model.safetensors"), (unet, "ExVideo-SVD-128f-v1")]:
-        names = list(exsvd.locate(net, exsvd.Tensors(files[file])).values())
-        for _, group in (names[0], names[len(names) // 2], names[-1]):
-            without = {n: t for n, t in files[file].items() if n != group[0]}
-            with pytest.raises(exsvd.WeightsError, match=rf"1 missing, such as {re.escape(group[0])}$"):
-                exsvd.locate(net, exsvd.Tensors(without))
-            with pytest.raises(exsvd.WeightsError, match=rf"1 unexpected, such as {re.escape(group[0])}2$"):
-                exsvd.locate(net, exsvd.Tensors(files[file] | {group[0] + "2": torch.empty(1, device="meta")}))
+    sizes = [sum(t.numel() for t in state.values()) for state in (
+        files["unet/diffusion_pytorch_model.safetensors"], files["ExVideo-SVD-128f-v1"], *(
+            net.state_dict() for net in (unet, vae, clip)))]
+    assert sizes == [1_524_623_082, 832_956_800, 1_860_773_802, 97_742_847, 632_076_800]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -898,7 +803,7 @@ CONFIG = {"exsvd": json.dumps({"config": {"unet": vars(UNET), "vae": vars(VAE), 
 def write_model(path, layout, nets, dtype=torch.float32):
     """nets at path, as somebody else would have written them."""
     names = "sgm" if layout == "single" else "diffusers"
-    tensors = [{n: t.to(dtype).contiguous() for n, t in named(net, names).items()} for net in nets]
+    tensors = [{n: t.to(dtype) for n, t in named(net, names).items()} for net in nets]
     if layout == "single":
         everything = tensors[0] | tensors[1] | tensors[2] | sgm_leftovers(nets[1])
         save_file(everything, path / "svd.safetensors", metadata=CONFIG)
@@ -928,59 +833,58 @@ def same(net, state, dtype=torch.float32):
 @pytest.mark.parametrize("layout, dtype", [("single", torch.float32), ("folder", torch.float32),
                                            ("folder", torch.float16)], ids=str)
 @pytest.mark.parametrize("extension", [None, "release", "own"])
-@torch.no_grad()
 def test_load_published_layouts(tmp_path, layout, dtype, extension):
     nets, longer = networks(), make_unet(num_frames=12, seed=5)
     path = write_model(tmp_path, layout, nets, dtype)
     if layout == "folder" and dtype == torch.float32:  # full precision is preferred to what lies beside it
         write_model(tmp_path, layout, networks(seed=2), torch.float16)
-    state = {n: t.to(dtype).float() for n, t in nets[0].state_dict().items()}
-    overlay = None
+    states = [{n: t.to(dtype).float() for n, t in net.state_dict().items()} for net in nets]
+    overlay = tmp_path / "extension.safetensors" if extension else None
+    if extension == "release":  # which is in fp16
+        save_file({n: t.half() for n, t in named(longer, "exvideo").items()}, overlay)
+    if extension == "own":
+        exsvd.save_extension(overlay, longer, dtype=torch.float16, step=7)
     if extension:
-        overlay, temporal = tmp_path / "extension.safetensors", exsvd.file_names(longer, "exvideo")
-        tuned = {n: t.half().float() for n, t in longer.state_dict().items()}  # the release is in fp16
-        if extension == "release":
-            save_file({n: t.half() for n, t in named(longer, "exvideo").items()}, overlay)
-        else:
-            exsvd.save_extension(overlay, longer, dtype=torch.float16, step=7)
-        state |= {n: t for n, t in tuned.items() if n in temporal}
+        states[0] |= {n: longer.state_dict()[n].half().float() for n in exsvd.file_names(longer, "exvideo")}
     svd = exsvd.load(path, extension=overlay)
-    same(svd.unet, state)
-    for net, mine in zip((svd.vae, svd.clip), nets[1:]):
-        same(net, {n: t.to(dtype).float() for n, t in mine.state_dict().items()})
-    assert svd.unet.config.native_frames == (25 if layout == "single" else 14)
+    for net, state in zip((svd.unet, svd.vae, svd.clip), states):
+        same(net, state)
+    native = {"native_frames": 25 if layout == "single" else 14}
+    assert svd.unet.config == exsvd.UNetConfig(**vars(UNET) | native)
+    assert svd.vae.config == VAE and svd.clip.config == CLIP and svd.unet.max_frames == (12 if extension else None)
     assert svd.extension == {None: None, "release": {}, "own": {"native_frames": 25, "step": 7}}[extension]
-    assert svd.unet.max_frames == (12 if extension else None)
-    whole = longer if extension else nets[0]
-    whole.load_state_dict(state)
-    assert torch.equal(svd.unet(*unet_inputs(6)), whole(*unet_inputs(6)))
 
 
 @pytest.mark.parametrize("num_frames", [None, 12])
 def test_own_single_file(tmp_path, num_frames):
-    nets = networks(num_frames)
-    exsvd.save_model(tmp_path / "toy.safetensors", *nets, note="hello")
-    svd = exsvd.load(tmp_path / "toy.safetensors")
-    for net, mine in zip((svd.unet, svd.vae, svd.clip), nets):
-        same(net, mine.state_dict())
-        assert net.config == mine.config
-    alone = exsvd.load(tmp_path / "toy.safetensors", parts=("vae",))
+    nets, path = networks(num_frames), tmp_path / "toy.safetensors"
+    saved = exsvd.SVD(*nets, meta={}, extension=None)
+    exsvd.save_model(path, *nets, note="hello")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        svd = exsvd.load(path, dtype=dtype)
+        wide = torch.float32 if dtype == torch.float16 else dtype  # the encoder's activations exceed fp16's range
+        for part, expected in {"unet": dtype, "clip": dtype, "vae.decoder": dtype, "vae.encoder": wide,
+                               "vae.quant_conv": wide}.items():
+            net, mine = (operator.attrgetter(part)(model) for model in (svd, saved))
+            same(net, mine.state_dict(), expected)
+        assert (svd.unet.config, svd.vae.config, svd.clip.config) == (UNET, VAE, CLIP)
+        assert svd.meta["note"] == "hello" and svd.extension is None and svd.unet.max_frames == num_frames
+        assert svd.vae.encode(torch.rand(1, 3, 64, 64)).isfinite().all()
+        assert svd.vae.decode(torch.randn(1, 2, 4, 8, 8)).isfinite().all()
+    alone = exsvd.load(path, parts=("vae",))
     same(alone.vae, nets[1].state_dict())
     assert alone.unet is None and alone.clip is None and alone.meta == svd.meta
-    assert svd.meta["note"] == "hello" and svd.extension is None and svd.unet.max_frames == num_frames
-    exsvd.save_model(tmp_path / "half.safetensors", *nets, dtype=torch.float16)
-    half = {n: t.half().float() for n, t in nets[0].state_dict().items()}
-    same(exsvd.load(tmp_path / "half.safetensors").unet, half)
+    exsvd.save_model(path, *nets, dtype=torch.float16)
+    same(exsvd.load(path).unet, {n: t.half().float() for n, t in nets[0].state_dict().items()})
 
 
 def test_an_extension_is_what_the_release_is(tmp_path, full):
     path, unet = tmp_path / "e.safetensors", make_unet(num_frames=12)
     name = exsvd.freeze(unet)[0]
     exsvd.save_extension(path, unet, {name: torch.full_like(unet.get_parameter(name), 3.0)})  # say, from an EMA
-    saved, release = load_file(path), full[-1]["ExVideo-SVD-128f-v1"]
+    saved, release, own = load_file(path), full[-1]["ExVideo-SVD-128f-v1"], named(unet, "exvideo")
     assert saved.keys() == release.keys()  # the full-size names, whose hash is the published one
     assert all(t.ndim == release[n].ndim for n, t in saved.items())
-    own = named(unet, "exvideo")
     changed = [n for n in saved if not torch.equal(saved[n], own[n])]
     assert changed == exsvd.file_names(unet, "exvideo")[name] and (saved[changed[0]] == 3).all()
     with pytest.raises(ValueError, match="module.x is no parameter"):  # or an EMA under wrong names would be left out
@@ -994,28 +898,13 @@ def test_an_extension_is_what_the_release_is(tmp_path, full):
     assert len(saves) == 1, "the same weights give the same bytes"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_load_in_other_dtypes(tmp_path, dtype):
-    nets = networks()
-    svd = exsvd.load(write_model(tmp_path, "single", nets), dtype=dtype)
-    same(svd.unet, nets[0].state_dict(), dtype)
-    same(svd.clip, nets[2].state_dict(), dtype)
-    encoder = torch.float32 if dtype == torch.float16 else dtype  # its activations exceed fp16's range
-    for n, t in svd.vae.state_dict().items():
-        assert t.dtype == (encoder if n.startswith(("encoder", "quant_conv")) else dtype), n
-    assert svd.vae.encode(torch.rand(1, 3, 64, 64)).isfinite().all()
-    assert svd.vae.decode(torch.randn(1, 2, 4, 8, 8)).isfinite().all()
-
-
-@pytest.mark.parametrize("layout", ["ours", "sgm", "diffusers"])
-@pytest.mark.parametrize("meta", [False, True])
-def test_load_weights(tmp_path, layout, meta):
+def test_load_weights(tmp_path):
     path = tmp_path / "one.safetensors"
-    for net in networks():
+    for layout, net, device in itertools.product(("ours", "sgm", "diffusers"), networks(), ("cpu", "meta")):
         tensors = named(net, layout)
-        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+        save_file(tensors, path)
         for source in (path, str(path), tensors):
-            with torch.device("meta" if meta else "cpu"):
+            with torch.device(device):
                 other = type(net)(net.config).eval()
             assert exsvd.load_weights(other, source) is other
             same(other, net.state_dict())
@@ -1035,127 +924,104 @@ def test_base_and_extension_into_an_extended_unet():
     same(unet, base.state_dict() | tuned, torch.bfloat16)
 
 
-def refused(unet, source, *says):
+def refused(net, source, *says):
     """load_weights raises one line that says all this, and changes nothing."""
-    before = {n: t.clone() for n, t in unet.state_dict().items()}
+    before = {n: t.clone() for n, t in net.state_dict().items()}
     with pytest.raises(exsvd.WeightsError) as e:
-        exsvd.load_weights(unet, source)
+        exsvd.load_weights(net, source)
     assert "\n" not in str(e.value) and len(str(e.value)) < 1200, str(e.value)
     for text in says:
         assert text in str(e.value), str(e.value)
-    assert all(torch.equal(t, before[n]) for n, t in unet.state_dict().items())
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 
-def test_broken_files(tmp_path):
-    path, unet = tmp_path / "x.safetensors", make_unet()
-    save_file(named(unet, "diffusers"), path)
-    good = path.read_bytes()
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
-    for damaged in (b"", good[:-1000], good[:1000], good + b"0000", b"<!DOCTYPE html><html>Not found</html>", pointer):
-        path.write_bytes(damaged)
-        refused(unet, path, "x.safetensors is not a complete safetensors file")
-    for pickled in (b"\x80\x02}q\x00.", b"PK\x03\x04" + good):
-        path.write_bytes(pickled)
-        refused(unet, path, "x.safetensors is a pickled checkpoint, which is never opened")
-
-
-@pytest.mark.parametrize("begins", [b"\x80\x02", b"PK"])
-def test_a_good_file_that_begins_like_a_pickle(tmp_path, begins):
-    """A file begins with the length of its header; 640 is the first two bytes of a pickle, 19280 those of a zip."""
-    path, length = tmp_path / "x.safetensors", int.from_bytes(begins, "little")
-    for filler in range(length - 120, length):  # metadata that make the header as long as that
-        save_file({"x": torch.ones(2)}, path, metadata={"note": "-" * filler})
-        if path.read_bytes()[:8] == length.to_bytes(8, "little"):
-            break
-    assert path.read_bytes()[:2] == begins and torch.equal(exsvd.Tensors(path).get("x"), torch.ones(2))
-
-
-def test_pickled_checkpoint_runs_no_code(tmp_path):
+def test_damaged_files_and_pickles(tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    for zipped in (True, False):
-        torch.save({"x": Bomb()}, tmp_path / "svd.pt", _use_new_zipfile_serialization=zipped)
-        refused(make_unet(), tmp_path / "svd.pt", "svd.pt is a pickled checkpoint, which is never opened")
+    def pickled(zipped):
+        file = io.BytesIO()
+        torch.save({"x": Bomb()}, file, _use_new_zipfile_serialization=zipped)
+        return file.getvalue()
+
+    net, path = randomize(exsvd.ImageEncoder(CLIP)), tmp_path / "x.safetensors"
+    save_file(named(net, "diffusers"), path)
+    good = path.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    damaged = [b"", good[:-1000], good[:1000], good + b"0000", b"<!DOCTYPE html><html>Not found</html>", pointer]
+    pickles = [b"\x80\x02}q\x00.", b"PK\x03\x04" + good, pickled(zipped=True), pickled(zipped=False)]
+    flipped = [good[:at] + bytes([good[at] ^ bit]) + good[at + 1:] for bit in (0x01, 0x80)
+               for at in [0, 1, 3, 7, 8, *range(9, header - 8, header // 50)]]
+    for contents, says in [(damaged, "is not a complete safetensors file"), (flipped, ""),
+                           (pickles, "is a pickled checkpoint, which is never opened")]:
+        for content in contents:
+            path.write_bytes(content)
+            refused(net, path, f"x.safetensors {says}")
     assert not (tmp_path / "ran").exists()
 
 
-def test_header_with_flipped_bits(tmp_path):
-    vae, path = exsvd.VAE(VAE), tmp_path / "x.safetensors"
-    save_file({n: t.contiguous() for n, t in named(vae, "diffusers").items()}, path)
-    good = path.read_bytes()
-    header = 8 + int.from_bytes(good[:8], "little")
-    for at in [0, 1, 3, 7, 8, *range(9, header - 8, header // 50)]:
-        for bit in (0x01, 0x80):
-            path.write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1:])
-            with pytest.raises(exsvd.WeightsError):
-                exsvd.load_weights(vae, path)
-
-
-def test_broken_configuration(tmp_path):
-    """Our own files describe their networks; what no network can have is refused, not run into."""
-    path = tmp_path / "x.safetensors"
-    configs = [[], 3, None, {"unet": 3}, {"unet": {"channels": "a"}}, {"unet": {"channels": [30, 60, 90, 90]}},
-               {"unet": {"groups": 0}}, {"unet": {"chan": 1}}, {"vae": {"channels": [32]}}, {"clip": {"layers": -1}}]
-    for text in ["{", "3", "null", "[1]", *(json.dumps({"config": config}) for config in configs)]:
-        save_file({"x": torch.zeros(1)}, path, metadata={"exsvd": text})
-        with pytest.raises(exsvd.WeightsError, match="x.safetensors"):
-            exsvd.load(path)
+def test_good_files_that_begin_like_a_pickle(tmp_path):
+    """A file begins with the length of its header."""
+    for begins in (b"\x80\x02", b"PK"):  # a pickle, a zip
+        header = b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
+        header = header.ljust(int.from_bytes(begins, "little"))
+        (tmp_path / "x").write_bytes(begins + bytes(6) + header + np.float32([1, 2]).tobytes())
+        assert exsvd.Tensors(tmp_path / "x").get("x").tolist() == [1, 2]
 
 
 def test_tensors_that_do_not_fit():
     unet, vae, clip = networks()
     good, first = named(unet, "diffusers"), "conv_in.weight"
-    half = dict(list(good.items())[::2])
-    refused(unet, half, "714 missing, such as", "(1428 tensors)")
+    refused(unet, {}, "1428 missing, such as", "(1428 tensors)")
     refused(unet, good | {"extra.weight": torch.zeros(1)}, "1 unexpected, such as extra.weight")
     refused(unet, {n.replace(first, "conv_inn.weight"): t for n, t in good.items()},
             "1 missing, such as conv_in.weight", "1 unexpected, such as conv_inn.weight")
     refused(unet, good | {first: good[first][:, :4]},
             "1 mis-shaped, such as conv_in.weight (32, 4, 3, 3) instead of (32, 8, 3, 3)")
+    refused(unet, good | {first: good[first].flatten()}, "mis-shaped")
     a, b = "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"
     refused(unet, good | {a: good[b], b: good[a]}, "2 mis-shaped", f"{a} (128, 768) instead of (128, 32)")
-    refused(unet, good | {first: good[first].flatten()}, "mis-shaped")
-    refused(unet, {}, "1428 missing")
     refused(unet, named(vae, "diffusers"), "missing", "unexpected")
     refused(clip, named(unet, "sgm"), "missing")
     refused(make_unet(channels=(32, 32, 64, 64), heads=(1, 1, 2, 2)), good, "mis-shaped")
-    joined = named(clip, "diffusers")
-    q = next(n for n in joined if n.endswith("q_proj.weight"))
+    joined, q = named(clip, "diffusers"), "vision_model.encoder.layers.0.self_attn.q_proj.weight"
     refused(clip, joined | {q: joined[q][:, :3]}, "q_proj.weight", "(64, 3)", "(192, 64)")
     for network, part in (unet, "UNet"), (vae, "VAE"), (clip, "ImageEncoder"):
         both = named(network, "sgm") | named(network, "diffusers")  # two layouts in one file
         refused(network, both, part, "unexpected")
 
 
-def test_extensions_that_do_not_fit(tmp_path):
+def test_extensions_that_do_not_fit():
     longer = make_unet(num_frames=12)
-    release = named(longer, "exvideo")
+    release, extra = named(longer, "exvideo"), "blocks.8.norm_in.weight"
     refused(make_unet(), release, "extended to 12 frames, but the UNet is not", "extend(unet, 12)")
     refused(make_unet(num_frames=30), release, "extended to 12 frames, but the UNet to 30", "extend(unet, 12)")
     refused(longer, {n: t for n, t in release.items() if "positional_conv" not in n}, "32 missing")
     refused(longer, {n: t for n, t in release.items() if "positional_embedding.emb" not in n}, "16 missing")
-    extra = "blocks.8.norm_in.weight"
     refused(longer, release | {extra: torch.zeros(32)}, f"1 unexpected, such as {extra}")
-    model = write_model(tmp_path, "single", networks())
-    with pytest.raises(exsvd.WeightsError, match="is not an extension"):
-        exsvd.load(model, extension=model)
-    exsvd.save_extension(tmp_path / "e.safetensors", longer)
-    with pytest.raises(exsvd.WeightsError, match="is an extension, not a model"):
-        exsvd.load(tmp_path / "e.safetensors")
 
 
-def test_missing_files(tmp_path):
+def test_models_that_cannot_be_loaded(tmp_path):
     def cannot_load(says, path=tmp_path, **kw):
         with pytest.raises(exsvd.WeightsError, match=says):
             exsvd.load(path, **kw)
 
-    refused(make_unet(), tmp_path / "none.safetensors", "none.safetensors: no such weight file")
-    cannot_load("no such weight file", tmp_path / "none.safetensors")
+    nets, single, none = networks(num_frames=12), tmp_path / "x.safetensors", tmp_path / "none.safetensors"
+    cannot_load("none.safetensors: no such weight file", none)
     cannot_load("no unet/diffusion_pytorch_model.safetensors")
+    exsvd.save_extension(single, nets[0])
+    cannot_load("is an extension, not a model", single)
+    configs = [[], 3, None, {"unet": 3}, {"unet": {"channels": "a"}}, {"unet": {"channels": [30, 60, 90, 90]}},
+               {"unet": {"groups": 0}}, {"unet": {"chan": 1}}, {"vae": {"channels": [32]}}, {"clip": {"layers": -1}}]
+    for text in ["{", "3", "null", "[1]", *(json.dumps({"config": config}) for config in configs)]:
+        save_file({"x": torch.zeros(1)}, single, metadata={"exsvd": text})  # what no network can have
+        cannot_load("x.safetensors", single)
     write_model(tmp_path, "folder", networks())
-    cannot_load("no such weight file", extension=tmp_path / "none.safetensors")
+    exsvd.save_model(single, *networks())
+    cannot_load("none.safetensors: no such weight file", extension=none)
+    cannot_load("is not an extension", extension=single)
     for text in ("{", "3"):
         (tmp_path / "vae/config.json").write_text(text)
         cannot_load("vae/config.json: not readable as JSON")
@@ -1165,7 +1031,7 @@ def test_missing_files(tmp_path):
     cannot_load("no image_encoder/model.safetensors")
 
 
-@pytest.mark.parametrize("fails", ["save_file", "os.replace"])
+@pytest.mark.parametrize("fails", ["save_file", "replace"])
 def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
     def disk_full(first, second, metadata=None):  # save_file(tensors, temporary) or os.replace(temporary, target)
         temporary = second if fails == "save_file" else first
@@ -1175,14 +1041,14 @@ def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
         raise OSError("No space left on device")
 
     nets = networks(num_frames=12)
-    monkeypatch.setattr(*((exsvd, "save_file") if fails == "save_file" else (os, "replace")), disk_full)
-    for name, save in (("m", exsvd.save_model), ("e", exsvd.save_extension)):
-        path = tmp_path / f"{name}.safetensors"
+    monkeypatch.setattr(exsvd if fails == "save_file" else os, fails, disk_full)
+    for save, saved in ((exsvd.save_model, nets), (exsvd.save_extension, nets[:1])):
+        path = tmp_path / "x.safetensors"
         path.write_bytes(b"old")
         with pytest.raises(OSError, match="No space left"):
-            save(str(path), *(nets if name == "m" else nets[:1]))
+            save(str(path), *saved)
         assert path.read_bytes() == b"old"
-    assert sorted(os.listdir(tmp_path)) == ["e.safetensors", "m.safetensors"], "no temporary file is left"
+    assert os.listdir(tmp_path) == ["x.safetensors"], "no temporary file is left"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
