@@ -597,7 +597,8 @@ def test_sampling_on_another_device(dtype, offload):
         for sampler, denoise in [*itertools.product(samplers, [guided]), (sample.ddim, both_ends)]:
             x = sampler(denoise, sigmas[0] * draw(), sigmas, 0.5, draw)
             assert x.device == there and x.dtype == torch.float32
-        video = sample.to_pixels(torch.cat(list(sample.decode(vae, sample.adjust(x, True, 1.2), 4))))
+        adjusted = sample.adjust(x, {"match_stats": True, "contrast": 1.2, "keyframes": [3]})
+        video = sample.to_pixels(torch.cat(list(sample.decode(vae, adjusted, 4))))
         assert video.shape == (frames, 8 * h, 8 * w, 3) and video.device.type == "cpu"
 
 
