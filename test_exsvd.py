@@ -35,9 +35,9 @@ import struct
 import subprocess
 import sys
 import time
-import types
 import zlib
 from fractions import Fraction
+from unittest.mock import Mock, patch
 
 import av
 import numpy as np
@@ -1720,14 +1720,24 @@ def sampled(name, denoise, x, sigmas, eta=0.0, seed=1):
 
 
 @pytest.mark.parametrize("name, eta", [*((name, 0.0) for name in sample.SAMPLERS), ("ddim", 1.0)])
-def test_samplers_hit_a_gaussian(name, eta):
-    x = torch.randn(20000, generator=torch.Generator().manual_seed(0)).double()
-    sigmas = exsvd.karras_sigmas(400).double()
+def test_samplers_hit_a_gaussian_and_what_is_held(name, eta):
+    x, known = torch.randn(2, 1, 5, 4, 25, 40).double()
+    sigmas, ideal = exsvd.karras_sigmas(400).double(), gaussian_denoiser(1.5, 0.5)
     start = x * (sigmas[0] ** 2 + 0.5**2).sqrt() + 1.5
     before = start.clone()
-    out = sampled(name, gaussian_denoiser(1.5, 0.5), start, sigmas, eta)
+    free = sampled(name, ideal, start, sigmas, eta)
     assert torch.equal(start, before), "the sampler changed its input"
-    assert abs(out.mean() - 1.5) < 0.02 and abs(out.std() - 0.5) < 0.02, (out.mean(), out.std())
+    assert abs(free.mean() - 1.5) < 0.02 and abs(free.std() - 0.5) < 0.02, (free.mean(), free.std())
+
+    mask, levels = torch.tensor([1, 1, 0, 0, 1]).bool(), []
+
+    def spy(x, sigma):
+        levels.append((x - known)[:, mask].std() / sigma)  # the noise that a held frame carries
+        return ideal(x, sigma)
+
+    out = sampled(name, sample.held(spy, known, mask.double()), start, sigmas, eta)
+    assert torch.allclose(out[:, mask], known[:, mask], atol=1e-4) and all(0.6 < level < 1.4 for level in levels)
+    assert torch.allclose(out[:, ~mask], free[:, ~mask], atol=1e-5)
 
 
 @pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("dpm++", 2)])
@@ -1741,10 +1751,8 @@ def test_order_of_a_sampler(name, order):
 
 
 def test_align_your_steps():
-    sigmas = sample.ays_sigmas(10)
-    assert torch.equal(sigmas, torch.tensor([*sample.AYS[:-1], 0.0]))
-    finer = sample.ays_sigmas(20)
-    assert torch.allclose(finer[::2], sigmas)
+    sigmas, finer = sample.ays_sigmas(10), sample.ays_sigmas(20)
+    assert torch.equal(sigmas, torch.tensor([*sample.AYS[:-1], 0.0])) and torch.allclose(finer[::2], sigmas)
     assert torch.allclose(finer[1::2] ** 2, sigmas[:-1] * torch.tensor(sample.AYS[1:])), "means of the logarithms"
     for steps in (1, 3, 25):
         sigmas = sample.ays_sigmas(steps)
@@ -1764,72 +1772,47 @@ def test_shared_noise_is_standard_normal_in_every_frame(block, h, w):
     before, shared = noise.clone(), sample.shared_noise(noise, block)
     assert torch.equal(noise, before) and sample.shared_noise(noise, 0) is noise
     assert torch.allclose(shared[:, 0], noise[:, 0], atol=1e-5)
-    for y in range(0, h, block):
-        for x in range(0, w, block):  # the last block is smaller where the size is no multiple
-            means = shared[..., y:y + block, x:x + block].mean((-2, -1))
-            assert torch.allclose(means, means[:, :1].expand_as(means), atol=1e-5)
+    for y, x in itertools.product(range(0, h, block), range(0, w, block)):
+        means = shared[..., y:y + block, x:x + block].mean((-2, -1))  # of a last block that sticks out: what is inside
+        assert torch.allclose(means, means[:, :1].expand_as(means), atol=1e-5)
     power = torch.fft.fft2(shared).abs().square() / (h * w)                               # white: 1 at every frequency
     for frame in (0, 3, 7):
         x = shared[:, frame]
         assert abs(x.mean()) < 4 / x.numel() ** 0.5 and abs(x.var() - 1) < 4 * (2 / x.numel()) ** 0.5
-        spectrum = power[:, frame].mean((0, 1))
-        assert (spectrum - 1).abs().max() < 5.5 / 240**0.5                                # deviation of a mean of 240
+        assert (power[:, frame].mean((0, 1)) - 1).abs().max() < 5.5 / 240**0.5            # deviation of a mean of 240
     between = (shared[:, 0] * shared[:, 7]).mean()                                        # the covariance of frames
     assert abs(between - (-(-h // block) * -(-w // block)) / (h * w)) < 4 / (240 * h * w) ** 0.5
 
 
 def test_guidance_goes_linearly_over_the_frames(monkeypatch):
-    calls = []
+    calls, x = [], torch.zeros(1, 5, 4, 2, 2)
+    told = torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 8), torch.tensor([[6.0, 127, 0.02]])
 
     def fake(unet, x, sigma, image_latents, ctx, ids):
-        calls.append((bool(image_latents.abs().sum() > 0), bool(ctx.abs().sum() > 0), ids))
-        return torch.full_like(x, 1.0 if ctx.abs().sum() > 0 else 0.5)
+        calls.append((bool(image_latents.any()), bool(ctx.any())))
+        assert torch.equal(ids, told[2])  # without the image too
+        return torch.full_like(x, 1.0 if ctx.any() else 0.5)
 
     monkeypatch.setattr(exsvd, "denoise", fake)
-    told = torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 8), torch.tensor([[6.0, 127, 0.02]])
-    x, sigma = torch.zeros(1, 5, 4, 2, 2), torch.tensor(1.0)
     for cfg, interval, passes in (
             ((1.0, 3.0), None, 2), ((1.0, 1.0), None, 1), ((1.5, 1.0), None, 2), ((0.0, 1.0), None, 2),
             ((0.0, 0.0), None, 2), ((1.0, 3.0), (0.5, 1.0), 2), ((1.0, 3.0), (1.0, 2.0), 1),
             ((1.0, 3.0), (0.2, 0.5), 1), ((1.0, 3.0), (0.5, 2.0), 2)):
         calls.clear()
-        D = sample.guided(None, *told, cfg, 5, interval)(x, sigma)[0, :, 0, 0, 0]
+        D = sample.guided(None, *told, cfg, 5, interval)(x, torch.tensor(1.0))[0, :, 0, 0, 0]
         assert torch.allclose(D, 0.5 + 0.5 * torch.linspace(*cfg, 5) if passes == 2 else torch.ones(5)), (cfg, interval)
-        assert len(calls) == passes, "guidance of 1 must not cost a second pass"
-        # unconditional: both image inputs zero, the ids as they were
-        assert [c[:2] for c in calls] == [(True, True), (False, False)][:passes]
-        assert all(torch.equal(c[2], told[2]) for c in calls)
+        assert calls == [(True, True), (False, False)][:passes], "guidance of 1 must not cost a second pass"
 
 
 def test_time_reversal_fusion_ends_with_each_image():
-    a, b, x, seen = torch.randn(1, 5, 4, 2, 2), torch.randn(1, 5, 4, 2, 2), torch.randn(1, 5, 4, 2, 2), []
-
-    def backward(x, sigma):
-        seen.append(x)
-        return b
-
+    a, b, x = torch.randn(3, 1, 5, 4, 2, 2)
+    backward = Mock(return_value=b)
     D = sample.fused(lambda x, sigma: a, backward, 5)(x, 1.0)
-    assert torch.equal(D[:, 0], a[:, 0]) and torch.equal(D[:, -1], b[:, 0]) and torch.equal(seen[0], x.flip(1))
+    assert torch.equal(backward.call_args.args[0], x.flip(1))
+    assert torch.equal(D[:, 0], a[:, 0]) and torch.equal(D[:, -1], b[:, 0])
     assert torch.allclose(D[:, 1], 0.75 * a[:, 1] + 0.25 * b[:, 3])
     same = sample.fused(lambda x, sigma: 2 * x, lambda x, sigma: 2 * x, 5)(x, 1.0)
     assert torch.allclose(same, 2 * x)
-
-
-@pytest.mark.parametrize("name, eta", [*((name, 0.0) for name in sample.SAMPLERS), ("ddim", 1.0)])
-def test_held_frames_come_out_as_they_are_known(name, eta):
-    known, noise, levels = torch.randn(1, 6, 4, 2, 2), torch.randn(1, 6, 4, 2, 2), []
-    mask = torch.tensor([1, 1, 0, 0, 1, 0]).bool()
-    ideal, sigmas = gaussian_denoiser(0.3, 1.0), exsvd.karras_sigmas(8)
-
-    def spy(x, sigma):
-        levels.append((x - known)[:, mask].std() / sigma)  # the noise that a held frame carries
-        return ideal(x, sigma)
-
-    start = known * mask.view(1, 6, 1, 1, 1) + sigmas[0] * noise
-    out = sampled(name, sample.held(spy, known, mask.float()), start, sigmas, eta)
-    assert torch.allclose(out[:, mask], known[:, mask], atol=1e-4) and all(0.6 < level < 1.4 for level in levels)
-    free = sampled(name, ideal, start, sigmas, eta)
-    assert torch.allclose(out[:, ~mask], free[:, ~mask], atol=1e-5)
 
 
 def test_rounds_of_a_long_video():
@@ -1855,38 +1838,43 @@ class Frames:
     it, but for the outermost frames of what is decoded at once, which are off by `edges`."""
 
     def __init__(self, fail_at=(), edges=0):
-        self.calls, self.fail_at, self.edges = [], list(fail_at), edges
+        self.calls, self.fail_at, self.edges = [], fail_at, edges
 
     def decode(self, z):
         self.calls.append(z.shape[1])
-        if self.fail_at and len(self.calls) == self.fail_at[0]:
-            self.fail_at.pop(0)
+        if len(self.calls) in self.fail_at:
             raise torch.OutOfMemoryError("injected")
         frames = z[:, :, :3].clone()
         frames[:, [0, -1]] += self.edges
         return frames
 
 
+def numbered(T):
+    """Latents that say which frame they are."""
+    return torch.arange(T).float().view(1, T, 1, 1, 1).expand(-1, -1, 4, 2, 2)
+
+
 @pytest.mark.parametrize("T, chunk", [(1, 8), (7, 8), (8, 8), (9, 8), (40, 8), (41, 16), (25, 1), (25, 3), (128, 14)])
 def test_chunks_cover_every_frame_once_in_order(T, chunk):
-    z, vae = torch.arange(T).float().view(1, T, 1, 1, 1).expand(-1, -1, 4, 2, 2), Frames()
+    z, vae = numbered(T), Frames()
     before = z.clone()
     pieces = list(sample.decode(vae, z, chunk))
     assert torch.allclose(torch.cat(pieces), z[0, :, :3], atol=1e-4) and torch.equal(z, before)
-    assert max(vae.calls) <= chunk and max(map(len, pieces)) <= chunk  # memory does not grow with the video
+    assert max(map(len, pieces)) <= chunk  # memory does not grow with the video
     if chunk >= 6:  # the outermost frames of a chunk saw padding where there are frames: nothing of them is left
         frames = torch.cat(list(sample.decode(Frames(edges=100), z, chunk)))
         assert torch.allclose(frames[1:-1], z[0, 1:-1, :3], atol=1e-4)
-    assert T < chunk or set(vae.calls) == {chunk}  # never a short last chunk, whose norms would see fewer frames
+    # all at once where that is possible; never a short last chunk, whose norms would see fewer frames
+    assert vae.calls == [T] if T <= chunk else set(vae.calls) == {chunk}
 
 
 @pytest.mark.parametrize("fail_at", [(1,), (3,), (3, 4), (2, 3, 4), (3, 6)])
 def test_out_of_memory_halves_the_chunk_and_goes_on(fail_at, capsys):
-    z = torch.arange(60).float().view(1, 60, 1, 1, 1).expand(-1, -1, 4, 2, 2)
-    vae = Frames(fail_at)
-    frames = torch.cat(list(sample.decode(vae, z, 16)))
-    assert torch.allclose(frames, z[0, :, :3], atol=1e-4)
+    z, vae = numbered(60), Frames(fail_at)
+    assert torch.allclose(torch.cat(list(sample.decode(vae, z, 16))), z[0, :, :3], atol=1e-4)
     assert vae.calls[-1] == 16 // 2 ** len(fail_at) and capsys.readouterr().err.count("out of memory") == len(fail_at)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(sample.decode(Frames([1]), z, 1))
 
 
 @torch.no_grad()
@@ -1912,94 +1900,126 @@ def test_seams_do_not_show(chunk):
     assert abs(torch.stack(ratios).mean() - 1) <= 0.02, ratios
 
 
-def test_out_of_memory_at_one_frame_is_an_error():
-    with pytest.raises(torch.OutOfMemoryError):
-        list(sample.decode(Frames([1]), torch.zeros(1, 4, 4, 2, 2), 1))
-
-
-def test_one_chunk_equals_the_whole_decode(tiny_model):
-    vae = exsvd.load(tiny_model, parts=("vae",)).vae
-    z = torch.randn(1, 6, 4, 8, 8)
-    with torch.no_grad():
-        assert torch.equal(torch.cat(list(sample.decode(vae, z, 6))), vae.decode(z)[0])
-
-
-# --- the command, on a tiny model with random weights
+# --- the command, on a small model with random weights
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
+def small(tmp_path_factory):
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    unet = exsvd.UNet(exsvd.UNetConfig((32, 64, 64, 64), (1, 2, 2, 2), 32, 8, 8))
-    vae, clip = exsvd.VAE(exsvd.VAEConfig((8, 16, 16, 16), 8)), exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 32))
-    exsvd.save_model(path, unet, vae, clip, family="toy")
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    exsvd.save_model(path, exsvd.UNet(exsvd.UNetConfig((16, 32, 32, 32), (1, 1, 1, 1), 16, 8, 8)),
+                     exsvd.VAE(exsvd.VAEConfig((8, 16, 16, 16), 8)),
+                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 16)), family="toy")
     return str(path)
 
 
 @pytest.fixture(scope="module")
-def tiny_extension(tiny_model, tmp_path_factory):
+def small_vae(small):
+    return exsvd.load(small, parts=("vae",)).vae.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def extensions(small, tmp_path_factory):
     """-> (our own extension to 20 frames, the same without metadata as the ExVideo release is)"""
-    folder = tmp_path_factory.mktemp("extension")
-    unet = exsvd.extend(exsvd.load(tiny_model, parts=("unet",)).unet, 20)
-    exsvd.save_extension(folder / "own.safetensors", unet)
-    save_file(load_file(folder / "own.safetensors"), folder / "release.safetensors")
-    return str(folder / "own.safetensors"), str(folder / "release.safetensors")
+    own, release = (str(tmp_path_factory.mktemp("extension") / "e.safetensors") for _ in range(2))
+    exsvd.save_extension(own, exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 20))
+    save_file(load_file(own), release)
+    return own, release
 
 
 @pytest.fixture
-def picture(tmp_path):
-    data.write_png(tmp_path / "picture.png", world.clip(0, 0, 1, 96)[0][0])
-    return str(tmp_path / "picture.png")
+def pictures(tmp_path):
+    paths = [str(tmp_path / name) for name in ("first.png", "second.png")]
+    for number, path in enumerate(paths):
+        data.write_png(path, world.clip(0, number, 1, 96)[0][0])
+    return paths
 
 
 @pytest.fixture
-def make(tiny_model, picture, tmp_path):
-    """make([images,] flags) -> the path of what sample.py made: from the picture with the tiny model, in one step of
+def make(small, pictures, tmp_path):
+    """make(flags) -> the path of what sample.py made: from the first picture with the small model, in one step of
     64x64 pixels, where the flags don't say otherwise."""
 
-    def make(*flags, name="a.mp4"):
-        flags = [str(flag) for flag in flags]
-        images = []
-        while flags and not flags[0].startswith("--"):
-            images.append(flags.pop(0))
-        if not images and "--decode-only" not in flags:
-            images = [picture]
-        images = [image for image in images if image != "None"]
-        defaults = {"--model": tiny_model, "--steps": "1", "--size": "64x64", "--out": str(tmp_path / name)}
+    def make(*flags, images=pictures[:1], name="a.mp4"):
+        defaults = {"--model": small, "--steps": 1, "--size": "64x64", "--out": tmp_path / name}
         rest = [word for flag, value in defaults.items() if flag not in flags for word in (flag, value)]
-        sample.main([*images, *flags, *rest])
+        sample.main([*map(str, [*images, *flags, *rest])])
         return tmp_path / name
 
     return make
 
 
-def test_video_from_an_image(make, capsys):
-    out = make("--steps", 2)
+def spied(monkeypatch, module, name):
+    """-> a Mock that does what the function does, and has its calls"""
+    spy = Mock(wraps=getattr(module, name))
+    monkeypatch.setattr(module, name, spy)
+    return spy
+
+
+def oracle(monkeypatch, *clips):
+    """From now on the model sees the first of these latents, then the second, ... in whatever it is shown. -> lists of
+    what it will be shown, (x, sigma), and of the image latents that it will be told"""
+    shown, told, clips = [], [], iter(clips)
+
+    def guided(unet, image_latents, *_):
+        told.append(image_latents)
+        z = next(clips)
+
+        def denoise(*x_and_sigma):
+            shown.append(x_and_sigma)
+            return z
+        return denoise
+
+    monkeypatch.setattr(sample, "guided", guided)
+    return shown, told
+
+
+def latents_of(out):
+    return load_file(sample.latents_path(str(out)))["latents"]
+
+
+def floats(frames):
+    """uint8 (T,H,W,3) -> float32 (T,3,H,W) in [-1,1]"""
+    return frames.permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def test_video_from_an_image(make, monkeypatch, capsys):
+    """Guided in an interval of noise levels."""
+    denoise = spied(monkeypatch, exsvd, "denoise")
+    out = make("--steps", 6, "--cfg", 2, 2, "--cfg-interval", 0.1, 10)
+    sigmas, asked = exsvd.karras_sigmas(6)[:-1].tolist(), [call.args[2].item() for call in denoise.call_args_list]
+    assert sorted(asked) == sorted(sigmas + [s for s in sigmas if 0.1 < s <= 10]) and 6 < len(asked) < 12
     video, fps = data.read_video(out)
     assert video.shape == (8, 64, 64, 3) and fps == 8
     settings = data.read_settings(out)
-    assert [settings[key] for key in ("frames", "steps", "seed")] == [8, 2, 0]
+    assert [settings[key] for key in ("frames", "steps", "seed", "cfg_interval")] == [8, 6, 0, [0.1, 10]]
     assert not any("/" in str(value) for value in settings.values()), "a path, which says where somebody works"
     text = capsys.readouterr().out
     assert "s to sample" in text and "s to decode" in text and "at the peak" in text
+    for name in ("a.webm", "a.gif"):
+        out = make("--frames", 3, name=name)
+        assert data.read_video(out)[0].shape == (3, 64, 64, 3)
+        assert name == "a.gif" or data.read_settings(out)["frames"] == 3
 
 
-def test_same_seed_same_bytes_other_seed_other_video(make):
-    a, b, c = (make("--seed", seed, name=f"{n}.mp4").read_bytes() for n, seed in enumerate((1, 1, 2)))
-    assert a == b != c
-
-
-@pytest.mark.parametrize("sampler", [["euler"], ["heun"], ["ddim", "--eta", "1"]])
-def test_pipeline_reproduces_known_latents(make, tiny_model, tiny_extension, monkeypatch, sampler):
+@pytest.mark.parametrize("schedule, sampler, eta", [
+    ("karras", "euler", 0), ("karras", "heun", 0), ("karras", "ddim", 1), ("karras", "dpm++", 0), ("ays", "dpm++", 0),
+    ("ays", "ddim", 0)])
+def test_what_the_model_says_comes_out(make, small_vae, extensions, monkeypatch, schedule, sampler, eta):
+    """It is asked once a step (by heun twice, but in the last), at the schedule's noise levels."""
     z = torch.randn(1, 20, 4, 8, 8)
-    monkeypatch.setattr(sample, "guided", lambda *_: lambda x, sigma: z)  # an oracle
-    flags = ["--extension", tiny_extension[0], "--steps", 3, "--decode-chunk", 20, "--sampler", *sampler]
-    out = make(*flags, name="frames")
-    vae = exsvd.load(tiny_model, parts=("vae",)).vae
-    with torch.no_grad():
-        expected = sample.to_pixels(vae.decode(z / exsvd.VAE_SCALE)[0])
+    shown, _ = oracle(monkeypatch, z)
+    out = make("--extension", extensions[0], "--schedule", schedule, "--sampler", sampler, "--eta", eta, "--steps", 4,
+               "--decode-chunk", 20, name="frames")
+    levels = {"ays": sample.ays_sigmas(4), "karras": exsvd.karras_sigmas(4)}[schedule][:-1]
+    if sampler == "heun":
+        levels = levels.repeat_interleave(2)[1:]
+    assert torch.equal(torch.stack([sigma for _, sigma in shown]), levels)
+    assert torch.allclose(latents_of(out), z, atol=1e-4)
+    expected = sample.to_pixels(small_vae.decode(z / exsvd.VAE_SCALE)[0])
     assert (data.read_video(out)[0].int() - expected.int()).abs().max() <= 1
+    settings = data.read_settings(out)
+    assert [settings[key] for key in ("schedule", "sampler", "eta", "steps")] == [schedule, sampler, eta, 4]
 
 
 def test_offload_has_one_stage_on_the_device_and_changes_nothing(make, monkeypatch):
@@ -2022,70 +2042,52 @@ def test_offload_has_one_stage_on_the_device_and_changes_nothing(make, monkeypat
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_offload_really_moves(make, tiny_model):
-    svd = exsvd.load(tiny_model)
+def test_offload_really_moves(make, small):
+    svd = exsvd.load(small)
     with torch.inference_mode(), sample.on_device(torch.device("cuda"), svd.unet):
         assert svd.unet.conv_out.weight.is_cuda
     assert not svd.unet.conv_out.weight.is_cuda and not svd.unet.conv_out.weight.is_inference()
     make("--offload", "--device", "cuda")
 
 
-@pytest.mark.parametrize("schedule, sampler", [("ays", "dpm++"), ("karras", "dpm++"), ("ays", "ddim")])
-def test_fewer_steps(make, tiny_extension, monkeypatch, schedule, sampler):
-    """The model is asked once a step, at the schedule's noise levels, and what it says comes out."""
-    z = torch.randn(1, 20, 4, 8, 8)
-    calls = oracle(monkeypatch, z)
-    flags = ["--schedule", schedule, "--sampler", sampler, "--steps", 4]
-    out = make("--extension", tiny_extension[0], *flags)
-    sigmas = {"ays": sample.ays_sigmas(4), "karras": exsvd.karras_sigmas(4)}[schedule]
-    assert torch.equal(torch.stack([sigma for _, sigma in calls]), sigmas[:-1])
-    assert torch.allclose(latents_of(out), z, atol=1e-4)
-    settings = data.read_settings(out)
-    assert [settings[key] for key in ("schedule", "sampler", "eta", "steps")] == [schedule, sampler, 0, 4]
+@pytest.mark.parametrize("flags, expected", [
+    ("", {"sampler": "ddim", "eta": 1.0, "match_stats": False, "contrast": 1.0}),
+    ("--eta 0.5", {"sampler": "ddim", "eta": 0.5}),
+    ("--sampler ddim", {"sampler": "ddim", "eta": 0.0}),
+    ("--sampler heun", {"sampler": "heun", "eta": 0.0}),
+    ("--sampler euler --eta 0.5", {"sampler": "euler", "eta": 0.5}),
+    ("--extension {own}", {"match_stats": False, "contrast": 1.0}),
+    ("--extension {release}", {"match_stats": True, "contrast": 1.2}),
+    ("--extension {release} --no-match-stats --contrast 1.1", {"match_stats": False, "contrast": 1.1})])
+def test_defaults_and_flags(make, extensions, flags, expected):
+    """The toy's sampler is ddim with eta 1; a sampler that is named adds no noise, unless --eta says so. Only the
+    published extension is corrected."""
+    own, release = extensions
+    settings = data.read_settings(make("--frames", 4, *flags.format(own=own, release=release).split()))
+    assert settings == settings | expected
 
 
-def test_guidance_in_an_interval_of_noise_levels(make, monkeypatch):
-    calls, denoise = [], exsvd.denoise
-
-    def spy(unet, x, sigma, *rest):
-        calls.append(sigma.item())
-        return denoise(unet, x, sigma, *rest)
-
-    monkeypatch.setattr(exsvd, "denoise", spy)
-    out = make("--steps", 6, "--cfg", 2, 2, "--cfg-interval", 0.1, 10)
-    sigmas = exsvd.karras_sigmas(6)[:-1].tolist()
-    assert sorted(calls) == sorted(sigmas + [s for s in sigmas if 0.1 < s <= 10]) and 6 < len(calls) < 12
-    assert data.read_settings(out)["cfg_interval"] == [0.1, 10]
-
-
-def test_fresh_noise_where_no_sampler_is_named(make):
-    """The toy's sampler is ddim with eta 1; a sampler that is named adds none, unless --eta says so."""
-    for flags, sampler, eta in (([], "ddim", 1.0), (["--eta", 0.5], "ddim", 0.5), (["--sampler", "heun"], "heun", 0.0),
-                                (["--sampler", "euler", "--eta", 0.5], "euler", 0.5)):
-        settings = data.read_settings(make(*flags, "--frames", 2))
-        assert (settings["sampler"], settings["eta"]) == (sampler, eta), flags
-
-
-def test_only_the_published_extension_is_adjusted(make, tiny_extension):
-    own, release = (["--extension", path] for path in tiny_extension)
-    for flags, expected in (([], (False, 1.0)), (own, (False, 1.0)), (release, (True, 1.2)),
-                            ([*release, "--no-match-stats", "--contrast", 1.1], (False, 1.1))):
-        settings = data.read_settings(make(*flags, "--frames", 4))
-        assert (settings["match_stats"], settings["contrast"]) == expected, flags
+def test_warnings_off_the_trained_range(make, pictures, capsys):
+    make("--frames", 1, "--fps", 100, "--motion", 90, images=pictures, name="{name}.mp4")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [line.split()[1].strip(",") for line in warnings] == ["64x64", "fps", "motion"], "one line each, once"
+    for flags, warning in (
+            ("--frames 1 --size 128x128 --fps 8 --motion 20", None),
+            ("--frames 1 --size 256x64", "256x64, but toy was trained on 128x128"),  # of the area, but too wide
+            ("--frames 9 --size 128x128", "warning: 9 frames, but"),
+            ("--frames 9 --size 128x128 --native 9", None), ("--frames 9 --size 128x128 --overlap 1", None)):
+        make(*flags.split())
+        said = capsys.readouterr().err
+        assert warning in said if warning else "warning" not in said, flags
 
 
 def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
     whole = make(name="whole.mp4")
-
-    def fail(*_):
-        raise RuntimeError("decoder broke")
-
-    with monkeypatch.context() as m:
-        m.setattr(exsvd.VAE, "decode", fail)
-        with pytest.raises(RuntimeError):
-            make(name="lost.mp4")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="shape"):
+        patch.setattr(exsvd.VAE, "decode", lambda *_: torch.zeros(1).view(2))
+        make(name="lost.mp4")
     assert not (tmp_path / "lost.mp4").exists()
-    again = make("--decode-only", tmp_path / "lost.latents.safetensors", name="lost.mp4")
+    again = make("--decode-only", tmp_path / "lost.latents.safetensors", images=(), name="lost.mp4")
     assert again.read_bytes() == whole.read_bytes()
 
 
@@ -2094,35 +2096,29 @@ def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
     (torch.zeros(1, 2, 4, 8, 8), [1], "no latents saved by sample.py"),
     (torch.zeros(2, 4, 8, 8), {"frames": 2, "width": 64, "height": 64}, "no latents saved by sample.py"),
     (torch.full((1, 2, 4, 8, 8), torch.nan), {"family": "toy", "frames": 2, "width": 64, "height": 64}, "not finite"),
-    (torch.zeros(1, 2, 4, 8, 8), {"family": "SVD", "frames": 2, "width": 64, "height": 64}, "give its --model"),
-])
+    (torch.zeros(1, 2, 4, 8, 8), {"family": "SVD", "frames": 2, "width": 64, "height": 64}, "give its --model")])
 def test_latents_that_cannot_be_decoded(make, tmp_path, latents, settings, words):
     exsvd.save(tmp_path / "a.safetensors", {"latents": latents}, {"settings": settings})
     with pytest.raises(exsvd.WeightsError, match=words):
-        make("--decode-only", tmp_path / "a.safetensors")
+        make("--decode-only", tmp_path / "a.safetensors", images=())
 
 
-def test_every_output_has_latents_of_its_own():
+def test_names_of_outputs():
     outs = ["a/b.1.mp4", "a/b.2.mp4", "b.1/", "b.2/", "b"]
     assert len({sample.latents_path(out) for out in outs}) == len(outs)
     assert sample.latents_path("a/b.mp4") == "a/b.latents.safetensors"
-
-
-@pytest.mark.parametrize("name", ["a.webm", "a.gif", "frames"])
-def test_other_containers(make, name):
-    out = make("--frames", 3, name=name)
-    assert data.read_video(out)[0].shape == (3, 64, 64, 3)
-    assert name == "a.gif" or data.read_settings(out)["frames"] == 3
+    jobs = sample.parse(["a.png", "--seeds", "2", "--out", "frames.d/"]).jobs
+    assert [out for _, _, out in jobs] == ["frames.d-0/", "frames.d-1/"], "seeds of a folder are folders"
 
 
 def test_the_toy_that_ships(tmp_path):
-    assets = [os.path.join(HERE, "assets", name) for name in ("toy.safetensors", "toy-exvideo.safetensors", "img.png")]
-    toy, tuned, image = assets
+    names = "toy.safetensors", "toy-exvideo.safetensors", "img.png"
+    toy, tuned, image = (os.path.join(HERE, "assets", name) for name in names)
     assert os.path.getsize(toy) + os.path.getsize(tuned) < 24e6
     sample.main([image, "--model", toy, "--extension", tuned, "--out", str(tmp_path / "frames")])
     frames, fps = data.read_video(tmp_path / "frames")
     picture = data.fit_image(data.read_image(image), world.PICTURE, world.PICTURE)
-    m = measure.measure(frames.permute(0, 3, 1, 2) / 127.5 - 1, picture, sample.DEFAULTS["toy"]["motion"], fps)
+    m = measure.measure(floats(frames), picture, sample.DEFAULTS["toy"]["motion"], fps)
     assert len(frames) == 40 and 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.08 and m["back"] < 0.03, measure.show(m)
     assert 0.6 < m["flicker"] < 1.5 and min(m["psnr"]) > 22, measure.show(m)
 
@@ -2145,250 +2141,157 @@ def test_default_model(tmp_path, monkeypatch, capsys):
     assert chosen(extension=tmp_path / "e") == ("weights/svd_xt.safetensors", "e") and not capsys.readouterr().err
 
 
-def test_a_batch(make, picture, tmp_path, monkeypatch, capsys):
+def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
     """Seeds, a bad image, latents that overflow, what is there already, shares of the work, and a model that is loaded
     once."""
-    (tmp_path / "bad.png").write_bytes(b"no picture")
-    data.write_png(tmp_path / "second.png", world.clip(0, 1, 1, 64)[0][0])
-    loads, load, made, make_latents = [], exsvd.load, [], sample.make_latents
-
-    def spy(*args, **kw):
-        loads.append(args)
-        return load(*args, **kw)
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    load, made, make_latents = spied(monkeypatch, exsvd, "load"), [], sample.make_latents
 
     def overflows_first(*args):
         made.append(args)
         return make_latents(*args) * (math.nan if len(made) == 1 else 1)
 
-    monkeypatch.setattr(exsvd, "load", spy)
     monkeypatch.setattr(sample, "make_latents", overflows_first)
-    images = [picture, tmp_path / "bad.png", tmp_path / "second.png"]
-    flags = [*images, "--frames", 2, "--size", "128x64", "--seed", 3, "--seeds", 2]
-    outs = [tmp_path / f"{name}-{seed}.mp4" for name in ("picture", "second") for seed in (3, 4)]
-    with pytest.raises(data.MediaError, match="3 of 6 videos were not made: .*picture-3.mp4, .*bad-3.mp4, .*bad-4.mp4"):
-        make(*flags, name="{name}.mp4")
+    flags = "--frames", 2, "--size", "128x64", "--seed", 3, "--seeds", 2
+    outs = [tmp_path / f"{name}-{seed}.mp4" for name in ("first", "second") for seed in (3, 4)]
+    with pytest.raises(data.MediaError, match="3 of 6 videos were not made: .*first-3.mp4, .*bad-3.mp4, .*bad-4.mp4"):
+        make(*flags, images=(pictures[0], bad, pictures[1]), name="{name}.mp4")
     errors = capsys.readouterr().err
-    assert f"sample.py: {tmp_path / 'bad.png'}: " in errors and f"sample.py: {outs[0]}: the latents are not" in errors
-    assert sorted(tmp_path.glob("*.mp4")) == outs[1:] and len(loads) == 1
-    make(picture, "--seeds", 2, *flags[3:-2], name="{name}.mp4")
+    assert f"sample.py: {bad}: " in errors and f"sample.py: {outs[0]}: the latents are not" in errors
+    assert sorted(tmp_path.glob("*.mp4")) == outs[1:] and load.call_count == 1
+    make(*flags, name="{name}.mp4")
     assert sorted(tmp_path.glob("*.mp4")) == outs and len({out.read_bytes() for out in outs}) == 4
     assert data.read_video(outs[0])[0].shape == (2, 64, 128, 3) and data.read_settings(outs[1])["seed"] == 4
 
     before = outs[3].read_bytes()
     outs[3].unlink()
-    flags[:3] = [picture, tmp_path / "second.png"]
-    make(*flags, "--shard", "0/2", name="{name}.mp4")
+    make(*flags, "--shard", "0/2", images=pictures, name="{name}.mp4")
     assert not outs[3].exists(), "seed 4 of the second is the other shard's"
     capsys.readouterr()
-    make(*flags, "--shard", "1/2", name="{name}.mp4")
-    assert outs[3].read_bytes() == before and "picture-4.mp4: is there" in capsys.readouterr().out and len(loads) == 3
-    make(*flags, "--shard", "3/4", "--overwrite", name="{name}.mp4")
-    assert outs[3].read_bytes() == before and len(loads) == 4
+    make(*flags, "--shard", "1/2", images=pictures, name="{name}.mp4")
+    assert outs[3].read_bytes() == before and "first-4.mp4: is there" in capsys.readouterr().out
+    make(*flags, "--shard", "3/4", "--overwrite", images=pictures, name="{name}.mp4")
+    assert outs[3].read_bytes() == before and load.call_count == 4, "once where a video is made, else not at all"
 
 
-def oracle(monkeypatch, *clips):
-    """From now on the model sees the first of these latents, then the second, ... in whatever it is shown. -> what it
-    is called with, a list; .told are the image latents"""
-    class Calls(list):
-        told = []
-
-    calls, clips = Calls(), iter(clips)
-
-    def guided(unet, image_latents, ctx, ids, cfg, frames, interval):
-        z = next(clips)
-        calls.told.append(image_latents)
-
-        def denoise(x, sigma):
-            calls.append((x, sigma))
-            return z
-        return denoise
-
-    monkeypatch.setattr(sample, "guided", guided)
-    return calls
-
-
-def latents_of(out):
-    return load_file(sample.latents_path(str(out)))["latents"]
-
-
-def test_longer_than_the_table_in_rounds(make, tiny_extension, monkeypatch):
-    clips, images, condition = torch.randn(3, 1, 20, 4, 8, 8), [], sample.condition
+def test_longer_than_the_table_in_rounds(make, extensions, monkeypatch):
+    clips, condition = torch.randn(3, 1, 20, 4, 8, 8), spied(monkeypatch, sample, "condition")
     oracle(monkeypatch, *clips)
-
-    def spy(svd, img, *rest):
-        images.append(img)
-        return condition(svd, img, *rest)
-
-    monkeypatch.setattr(sample, "condition", spy)
-    out = make("--extension", tiny_extension[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45, name="frames")
+    out = make("--extension", extensions[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45, name="frames")
     expected = torch.zeros(1, 45, 4, 8, 8)  # common frames fade from one round to the next
     for clip, start, shared in zip(clips, (0, 16, 25), (0, 4, 11)):
         weight = torch.cat([torch.linspace(1, 0, shared + 1)[:-1], torch.zeros(20 - shared)]).view(1, 20, 1, 1, 1)
         expected[:, start:start + 20] = torch.lerp(clip, expected[:, start:start + 20], weight)
     assert torch.allclose(latents_of(out), expected, atol=1e-4)
-    video = data.read_video(out)[0].permute(0, 3, 1, 2) / 127.5 - 1
-    for img, start in zip(images[1:], (16, 25)):  # a round is told of its own first frame, as the model was trained
-        assert (video - img).square().mean((1, 2, 3)).argmin() == start
-    assert len(video) == 45 and len(images) == 3
+    video, (_, *later) = floats(data.read_video(out)[0]), [call.args[1] for call in condition.call_args_list]
+    # a round is told of its own first frame, as the model was trained
+    assert len(video) == 45 and [(video - img).square().mean((1, 2, 3)).argmin() for img in later] == [16, 25]
 
 
-def test_rounds_and_key_frames_of_published_weights(make, tiny_model, tiny_extension, picture, monkeypatch):
+def test_rounds_and_key_frames_of_published_weights(make, small_vae, extensions, pictures, monkeypatch):
     """Every frame is matched to the others and gets 1.2 times the contrast: a later round is told of the frame that a
     viewer sees, and a key frame comes out as its picture is."""
     clips = torch.randn(2, 1, 20, 4, 8, 8)
-    calls = oracle(monkeypatch, *clips)
-    flags = "--frames", 24, "--overlap", 8, "--keyframe", f"14={picture}"
-    out = make("--extension", tiny_extension[1], *flags, name="frames")
+    _, told = oracle(monkeypatch, *clips)
+    out = make("--extension", extensions[1], "--frames", 24, "--overlap", 8, "--keyframe", f"14={pictures[0]}")
     z, settings = latents_of(out), data.read_settings(out)
-    assert settings["match_stats"] and settings["contrast"] == 1.2
-    img = data.fit_image(data.read_image(picture), 64, 64)
-    with torch.no_grad():
-        shown = exsvd.load(tiny_model, parts=("vae",)).vae.encode(img[None])
-    assert torch.allclose(sample.adjust(z, settings)[:, 14] / exsvd.VAE_SCALE, shown, atol=1e-4)
+    encoded = small_vae.encode(data.fit_image(data.read_image(pictures[0]), 64, 64)[None])
+    assert torch.allclose(sample.adjust(z, settings)[:, 14] / exsvd.VAE_SCALE, encoded, atol=1e-4)
     clips[0][:, 14] = z[:, 14]
-    assert torch.allclose(calls.told[1], sample.adjust(clips[0], settings)[:, 4:5] / exsvd.VAE_SCALE, atol=1e-4)
+    assert torch.allclose(told[1], sample.adjust(clips[0], settings)[:, 4:5] / exsvd.VAE_SCALE, atol=1e-4)
 
 
-def test_an_end_and_key_frames(make, tiny_model, picture, tmp_path, monkeypatch):
-    data.write_png(tmp_path / "second.png", world.clip(0, 1, 1, 64)[0][0])
+def test_an_end_and_key_frames(make, small_vae, pictures, monkeypatch):
     a, b = torch.randn(2, 1, 8, 4, 8, 8)
     oracle(monkeypatch, a, b)
-    out = make("--end", picture, "--keyframe", f"3={tmp_path / 'second.png'}")
-    z, expected = latents_of(out), torch.lerp(a, b.flip(1), torch.linspace(0, 1, 8).view(1, 8, 1, 1, 1))
-    img = data.fit_image(data.read_image(tmp_path / "second.png"), 64, 64)
-    with torch.no_grad():
-        expected[:, 3] = exsvd.load(tiny_model, parts=("vae",)).vae.encode(img[None]) * exsvd.VAE_SCALE
-    assert torch.allclose(z, expected, atol=1e-5) and data.read_settings(out)["keyframes"] == [3]
+    out = make("--end", pictures[0], "--keyframe", f"3={pictures[1]}")
+    expected = torch.lerp(a, b.flip(1), torch.linspace(0, 1, 8).view(1, 8, 1, 1, 1))
+    img = data.fit_image(data.read_image(pictures[1]), 64, 64)
+    expected[:, 3] = small_vae.encode(img[None]) * exsvd.VAE_SCALE
+    assert torch.allclose(latents_of(out), expected, atol=1e-5) and data.read_settings(out)["keyframes"] == [3]
     oracle(monkeypatch, a)
-    z = latents_of(make("--keyframe", f"3={tmp_path / 'second.png'}", "--contrast", 1.2))
+    z = latents_of(make("--keyframe", f"3={pictures[1]}", "--contrast", 1.2))
     assert torch.allclose(1.2 * z[:, 3], expected[:, 3], atol=1e-5), "contrast is for what the model made"
 
 
 @pytest.mark.parametrize("strength, steps", [(0.5, 2), (1, 4), (0, 1)])
-def test_a_video_is_refined_from_where_the_strength_says(make, tiny_model, monkeypatch, strength, steps):
+def test_a_video_is_refined_from_where_the_strength_says(make, small_vae, monkeypatch, strength, steps):
     first = make("--frames", 8, name="first.mp4")
-    video, fps = data.read_video(first)
-    with torch.no_grad():
-        vae = exsvd.load(tiny_model, parts=("vae",)).vae
-        encoded = data.encode_frames(vae, video.permute(0, 3, 1, 2) / 127.5 - 1)[None] * exsvd.VAE_SCALE
+    (video, fps), latents = data.read_video(first), latents_of(first)
+    encoded = data.encode_frames(small_vae, floats(video))[None] * exsvd.VAE_SCALE
+    decoded = sample.to_pixels(small_vae.decode(latents / exsvd.VAE_SCALE)[0])
     sigma = exsvd.karras_sigmas(4)[-1 - steps]
     noise = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    flags = ["--strength", strength, "--steps", 4, "--share-noise", 0, "--seed", 5, "--frames", 4]
-    images, condition = [], sample.condition
-
-    def spy(svd, img, *rest):
-        images.append(img)
-        return condition(svd, img, *rest)
-
-    monkeypatch.setattr(sample, "condition", spy)
-    for source, z in ((first, encoded), (sample.latents_path(str(first)), latents_of(first))):
-        calls = oracle(monkeypatch, torch.zeros(1, 4, 4, 8, 8))
-        out = make(None, "--video", source, *flags, name="refined.mp4")
-        with torch.no_grad():
-            shown = sample.to_pixels(vae.decode(z / exsvd.VAE_SCALE)[0])[0] if source != first else video[0]
-        assert (images.pop() - data.fit_image(shown, 64, 64)).abs().max() < 0.01, "told of another than its first frame"
-        assert len(calls) == steps and calls[0][1] == sigma
-        assert torch.allclose(calls[0][0], z[:, [0, 2, 5, 7]] + sigma * noise, rtol=1e-4, atol=1e-3)
+    condition = spied(monkeypatch, sample, "condition")
+    for source, z, frames in ((first, encoded, video), (sample.latents_path(str(first)), latents, decoded)):
+        shown, _ = oracle(monkeypatch, torch.zeros(1, 4, 4, 8, 8))
+        out = make("--video", source, "--strength", strength, "--steps", 4, "--share-noise", 0, "--seed", 5,
+                   "--frames", 4, images=(), name="refined.mp4")
+        img = condition.call_args.args[1]
+        assert (img - data.fit_image(frames[0], 64, 64)).abs().max() < 0.01, "told of another than its first frame"
+        assert len(shown) == steps and shown[0][1] == sigma
+        assert torch.allclose(shown[0][0], z[:, [0, 2, 5, 7]] + sigma * noise, rtol=1e-4, atol=1e-3)
         refined, its_fps = data.read_video(out)
         assert refined.shape == (4, 64, 64, 3) and its_fps == fps / 2, "it lasts as long as the video did"
     with pytest.raises(data.MediaError, match="latents are of 64x64"):
         make("--video", source, "--size", "128x128")
 
 
-def test_refinement_by_published_weights_begins_as_the_video_looks(make, tiny_model, tiny_extension, monkeypatch):
+def test_refinement_by_published_weights_begins_as_the_video_looks(make, small_vae, extensions, monkeypatch):
     """From the video and from its latents alike: what they show, less the contrast that is put on in the end. All 24
     frames are made, in two rounds, at their own rate."""
-    release = "--extension", tiny_extension[1]
+    release = "--extension", extensions[1]
     oracle(monkeypatch, *torch.randn(2, 1, 20, 4, 8, 8))
     first = make(*release, "--frames", 24, name="first.mp4")
-    shown = sample.adjust(latents_of(first), data.read_settings(first))
-    video = data.read_video(first)[0].permute(0, 3, 1, 2) / 127.5 - 1
-    with torch.no_grad():
-        encoded = data.encode_frames(exsvd.load(tiny_model, parts=("vae",)).vae, video)[None] * exsvd.VAE_SCALE
-    for source, z in ((sample.latents_path(str(first)), shown), (first, encoded)):
-        calls = oracle(monkeypatch, *torch.zeros(2, 1, 20, 4, 8, 8))
-        out = make(None, "--video", source, *release, "--strength", 0, "--steps", 9, "--share-noise", 0, name="b.mp4")
-        noise = torch.randn(1, 20, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        x, sigma = calls[0]
+    (video, fps), seen = data.read_video(first), sample.adjust(latents_of(first), data.read_settings(first))
+    encoded = data.encode_frames(small_vae, floats(video))[None] * exsvd.VAE_SCALE
+    noise = torch.randn(1, 20, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for source, z in ((sample.latents_path(str(first)), seen), (first, encoded)):
+        shown, _ = oracle(monkeypatch, *torch.zeros(2, 1, 20, 4, 8, 8))
+        out = make("--video", source, *release, "--strength", 0, "--steps", 9, "--share-noise", 0, images=(),
+                   name="refined.mp4")
+        x, sigma = shown[0]
         assert torch.allclose(x, z[:, :20] / 1.2 + sigma * noise, rtol=1e-4, atol=1e-3)
-        refined, fps = data.read_video(out)
-        assert len(calls) == 2 and len(refined) == 24 and fps == data.read_video(first)[1]
+        refined, its_fps = data.read_video(out)
+        assert len(shown) == 2 and len(refined) == 24 and its_fps == fps
 
 
-@pytest.mark.parametrize("flags", [
-    "a.mp4 --out a.mp4", "p.png --end a.mp4 --out a.mp4", "p.png --keyframe 1=a.mp4 --out a.mp4",
-    "f/frame_0000.png --out f/", "--video a.mp4 --out a.gif", "--video a.latents.safetensors --out a.webm"])
-def test_nothing_that_is_read_is_overwritten(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        sample.parse(flags.split())
-    assert "would be overwritten: choose another --out" in capsys.readouterr().err
-
-
-def test_a_video_to_refine_keeps_its_size(tiny_model, tmp_path):
+def test_a_video_to_refine_keeps_its_size(small, tmp_path):
     """Whatever the size of IMAGE; latents also where they are wider than what is chosen for pictures."""
-    svd, large = exsvd.load(tiny_model), torch.zeros(200, 300, 3, dtype=torch.uint8)
+    svd, large = exsvd.load(small), torch.zeros(200, 300, 3, dtype=torch.uint8)
     a = sample.parse(["large.png", "--video", "a.mp4", "--out", str(tmp_path / "refined.mp4")])
-    for size in ((128, 64), (320, 64)):
-        video = sample.Video(torch.zeros(2, 4, size[1] // 8, size[0] // 8), 8, None)
+    for width, height in ((128, 64), (320, 64)):
+        video = sample.Video(torch.zeros(2, 4, height // 8, width // 8), 8, None)
         s = sample.settings_of(a, "toy", svd, large, 0, video)
-        assert (s["width"], s["height"]) == size
+        assert (s["width"], s["height"]) == (width, height)
 
 
-def test_seeds_of_a_folder_are_folders():
-    a = argparse.Namespace(out="frames.d/", video=None, images=["a.png"], decode_only=None, seed=0, seeds=2)
-    assert [out for _, _, out in sample.jobs_of(a)] == ["frames.d-0/", "frames.d-1/"]
-
-
-def test_warnings_off_the_trained_range(make, picture, tmp_path, capsys):
-    data.write_png(tmp_path / "second.png", world.clip(0, 1, 1, 64)[0][0])
-    make(picture, tmp_path / "second.png", "--frames", 1, "--fps", 100, "--motion", 90, name="{name}.mp4")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert [line.split()[1].strip(",") for line in warnings] == ["64x64", "fps", "motion"], "one line each, once"
-    make("--frames", 1, "--size", "128x128", "--fps", 8, "--motion", 20)
-    assert "warning" not in capsys.readouterr().err
-    make("--frames", 1, "--size", "256x64", "--fps", 8, "--motion", 20)
-    assert "256x64, but toy was trained on 128x128" in capsys.readouterr().err, "of the area, but four times as wide"
-
-
-def test_out_of_memory_names_what_helps_in_order(make, tiny_model, picture, monkeypatch):
-    def fail(*_):
-        raise torch.OutOfMemoryError("injected")
-
-    monkeypatch.setattr(sample, "make_latents", fail)
+def test_out_of_memory_names_what_helps_in_order(small, pictures, monkeypatch):
+    monkeypatch.setattr(sample, "make_latents", Mock(side_effect=torch.OutOfMemoryError("injected")))
     with pytest.raises(SystemExit) as exit:
-        sample.command([picture, "--model", tiny_model])
+        sample.command([pictures[0], "--model", small])
     flags = re.findall(r"--[a-z-]+", exit.value.code)
     assert flags[:4] == ["--dtype", "--dtype", "--offload", "--frames"] and "--decode-only" in flags
 
 
-def test_text_to_video_by_the_snippet(tiny_model, tmp_path, monkeypatch):
+def test_text_to_video_by_the_snippet(small, tmp_path, monkeypatch):
     """The very lines of README.md, with a pipeline of random weights in place of the real one."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    files = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
-    tokenizer = transformers.CLIPTokenizer(*files, model_max_length=77)
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(  # of bytes, whose tokenizer needs no files
+        384, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, eos_token_id=1))
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=32, attention_head_dim=8)
-    vae = diffusers.AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
-    pipeline = diffusers.StableDiffusionPipeline(vae, text, tokenizer, unet, diffusers.DDIMScheduler(), None, None,
-                                                 requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    text_to_image = argparse.Namespace(  # there is no cuda, and two steps will do
-        to=lambda device: lambda prompt, **options: pipeline(prompt, num_inference_steps=2, **options))
-    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained",
-                        lambda name, torch_dtype: text_to_image)
-    monkeypatch.setattr(sample, "default_model", lambda a: (tiny_model, None))
+        8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=32)
+    pipeline = diffusers.StableDiffusionPipeline(
+        diffusers.AutoencoderKL(block_out_channels=(32,)), text, transformers.ByT5Tokenizer(model_max_length=77), unet,
+        diffusers.DDIMScheduler(), None, None, requires_safety_checker=False)
+    on_cuda = Mock()  # there is no cuda, and two steps will do
+    on_cuda.to = lambda device: functools.partial(pipeline, num_inference_steps=2)
+    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", lambda name, torch_dtype: on_cuda)
+    monkeypatch.setattr(sample, "default_model", lambda a: (small, None))
     monkeypatch.setitem(sample.DEFAULTS, "toy", sample.DEFAULTS["toy"] | {"steps": 1, "size": (64, 64)})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "sample", sample)
     with open(os.path.join(HERE, "README.md")) as file:
         blocks = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
     snippet, loop = (next(block for block in blocks if words in block) for words in ("from diffusers", "VBench"))
@@ -2407,54 +2310,33 @@ def test_text_to_video_by_the_snippet(tiny_model, tmp_path, monkeypatch):
     assert sorted(os.listdir("videos"))[1::2] == [f"{prompts[0]}-{seed}.mp4" for seed in (0, 1)]
 
 
-def test_more_frames_than_the_model_knows(make, tiny_model, capsys):
-    make("--frames", 9)
-    assert "warning: 9 frames, but" in capsys.readouterr().err
-    for flags in (["--native", 9], ["--overlap", 1]):  # the model is said to know them; they are made in rounds
-        make("--frames", 9, *flags)
-        assert "frames, but" not in capsys.readouterr().err
+OVERWRITTEN = "would be overwritten: choose another --out"
 
 
 @pytest.mark.parametrize("args, words", [
-    ("{picture} --size 100x64", "multiples of 64"),
-    ("{picture} --size big", "WIDTHxHEIGHT"),
-    ("{picture} --size 64x64x64", "WIDTHxHEIGHT"),
-    ("{picture} --sampler heun --eta 0.5", "--sampler ddim"),
-    ("{picture} --eta 2", "at most 1"),
-    ("{picture} --frames 0", "at least 1"),
-    ("{picture} --frames 9 --overlap 8", "less than a round"),
-    ("{picture} --keyframe 8={picture}", "the frames 0 to 7"),
-    ("{picture} --keyframe c.png", "NUMBER=IMAGE"),
-    ("{picture} --keyframe 1=a.png --keyframe 1=b.png", "two images"),
-    ("{picture} --end missing.png", "missing.png"),
-    ("{picture} --video missing.mp4", "missing.mp4"),
-    ("{picture} {picture} --video missing.mp4", "one video"),
-    ("--video a.mp4 --out a.mp4", "choose another"),
-    ("{picture} --strength 2", "at most 1"),
-    ("{picture} --shard 2/2", "I/N"),
-    ("--decode-only a.safetensors --shard 1/2", "makes one video"),
-    ("{picture} --frames 1.5", "a whole number"),
-    ("{picture} --fps nan", "at least 1"),
-    ("{picture} --cfg nan 1", "at least 0"),
-    ("{picture} --seed " + "9" * 30, "below"),
-    ("{picture} --cfg-interval 2 1", "LOW must be below"),
-    ("{picture} --device nonsense", "--device nonsense"),
-    ("{picture} --device meta", "--device meta"),
-    ("", "at least one image"),
-    ("{picture} {picture}", "same file"),
-    ("{picture} --out a.xyz", ".mp4"),
-    ("{picture} --out {picture}/a.mp4", "cannot be written to"),
-    ("missing.png", "missing.png"),
-    ("{picture} --model missing.safetensors", "no such weight file"),
-    ("{picture} --model {picture}", "not a complete safetensors file"),
-    ("{picture} --extension {model}", "not an extension"),
-    ("--decode-only {model}", "no latents"),
-])
-def test_bad_input_is_one_line_and_a_failure(args, words, tiny_model, picture, tmp_path, monkeypatch, capsys):
+    *((f"{{picture}} {flags}", words) for flags, words in (
+        ("--size 100x64", "multiples of 64"), ("--size big", "WIDTHxHEIGHT"), ("--size 64x64x64", "WIDTHxHEIGHT"),
+        ("--sampler heun --eta 0.5", "--sampler ddim"), ("--eta 2", "at most 1"), ("--strength 2", "at most 1"),
+        ("--frames 0", "at least 1"), ("--frames 1.5", "a whole number"), ("--fps nan", "at least 1"),
+        ("--cfg nan 1", "at least 0"), ("--seed " + "9" * 30, "below"), ("--cfg-interval 2 1", "LOW must be below"),
+        ("--frames 9 --overlap 8", "less than a round"), ("--keyframe 8={picture}", "the frames 0 to 7"),
+        ("--keyframe c.png", "NUMBER=IMAGE"), ("--keyframe 1=a.png --keyframe 1=b.png", "two images"),
+        ("--end missing.png", "missing.png"), ("--video missing.mp4", "missing.mp4"),
+        ("{picture} --video missing.mp4", "one video"), ("{picture}", "same file"), ("--shard 2/2", "I/N"),
+        ("--device nonsense", "--device nonsense"), ("--device meta", "--device meta"), ("--out a.xyz", ".mp4"),
+        ("--out {picture}/a.mp4", "cannot be written to"), ("--extension {model}", "not an extension"),
+        ("--model missing.safetensors", "no such weight file"), ("--model {picture}", "not a complete safetensors"),
+        ("--end a.mp4 --out a.mp4", OVERWRITTEN), ("--keyframe 1=a.mp4 --out a.mp4", OVERWRITTEN))),
+    ("a.mp4 --out a.mp4", OVERWRITTEN), ("f/frame_0000.png --out f/", OVERWRITTEN),
+    ("--video a.mp4 --out a.mp4", OVERWRITTEN), ("--video a.mp4 --out a.gif", OVERWRITTEN),
+    ("--video a.latents.safetensors --out a.webm", OVERWRITTEN),
+    ("", "at least one image"), ("missing.png", "missing.png"), ("--decode-only {model}", "no latents"),
+    ("--decode-only a.safetensors --shard 1/2", "makes one video")])
+def test_bad_input_is_one_line_and_a_failure(args, words, small, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    args = args.format(picture=picture, model=tiny_model).split()
+    args = args.format(picture=pictures[0], model=small).split()
     if "--model" not in args:
-        args += ["--model", tiny_model]
+        args += ["--model", small]
     with pytest.raises(SystemExit) as exit:
         sample.command(args)
     last = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err
@@ -2462,12 +2344,11 @@ def test_bad_input_is_one_line_and_a_failure(args, words, tiny_model, picture, t
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("out/*"))
 
 
-def test_the_script_runs_where_deepspeed_is_not_installed(tiny_model, picture, tmp_path):
+def test_the_script_runs_where_deepspeed_is_not_installed(small, pictures, tmp_path):
     code = "import runpy, sys; sys.modules['deepspeed'] = None; runpy.run_path('sample.py', run_name='__main__')"
     for name, returncode in (("a.mp4", 0), ("a.xyz", 1)):
-        flags = ["--model", tiny_model, "--frames", "2", "--steps", "1", "--size", "64x64"]
-        command = [sys.executable, "-c", code, picture, *flags, "--out", str(tmp_path / name)]
-        p = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        flags = ["--model", small, "--frames", "2", "--steps", "1", "--size", "64x64", "--out", str(tmp_path / name)]
+        p = subprocess.run([sys.executable, "-c", code, pictures[0], *flags], cwd=HERE, capture_output=True, text=True)
         assert p.returncode == returncode and "Traceback" not in p.stderr, p.stderr
         assert p.stderr.startswith("sample.py: ") == (returncode == 1)
     assert data.read_video(tmp_path / "a.mp4")[0].shape == (2, 64, 64, 3)
@@ -2478,18 +2359,15 @@ def test_the_script_runs_where_deepspeed_is_not_installed(tiny_model, picture, t
 #    killed, or has several ranks, is started as a user starts it.
 
 
-def launch(*args, ranks=1, wait=True, script="train.py", **options):
+def launch(*args, ranks=1, wait=True, script="train.py", launcher=(sys.executable,)):
     """-> CompletedProcess, or Popen without wait. All that is started is in one process group, of the returned pid."""
-    command = [sys.executable]
     if ranks > 1:
-        command = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_accelerators", str(ranks),
-                   "--master_port", str(free_port())]
-    command += [os.path.join(HERE, script), *map(str, args)]
+        deepspeed = os.path.join(os.path.dirname(sys.executable), "deepspeed")
+        launcher = deepspeed, "--num_accelerators", ranks, "--master_port", free_port()
+    command = [*map(str, [*launcher, os.path.join(HERE, script), *args])]
     p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}, **options)
-    if not wait:
-        return p
-    return subprocess.CompletedProcess(command, p.wait(), p.communicate()[0])
+                         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE})
+    return subprocess.CompletedProcess(command, p.wait(), p.communicate()[0]) if wait else p
 
 
 def free_port():
@@ -2502,10 +2380,7 @@ def train_here(*args):
     """train.py on one rank, in this process. SystemExit where it exits with a line."""
     import deepspeed
     handlers = {number: signal.getsignal(number) for number in train.STOP_SIGNALS}
-    with pytest.MonkeyPatch.context() as patch:
-        for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(key, "")   # so that what main() sets is undone
-            patch.delenv(key)
+    with patch.dict(os.environ):  # main() sets there what a launcher would
         try:
             train.main([str(a) for a in ("--workers", 0, "--sample-every", 0, *args)])
         finally:
@@ -2518,12 +2393,6 @@ def train_here(*args):
 def log_of(out):
     with open(out / "log.csv", newline="") as f:
         return list(csv.DictReader(f))
-
-
-def untimed(out):
-    """The rows of log.csv without what differs from run to run."""
-    timing = ("seconds_per_step", "frames_per_second", "peak_memory_GB")
-    return [{k: v for k, v in row.items() if k not in timing} for row in log_of(out)]
 
 
 def flat(out, step, key, groups=2):
@@ -2541,16 +2410,6 @@ def same_state(out, other, step=4):
             if not torch.equal(a[:n], b[:n]) or a[n:].any() or b[n:].any():
                 return False
     return True
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    exsvd.save_model(path, exsvd.UNet(exsvd.UNetConfig((16, 32, 32, 32), (1, 1, 1, 1), 16, 8, 8)),
-                     exsvd.VAE(exsvd.VAEConfig((8, 16, 16, 16), 8)),
-                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 16)), family="toy")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -2588,23 +2447,25 @@ def one_rank(small, videos, tmp_path_factory):
     return out
 
 
+def extended(small, frames=10):
+    return exsvd.extend(exsvd.load(small, parts=("unet",)).unet, frames)
+
+
 def test_two_ranks_train_on_real_videos(two_ranks):
     out, text = two_ranks
     rows = log_of(out)
     assert [int(r["step"]) for r in rows] == [1, 2, 3, 4] and [int(r["videos"]) for r in rows] == [2, 4, 6, 8]
     assert all(0 < float(r["loss"]) < 10 and float(r["grad_norm"]) > 0 for r in rows)
     assert "1 too short" in text and "short.mp4" in (out / "data.log").read_text()
-    run = json.loads((out / "run.json").read_text())
-    assert run["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert json.loads((out / "run.json").read_text())["deepspeed"]["zero_optimization"]["stage"] == 2
     assert (out / "source" / "exsvd.py").read_bytes() == open(exsvd.__file__, "rb").read()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_average_is_its_closed_form_and_sharding_changes_nothing(ranks, small, two_ranks, one_rank):
-    out = one_rank if ranks == 1 else two_ranks[0]
-    unet = exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 10)
-    module = train.Loss(unet, None, "edm")
-    groups = [group["params"] for group in train.parameter_groups(train.choose(module, "temporal")[1])]
+    out, unet = one_rank if ranks == 1 else two_ranks[0], extended(small)
+    trained = train.choose(train.Loss(unet, None, "edm"), "temporal")[1]
+    groups = [group["params"] for group in train.parameter_groups(trained)]
     average = [torch.cat([p.detach().flatten() for p in group]) for group in groups]  # unsharded, from all masters
     for step in range(1, 5):
         decay = min(0.9999, (1 + step - 1) / (10 + step - 1))                         # the first step is number 0
@@ -2623,23 +2484,21 @@ def test_average_is_its_closed_form_and_sharding_changes_nothing(ranks, small, t
 
 
 def test_only_temporal_blocks_learn_and_all_of_them(small, one_rank):
-    start = exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 10).state_dict()
-    svd = exsvd.load(small, one_rank / "exvideo-000004.safetensors")
+    start, file = extended(small).state_dict(), one_rank / "exvideo-000004.safetensors"
+    svd = exsvd.load(small, file)
     assert svd.unet.max_frames == 10 and svd.extension["step"] == 4 and svd.extension["native_frames"] == 8
     idle = ("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias")
     for name, p in svd.unet.named_parameters():
         was = start[name].half().float() if ".attn.temporal." in name else start[name]
         assert torch.equal(p, was) != (".attn.temporal." in name and not name.endswith(idle)), name
-    saved = load_file(one_rank / "exvideo-000004.safetensors")
-    assert set(saved) == {f for names in exsvd.file_names(svd.unet, "exvideo").values() for f in names}
+    assert set(load_file(file)) == {f for names in exsvd.file_names(svd.unet, "exvideo").values() for f in names}
 
 
 def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small, tmp_path):
     train_here("--model", small, "--out", tmp_path, *FAST, "--steps", 1, "--lr", 1e-3, "--warmup", 0,
                "--weight-decay", 100)
-    start = dict(exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 10).named_parameters())
-    saved = exsvd.load(small, tmp_path / "exvideo-000001.safetensors", parts=("unet",)).unet
-    for name, p in saved.named_parameters():
+    start = dict(extended(small).named_parameters())
+    for name, p in exsvd.load(small, tmp_path / "exvideo-000001.safetensors").unet.named_parameters():
         if ".attn.temporal." in name and not exsvd.IDLE.search(name):
             exempt = p.ndim == 1 or "frame_table" in name or "frame_conv" in name
             decay = 0 if exempt else 0.9 * 1e-3 * 100                  # of the average: 0.1 old, 0.9 new
@@ -2660,24 +2519,23 @@ train.main()
 
 
 def test_killed_while_saving_and_resumed_is_as_if_nothing_happened(small, videos, two_ranks, tmp_path):
-    args = ("--model", small, "--data", videos, "--out", tmp_path / "run", *TWO, "--log-every", 3)
+    straight, run = two_ranks[0], tmp_path / "run"
+    args = ("--model", small, "--data", videos, "--out", run, *TWO, "--log-every", 3)
     (tmp_path / "killed.py").write_text(KILLED)
     p = launch(*args, ranks=2, script=tmp_path / "killed.py")
     assert p.returncode == -signal.SIGKILL, p.stdout
-    assert list((tmp_path / "run").glob("saving-00000003.tmp")) and not (tmp_path / "run" / "state-00000003").exists()
+    assert list(run.glob("saving-00000003.tmp")) and not (run / "state-00000003").exists()
     text = launch(*args, ranks=2).stdout
     assert "state-00000002: step 2" in text, text
-    assert not list((tmp_path / "run").glob("*.tmp"))
-    straight = two_ranks[0]
-    assert same_state(straight, tmp_path / "run")
-    name = "exvideo-000004.safetensors"
-    ours, theirs = load_file(straight / name), load_file(tmp_path / "run" / name)
+    assert not list(run.glob("*.tmp")) and same_state(straight, run)
+    ours, theirs = (load_file(out / "exvideo-000004.safetensors") for out in (run, straight))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     # rows of three steps, the first of which was interrupted: what was summed before the kill is not lost
-    rows, every = untimed(tmp_path / "run"), log_of(straight)
+    (three, last), every = log_of(run), log_of(straight)
     mean = sum(float(row["loss"]) for row in every[:3]) / 3
-    assert [row["step"] for row in rows] == ["3", "4"] and float(rows[0]["loss"]) == pytest.approx(mean, abs=2e-5)
-    assert rows[1] == untimed(straight)[3]
+    assert three["step"] == "3" and float(three["loss"]) == pytest.approx(mean, abs=2e-5)
+    timing = ("seconds_per_step", "frames_per_second", "peak_memory_GB")
+    assert [value for key, value in last.items() if key not in timing] == [every[3][k] for k in last if k not in timing]
 
 
 RESAVED = """
@@ -2699,8 +2557,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(small, videos, two_ranks, tm
     for step, ranks in ((4, 3), (5, 1)):
         loaded = tmp_path / f"state-{step:08d}"
         loaded.mkdir()
-        args = ("--model", small, "--data", videos, "--out", out, *TWO, "--steps", step + 1)
-        p = launch(*args, loaded, ranks=ranks, script=tmp_path / "resaved.py")
+        p = launch("--model", small, "--data", videos, "--out", out, *TWO, "--steps", step + 1, loaded, ranks=ranks,
+                   script=tmp_path / "resaved.py")
         assert p.returncode == 0 and f"{videos_seen} videos seen" in p.stdout, p.stdout
         assert same_state(out, tmp_path, step)
         videos_seen += ranks
@@ -2739,8 +2597,11 @@ def test_a_full_disk_costs_saves_and_nothing_else(small, one_rank, videos, tmp_p
     args = ("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--keep", 1)
     has_disk_space, rename, there = train.has_disk_space, os.rename, []
 
+    def states():
+        return [p.name for p in tmp_path.glob("state-*")]
+
     def full_at_step_2(folder, need):
-        there.append([p.name for p in tmp_path.glob("state-*")])
+        there.append(states())
         return has_disk_space(folder, need) and len(there) != 2
 
     def full_at_step_3(source, target):
@@ -2748,34 +2609,47 @@ def test_a_full_disk_costs_saves_and_nothing_else(small, one_rank, videos, tmp_p
             raise OSError(28, "No space left on device")
         rename(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "has_disk_space", full_at_step_2)
-        patch.setattr(train.os, "rename", full_at_step_3)
+    with monkeypatch.context() as full:
+        full.setattr(train, "has_disk_space", full_at_step_2)
+        full.setattr(train.os, "rename", full_at_step_3)
         train_here(*args)
     assert there == [[], ["state-00000001"], ["state-00000001"], ["state-00000001"]]
     err = capsys.readouterr().err
     assert "step 2 could not be saved" in err and "step 3 could not be saved" in err and "LAST SAVE FAILED" in err
-    assert [p.name for p in tmp_path.glob("state-*")] == ["state-00000004"] and not list(tmp_path.glob("*.tmp"))
-    assert same_state(one_rank, tmp_path)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    assert states() == ["state-00000004"] and not list(tmp_path.glob("*.tmp")) and same_state(one_rank, tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(SystemExit, match="step 5 could not be saved .* What was saved before is still there"):
         train_here(*args, "--steps", 5)
     assert "which has room for 1.0 MB" in capsys.readouterr().err, "said at the start already"
-    assert [p.name for p in tmp_path.glob("state-*")] == ["state-00000004"]
+    assert states() == ["state-00000004"]
 
 
-def test_weights_are_pruned_and_what_a_kill_left_is_removed(small, tmp_path):
-    args = ("--model", small, "--out", tmp_path, *FAST, "--frames", 2, "--save-every", 1, "--keep-every", 3,
-            "--warmup", 0)
+def test_what_a_run_folder_keeps(small, tmp_path, monkeypatch, capsys):
+    """The last states, weights and samples, those of every third step too, and nothing of runs that came to nothing. A
+    sample that cannot be written ends no run. Within a run lr may change, but not --drop."""
+    args = ("--model", small, "--out", tmp_path, *FAST, "--frames", 2, "--save-every", 1, "--sample-every", 1,
+            "--keep-every", 3, "--warmup", 0)
+    (tmp_path / "progress").mkdir()  # of a run that ended before its first state
+    data.write_png(tmp_path / "progress" / "000007.png", torch.zeros(64, 64, 3, dtype=torch.uint8))
     train_here(*args, "--steps", 1, "--lr", 1e-4)
+    assert sorted(os.listdir(tmp_path / "progress")) == ["000000.png", "000001.png"]
     (tmp_path / "model-000001.safetensors.1.tmp").write_bytes(b"half")
     (tmp_path / "saving-00000002.tmp").mkdir()
+    save_sample = train.save_sample
+
+    def fail_at_2(a, family, step, *rest):
+        if step == 2:
+            raise data.MediaError("cannot be written")
+        return save_sample(a, family, step, *rest)
+
+    monkeypatch.setattr(train, "save_sample", fail_at_2)
     train_here(*args, "--steps", 5, "--lr", 1e-5)
-    assert [float(row["lr"]) for row in log_of(tmp_path)] == [1e-4] + 4 * [1e-5], "lr may change within a run"
-    assert sorted(p.name for p in tmp_path.glob("state-*")) == ["state-00000004", "state-00000005"]
-    weights = sorted(p.name for p in tmp_path.glob("*.safetensors*"))
-    assert weights == [f"model-{step:06d}.safetensors" for step in (3, 4, 5)] and not list(tmp_path.glob("*.tmp"))
+    assert "the sample of step 2 could not be written" in capsys.readouterr().out
+    assert [float(row["lr"]) for row in log_of(tmp_path)] == [1e-4] + 4 * [1e-5]
+    kept = {"state-*": [4, 5], "*.safetensors*": [3, 4, 5], "sample-*": [0, 3, 4, 5], "*.tmp": []}
+    for pattern, steps in kept.items():
+        assert sorted(int(re.search(r"\d+", p.name)[0]) for p in tmp_path.glob(pattern)) == steps, pattern
     with pytest.raises(SystemExit, match=r"drop 0.0 \(now 0.5\)"):
         train_here(*args, "--steps", 6, "--drop", 0.5)
 
@@ -2794,44 +2668,26 @@ def test_a_signal_saves_and_leaves(small, videos, tmp_path):
     assert int(state.name[6:]) == int(log_of(tmp_path)[-1]["step"])
 
 
-def start_node(k, port, *args):
-    """One of two nodes of a rank each, on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--node_rank", k,
-               "--master_addr", "127.0.0.1", "--master_port", port, os.path.join(HERE, "train.py"), *args]
-    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def signal_node(node, number):
-    """To all processes of a node; torchrun gives each rank a session of its own."""
-    processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-    for p in processes:
-        p.send_signal(number)
-    return processes
-
-
-def lose_a_node(how, words, out, *args):
-    """Two nodes train until two states are there, one is lost; the other must end with these words. -> after seconds"""
-    port = free_port()
-    nodes = [start_node(k, port, *args, "--out", out, "--steps", 1000) for k in range(2)]
-    while not (out / "state-00000002").exists():
-        assert nodes[0].poll() is None and nodes[1].poll() is None, nodes[0].communicate()[0]
-        time.sleep(0.05)
-    lost, begin = signal_node(nodes[1], how), time.monotonic()
-    text = nodes[0].communicate(timeout=120)[0]
-    seconds = time.monotonic() - begin
-    for p in lost:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            p.kill()
-    nodes[1].communicate()
-    assert nodes[0].returncode != 0 and words in text and "line " not in text.split(words)[1].split("\n")[0], text
-    return seconds
-
-
 def test_a_silent_node_ends_the_other(small, videos, tmp_path):
     """Stopped, as without power or network: no connection breaks, and collectives would wait for hours."""
-    args = ("--model", small, "--data", videos, *TWO, "--lost-after", 10)
-    assert lose_a_node(signal.SIGSTOP, "nothing was heard of rank", tmp_path / "run", *args) < 60
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--master_addr",
+                "127.0.0.1", "--master_port", free_port(), "--node_rank")
+    args = ("--model", small, "--data", videos, "--out", tmp_path, *TWO, "--steps", 1000, "--lost-after", 10)
+    node, other = (launch(*args, launcher=(*launcher, rank), wait=False) for rank in range(2))
+    while not (tmp_path / "state-00000002").exists():
+        assert node.poll() is None and other.poll() is None, node.communicate()[0]
+        time.sleep(0.05)
+    stopped = [psutil.Process(other.pid), *psutil.Process(other.pid).children(recursive=True)]
+    for p in stopped:
+        p.suspend()
+    begin, words = time.monotonic(), "nothing was heard of rank"
+    text = node.communicate(timeout=120)[0]
+    assert time.monotonic() - begin < 60
+    for p in stopped:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            p.kill()
+    other.communicate()
+    assert node.returncode != 0 and words in text and "line " not in text.split(words)[1].split("\n")[0], text
 
 
 def test_one_clip_is_overfitted_and_samples_show_it(small, tmp_path, monkeypatch):
@@ -2861,7 +2717,7 @@ def test_one_clip_is_overfitted_and_samples_show_it(small, tmp_path, monkeypatch
 
 def test_training_from_latents_is_training_from_videos(small, videos, one_rank, tmp_path):
     latents = tmp_path / "latents"
-    data.encode(str(small), videos, latents, torch.float32, frames=10, size=(64, 64))
+    data.encode(small, videos, latents, torch.float32, frames=10, size=(64, 64))
     train_here("--model", small, "--data", latents, "--out", tmp_path / "run", *OPTIONS, "--sample-every", 4)
     assert [row["loss"] for row in log_of(one_rank)] == [row["loss"] for row in log_of(tmp_path / "run")]
     assert data.read_image(tmp_path / "run" / "progress.png").shape == (2 * 64, 9 * 64, 3)
@@ -2869,48 +2725,38 @@ def test_training_from_latents_is_training_from_videos(small, videos, one_rank, 
 
 def test_accumulated_passes_are_one_large_batch(small, tmp_path):
     """Four videos a step in one pass and in four: the same loss and, to rounding of 16 bits, the same gradient."""
-    rows, masters = [], []
+    rows, moments = [], []
     for batch in (4, 1):
         out = tmp_path / str(batch)
         train_here("--model", small, "--out", out, *FAST, "--steps", 2, "--batch", batch, "--accumulate", 4 // batch,
                    "--warmup", 4, "--lr", 1e-3)
         rows.append(log_of(out))
-        masters.append(torch.cat(flat(out, 2, "exp_avg")))
+        moments.append(torch.cat(flat(out, 2, "exp_avg")))
     assert [row["videos"] for row in rows[1]] == ["4", "8"] and [float(row["lr"]) for row in rows[0]] == [2.5e-4, 5e-4]
     assert [float(r["loss"]) for r in rows[1]] == pytest.approx([float(r["loss"]) for r in rows[0]], rel=0.01)
-    close(masters[1], masters[0], 0.02, "first moments")
+    close(moments[1], moments[0], 0.02, "first moments")
 
 
 def test_optimiser_on_the_cpu(small, one_rank, videos, tmp_path):
     """--offload: DeepSpeed's own AdamW, whose step is a number; a run may go there and back. Its bucket is as large as
     what trains, or as the user says; then here gradients go through a full bucket, through a new one, or past it."""
     (tmp_path / "config.json").write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
-    user = "--deepspeed_config", tmp_path / "config.json"
-    train_here("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--steps", 2, "--offload", *user)
+    args = ("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS)
+    train_here(*args, "--steps", 2, "--offload", "--deepspeed_config", tmp_path / "config.json")
     ours, theirs = (json.loads((out / "run.json").read_text())["deepspeed"] for out in (one_rank, tmp_path))
     padding = sum(map(len, flat(one_rank, 2, "master"))) - ours["zero_optimization"]["reduce_bucket_size"]
     assert 0 <= padding < 8 and theirs["zero_optimization"]["reduce_bucket_size"] == 1000
     for key in ("exp_avg", "master"):  # later the last bits of the masters decide how weights are rounded
         for ours, theirs in zip(flat(tmp_path, 1, key), flat(one_rank, 1, key)):
             close(ours, theirs, 1e-6, key)
-    train_here("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--steps", 3)
-    train_here("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--offload")
+    train_here(*args, "--steps", 3)
+    train_here(*args, "--offload")
     assert int(log_of(tmp_path)[-1]["step"]) == 4
     for ours, theirs in zip(flat(tmp_path, 4, "master"), flat(one_rank, 4, "master")):
         close(ours, theirs, 1e-3, "masters")
 
 
-def test_native_length_of_the_base(small, tmp_path):
-    """A base of 6 frames whose file does not say so: the fold walks over the positions it knows, and no others."""
-    train_here("--model", small, "--native", 6, "--out", tmp_path, *FAST, "--steps", 1, "--lr", 0)
-    svd = exsvd.load(small, tmp_path / "exvideo-000001.safetensors", parts=("unet",))
-    assert svd.extension["native_frames"] == 6
-    for block in svd.unet.temporal_blocks():
-        rows = exsvd.sinusoid(torch.tensor(exsvd.fold_positions(6, 10)), block.frame_table.shape[1])
-        assert torch.equal(block.frame_table, rows.half().float())
-
-
-def test_passes_of_two_lengths(small, tmp_path, monkeypatch):
+def test_passes_of_two_lengths_and_the_native_one(small, tmp_path, monkeypatch):
     def lengths(seed, share):
         clips = train.TwoLengths("L" * 400, "S" * 400, share, seed, 4)
         return [clips[n] for n in range(400)]
@@ -2919,22 +2765,24 @@ def test_passes_of_two_lengths(small, tmp_path, monkeypatch):
     assert drawn == lengths(0, 0.3) != lengths(1, 0.3) and 0.15 < drawn.count("S") / 400 < 0.45
     assert all(len(set(drawn[i:i + 4])) == 1 for i in range(0, 400, 4)), "a pass of two lengths"
     assert lengths(0, 0) == ["L"] * 400 and lengths(0, 1) == ["S"] * 400
-    seen, draw = [], train.draw
 
-    def spy(a, n, shape):
-        seen.append("S" if shape[0] == 8 else "L")
-        return draw(a, n, shape)
-
-    monkeypatch.setattr(train, "draw", spy)
-    train_here("--model", small, "--out", tmp_path, *FAST, "--steps", 5, "--short-clips", 0.5)
-    wanted = train.TwoLengths("L" * 5, "S" * 5, 0.5, 0, 1)
-    assert seen == [wanted[n] for n in range(5)] and set(seen) == {"L", "S"}
+    # a base of 6 frames whose file does not say so
+    draw = spied(monkeypatch, train, "draw")
+    train_here("--model", small, "--native", 6, "--out", tmp_path, *FAST, "--steps", 5, "--lr", 0, "--short-clips", 0.5)
+    wanted = train.TwoLengths([10] * 5, [6] * 5, 0.5, 0, 1)
+    seen = [call.args[2][0] for call in draw.call_args_list]
+    assert seen == [wanted[n] for n in range(5)] and set(seen) == {10, 6}
+    svd = exsvd.load(small, tmp_path / "exvideo-000005.safetensors", parts=("unet",))
+    assert svd.extension["native_frames"] == 6
+    for block in svd.unet.temporal_blocks():  # the fold walks over the positions the base knows, and no others
+        rows = exsvd.sinusoid(torch.tensor(exsvd.fold_positions(6, 10)), block.frame_table.shape[1])
+        assert torch.equal(block.frame_table, rows.half().float())
 
 
 def test_monitors_get_loss_lr_and_motion_score(small, tmp_path, monkeypatch):
     """By --deepspeed_config, what log.csv says: in TensorBoard's event file, where that is installed, and at W&B, of
     which a stand-in drops what W&B drops."""
-    wandb, curves, last = types.ModuleType("wandb"), {}, [0]
+    wandb, curves, last = Mock(), {}, [0]
 
     def log(values, step, commit):
         if step >= last[0]:  # "Steps must be monotonically increasing, so this data will be ignored"
@@ -2942,7 +2790,7 @@ def test_monitors_get_loss_lr_and_motion_score(small, tmp_path, monkeypatch):
             for name, value in values.items():
                 curves.setdefault(name, []).append((step, value))
 
-    wandb.init, wandb.log = lambda **_: None, log
+    wandb.log = log
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = {"wandb": {"enabled": True}}
     with contextlib.suppress(ImportError):
@@ -2963,26 +2811,22 @@ def test_monitors_get_loss_lr_and_motion_score(small, tmp_path, monkeypatch):
             assert [(e.step, e.value) for e in board.Scalars(name)] == [(n, pytest.approx(v)) for n, v in curve]
 
 
-def test_progress_of_a_long_run_stays_small(small, tmp_path):
-    """Of its rows every second one goes when there are too many; videos go as weights do."""
+def test_progress_of_a_long_run_stays_small(tmp_path):
+    """Of its rows every second one goes when there are too many."""
     for step in range(train.PROGRESS_ROWS + 1):
         train.add_progress(tmp_path, step, torch.full((9, 64, 64, 3), step, dtype=torch.uint8))
     rows = data.read_image(tmp_path / "progress.png")[::64, 0, 0].tolist()
     assert rows == [*range(0, train.PROGRESS_ROWS + 1, 2)] and len(os.listdir(tmp_path / "progress")) == len(rows)
-    train_here("--model", small, "--out", tmp_path / "run", *FAST, "--steps", 5, "--sample-every", 1,
-               "--save-every", 1, "--keep", 1, "--keep-every", 3)
-    kept = sorted(path.name for path in (tmp_path / "run").glob("sample-*.mp4"))
-    assert kept == ["sample-000000.mp4", "sample-000003.mp4", "sample-000005.mp4"]
 
 
-def test_samples_start_from_one_image(picture, tmp_path):
+def test_samples_start_from_one_image(pictures, tmp_path):
     """--sample-image; without it assets/img.png for synthetic clips, else the first clip's first frame."""
     a = argparse.Namespace(fps=None, sample_image=None, data="synthetic", size=(64, 64), motion="exvideo")
-    for path in (os.path.join(HERE, "assets", "img.png"), picture):
+    for path in (os.path.join(HERE, "assets", "img.png"), pictures[0]):
         img, fps, motion = train.sample_start(a, "toy", None, None)
         assert torch.equal(img, data.fit_image(data.read_image(path), 64, 64))
         assert (fps, motion) == (8, sample.DEFAULTS["toy"]["motion"])
-        a.sample_image = picture
+        a.sample_image = pictures[0]
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "clip.mp4", scene(3, 16))
     dataset = open_clips(tmp_path / "videos")
@@ -2991,28 +2835,13 @@ def test_samples_start_from_one_image(picture, tmp_path):
     assert torch.equal(img, item["video"][0]) and (fps, motion) == (item["fps"], item["motion"])
 
 
-def test_samples_never_end_a_run(small, tmp_path, monkeypatch, capsys):
-    """Not the rows of a run that ended before its first state, nor a disk that takes no video."""
-    (tmp_path / "progress").mkdir()
-    data.write_png(tmp_path / "progress" / "000001.png", torch.zeros(64, 64, 3, dtype=torch.uint8))
-    train_here("--model", small, "--out", tmp_path, *FAST, "--steps", 2, "--sample-every", 2)
-    assert sorted(os.listdir(tmp_path / "progress")) == ["000000.png", "000002.png"]
-
-    def fail(*_):
-        raise data.MediaError("cannot be written")
-
-    monkeypatch.setattr(train, "save_sample", fail)
-    train_here("--model", small, "--out", tmp_path, *FAST, "--steps", 3, "--sample-every", 1)
-    assert "the sample of step 3 could not be written" in capsys.readouterr().out
-    assert (tmp_path / "exvideo-000003.safetensors").exists()
-
-
 def test_draws_depend_on_seed_and_number():
-    a = argparse.Namespace(seed=0, loss="edm", drop=0.1, share_noise=4)
-    means = train.draw(a, 0, (3, 4, 8, 8))[1].unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))
+    def draw(seed, n, share_noise=0):
+        return train.draw(argparse.Namespace(seed=seed, loss="edm", drop=0.1, share_noise=share_noise), n, (3, 4, 8, 8))
+
+    means = draw(0, 0, share_noise=4)[1].unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))
     assert torch.allclose(means[0], means[2], atol=1e-6) and means.std() > 0.1
-    draws = [train.draw(argparse.Namespace(seed=seed, loss="edm", drop=0.1, share_noise=0), n, (2, 4, 8, 8))
-             for seed in (0, 1, 10**12) for n in (*range(4000), 2**32, 2**33)]
+    draws = [draw(seed, n) for seed in (0, 1, 10**12) for n in (*range(4000), 2**32, 2**33)]
     assert len({float(sigma) for sigma, _, _ in draws}) > 0.999 * len(draws)  # a few 32-bit seeds may coincide
     ln = torch.stack([sigma for sigma, _, _ in draws]).log()
     assert abs(ln.mean() - 0.7) < 0.06 and abs(ln.std() - 1.6) < 0.05          # about four standard errors
@@ -3022,17 +2851,9 @@ def test_draws_depend_on_seed_and_number():
 HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-@pytest.mark.skipif(HAS_FP16, reason="this machine has fp16")
-def test_train_refuses_fp16_where_there_is_none(small, tmp_path):
-    with pytest.raises(SystemExit, match="no fp16 on this machine"):
-        train_here("--model", small, "--out", tmp_path / "run", "--fp16")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("precision", [
     pytest.param([], id="bf16"),
-    pytest.param(["--fp16"], id="fp16", marks=pytest.mark.skipif(not HAS_FP16, reason="no fp16 on this CPU")),
-])
+    pytest.param(["--fp16"], id="fp16", marks=pytest.mark.skipif(not HAS_FP16, reason="no fp16 on this CPU"))])
 def test_gradients_that_stay_bad_stop_the_run_and_name_the_clips(small, tmp_path, precision):
     svd = exsvd.load(small)
     svd.unet.conv_out.bias.data[0] = math.nan
@@ -3044,30 +2865,22 @@ def test_gradients_that_stay_bad_stop_the_run_and_name_the_clips(small, tmp_path
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--nonsense"], "unrecognized"),
-    (["--size", "100x100"], "multiples of 64"),
-    (["--size", "64"], "write it as WIDTHxHEIGHT"),
-    (["--steps", "0"], "at least 1"),
-    (["--drop", "1.5"], "at most 1"),
-    (["--motion", "much"], "invalid bucket value"),
-    (["--model", "missing.safetensors"], "no such weight file"),
-    (["--data", "missing"], "missing"),
-    (["--sample-image", "missing.png"], "missing.png"),
-    (["--train", "nothing"], "names no parameter"),
-    (["--train", "("], "nor a regular expression"),
-    (["--deepspeed_config", "{config}", "--lr", "0.1"], "contradicts"),
-    (["--deepspeed_config", "{bad}"], "not readable as JSON"),
-    (["--deepspeed_config", "{stage}"], "written for stage 2"),
-])
+    ("--nonsense", "unrecognized"), ("--size 100x100", "multiples of 64"), ("--size 64", "write it as WIDTHxHEIGHT"),
+    ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"), ("--motion much", "invalid bucket value"),
+    ("--data missing", "missing"), ("--sample-image missing.png", "missing.png"),
+    ("--train nothing", "names no parameter"), ("--train (", "nor a regular expression"),
+    ("--deepspeed_config {lr} --lr 0.1", "contradicts"), ("--deepspeed_config {bad}", "not readable as JSON"),
+    ("--deepspeed_config {stage}", "written for stage 2"),
+    pytest.param("--fp16", "no fp16 on this machine", marks=pytest.mark.skipif(HAS_FP16, reason="there is fp16"))])
 def test_train_refuses_in_one_line(args, words, small, tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"optimizer": {"params": {"lr": 1e-4}}}')
-    (tmp_path / "stage.json").write_text('{"zero_optimization": {"stage": 3}}')
-    (tmp_path / "bad.json").write_text('{')
-    paths = {name: tmp_path / f"{name}.json" for name in ("config", "stage", "bad")}
-    args = [a.format(**paths) for a in args]
-    with pytest.raises((SystemExit, exsvd.WeightsError, data.MediaError)) as e:
-        train_here(*([] if "--model" in args else ["--model", small]), "--out", tmp_path / "run", *args)
+    configs = {"lr": '{"optimizer": {"params": {"lr": 1e-4}}}', "stage": '{"zero_optimization": {"stage": 3}}'}
+    for name, text in (configs | {"bad": "{"}).items():
+        (tmp_path / name).write_text(text)
+    args = args.format(lr=tmp_path / "lr", stage=tmp_path / "stage", bad=tmp_path / "bad").split()
+    with pytest.raises((SystemExit, data.MediaError)) as e:
+        train_here("--model", small, "--out", tmp_path / "run", *args)
     assert words in capsys.readouterr().err + str(e.value) and getattr(e.value, "code", 1) not in (0, None)
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_train_exits_with_a_line(tmp_path, monkeypatch):
@@ -3093,49 +2906,31 @@ def test_deepspeed_config_is_merged_over_ours(tmp_path):
 # 6. toy/
 
 
-def floats(frames):
-    """uint8 (T,H,W,3) -> float32 (T,3,H,W) in [-1,1]"""
-    return frames.permute(0, 3, 1, 2) / 127.5 - 1
-
-
 def test_the_world_is_a_flight_whose_speed_the_bucket_tells():
     seen = set()
-    for index in range(16):
-        for frames in (8, 40):
-            video, fps, motion = world.clip(0, index, frames, 128)
-            assert torch.equal(video, world.clip(0, index, frames, 128)[0]) and video.shape == (frames, 128, 128, 3)
-            video = floats(video)
-            path = measure.camera_path(video, video[0])
-            assert (path - world.scales(motion, fps, frames)).abs().max() < 0.02, (index, frames, motion)
-            seen.add((frames, fps, motion == 0))
+    for index, frames in itertools.product(range(16), (8, 40)):
+        video, fps, motion = world.clip(0, index, frames, 128)
+        assert torch.equal(video, world.clip(0, index, frames, 128)[0]) and video.shape == (frames, 128, 128, 3)
+        path = measure.camera_path(floats(video), floats(video)[0])
+        assert (path - world.scales(motion, fps, frames)).abs().max() < 0.02, (index, frames, motion)
+        seen.add((frames, fps, motion == 0))
     assert {(frames, fps) for frames, fps, _ in seen} == {(8, 8), (8, 4), (8, 1.6), (40, 8)}
     assert (40, 8, True) in seen, "a camera that stands is never seen"
 
 
-@pytest.fixture(scope="module")
-def flown_picture():
+def test_the_measures_tell_bad_flights_from_good_ones():
     picture = world.picture(5, 2)
-    return picture, world.flight(picture, world.scales(60, 8, 40), 128)
-
-
-def test_the_measures_know_the_truth(flown_picture):
-    picture, video = flown_picture
+    video = world.flight(picture, world.scales(60, 8, 40), 128)
     m = measure.measure(video, picture, 60, 8)
     assert abs(m["arrival"] - 1) < 0.01 and m["rms"] < 0.01 and m["back"] < 0.01
     assert m["flicker"] == 1 and min(m["psnr"]) > 60
-
-
-@pytest.mark.parametrize("how, expected", [
-    ("frozen", dict(arrival=0, back=0, flicker=0)), ("half as fast", dict(arrival=0.5, back=0)),
-    ("to and fro", dict(arrival=0, back=1)), ("another tint in each frame", dict(arrival=1, back=0))])
-def test_the_measures_tell_bad_flights_from_good_ones(flown_picture, how, expected):
-    picture, video = flown_picture
-    tints = 0.2 * torch.randn(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    bad = {"frozen": video[:1].expand_as(video), "half as fast": video[torch.arange(40) // 2],
-           "to and fro": torch.cat([video[::2], video[::2].flip(0)]), "another tint in each frame": video + tints}[how]
-    m = measure.measure(bad, picture, 60, 8)
-    assert all(abs(m[name] - value) < 0.03 for name, value in expected.items()), m
-    if how == "another tint in each frame":
-        assert m["flicker"] > 2 and m["rms"] < 0.02 and max(m["psnr"]) < 40
-    else:
-        assert m["rms"] > 0.2 and m["psnr"][-1] < 25
+    for how, bad, expected in (("frozen", video[:1].expand_as(video), dict(arrival=0, back=0, flicker=0)),
+                               ("half as fast", video[torch.arange(40) // 2], dict(arrival=0.5, back=0)),
+                               ("to and fro", torch.cat([video[::2], video[::2].flip(0)]), dict(arrival=0, back=1))):
+        m = measure.measure(bad, picture, 60, 8)
+        assert all(abs(m[name] - value) < 0.03 for name, value in expected.items()), (how, m)
+        assert m["rms"] > 0.2 and m["psnr"][-1] < 25, (how, m)
+    tints = 0.2 * torch.randn(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))  # another in each frame
+    m = measure.measure(video + tints, picture, 60, 8)
+    assert abs(m["arrival"] - 1) < 0.03 and m["back"] < 0.03, m
+    assert m["flicker"] > 2 and m["rms"] < 0.02 and max(m["psnr"]) < 40, m
