@@ -1941,7 +1941,9 @@ def make(small, pictures, tmp_path):
     64x64 pixels, where the flags don't say otherwise."""
 
     def make(*flags, images=pictures[:1], name="a.mp4"):
-        defaults = {"--model": small, "--steps": 1, "--size": "64x64", "--out": tmp_path / name}
+        defaults = {"--model": small, "--out": tmp_path / name}
+        if "--decode-only" not in flags:
+            defaults |= {"--steps": 1, "--size": "64x64"}
         rest = [word for flag, value in defaults.items() if flag not in flags for word in (flag, value)]
         sample.main([*map(str, [*images, *flags, *rest])])
         return tmp_path / name
@@ -2091,16 +2093,20 @@ def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
     assert again.read_bytes() == whole.read_bytes()
 
 
+ZEROS, NO_LATENTS = torch.zeros(1, 2, 4, 8, 8), "no latents saved by sample.py"
+SAVED = {"family": "toy", "frames": 2, "width": 64, "height": 64, "fps": 8, "dtype": "float32", "decode_chunk": 2,
+         "match_stats": False, "contrast": 1}
+
+
+@pytest.mark.parametrize("flag", ["--decode-only", "--video"])
 @pytest.mark.parametrize("latents, settings, words", [
-    (torch.zeros(1, 2, 4, 8, 8), {}, "no latents saved by sample.py"),
-    (torch.zeros(1, 2, 4, 8, 8), [1], "no latents saved by sample.py"),
-    (torch.zeros(2, 4, 8, 8), {"frames": 2, "width": 64, "height": 64}, "no latents saved by sample.py"),
-    (torch.full((1, 2, 4, 8, 8), torch.nan), {"family": "toy", "frames": 2, "width": 64, "height": 64}, "not finite"),
-    (torch.zeros(1, 2, 4, 8, 8), {"family": "SVD", "frames": 2, "width": 64, "height": 64}, "give its --model")])
-def test_latents_that_cannot_be_decoded(make, tmp_path, latents, settings, words):
+    (ZEROS, {}, NO_LATENTS), (ZEROS, [1], NO_LATENTS), (ZEROS, {"frames": 2, "width": 64, "height": 64}, NO_LATENTS),
+    (ZEROS[0], SAVED, NO_LATENTS), (ZEROS * math.nan, SAVED, "not finite"),
+    (ZEROS, SAVED | {"family": "SVD"}, "give its --model")])
+def test_latents_that_cannot_be_used(make, tmp_path, flag, latents, settings, words):
     exsvd.save(tmp_path / "a.safetensors", {"latents": latents}, {"settings": settings})
     with pytest.raises(exsvd.WeightsError, match=words):
-        make("--decode-only", tmp_path / "a.safetensors", images=())
+        make(flag, tmp_path / "a.safetensors", images=())
 
 
 def test_names_of_outputs():
@@ -2316,13 +2322,14 @@ OVERWRITTEN = "would be overwritten: choose another --out"
 @pytest.mark.parametrize("args, words", [
     *((f"{{picture}} {flags}", words) for flags, words in (
         ("--size 100x64", "multiples of 64"), ("--size big", "WIDTHxHEIGHT"), ("--size 64x64x64", "WIDTHxHEIGHT"),
-        ("--sampler heun --eta 0.5", "--sampler ddim"), ("--eta 2", "at most 1"), ("--strength 2", "at most 1"),
-        ("--frames 0", "at least 1"), ("--frames 1.5", "a whole number"), ("--fps nan", "at least 1"),
-        ("--cfg nan 1", "at least 0"), ("--seed " + "9" * 30, "below"), ("--cfg-interval 2 1", "LOW must be below"),
+        ("--sampler heun --eta 0.5", "--sampler ddim"), ("--eta 2", "at most 1"), ("--strength 0.7", "only with"),
+        ("--strength 2", "at most 1"), ("--frames 0", "at least 1"), ("--frames 1.5", "a whole number"),
+        ("--fps nan", "at least 1"), ("--cfg nan 1", "at least 0"), ("--cfg-interval 2 1", "LOW must be below"),
         ("--frames 9 --overlap 8", "less than a round"), ("--keyframe 8={picture}", "the frames 0 to 7"),
         ("--keyframe c.png", "NUMBER=IMAGE"), ("--keyframe 1=a.png --keyframe 1=b.png", "two images"),
         ("--end missing.png", "missing.png"), ("--video missing.mp4", "missing.mp4"),
         ("{picture} --video missing.mp4", "one video"), ("{picture}", "same file"), ("--shard 2/2", "I/N"),
+        ("--seed " + "9" * 30, "below"),
         ("--device nonsense", "--device nonsense"), ("--device meta", "--device meta"), ("--out a.xyz", ".mp4"),
         ("--out {picture}/a.mp4", "cannot be written to"), ("--extension {model}", "not an extension"),
         ("--model missing.safetensors", "no such weight file"), ("--model {picture}", "not a complete safetensors"),
@@ -2330,8 +2337,8 @@ OVERWRITTEN = "would be overwritten: choose another --out"
     ("a.mp4 --out a.mp4", OVERWRITTEN), ("f/frame_0000.png --out f/", OVERWRITTEN),
     ("--video a.mp4 --out a.mp4", OVERWRITTEN), ("--video a.mp4 --out a.gif", OVERWRITTEN),
     ("--video a.latents.safetensors --out a.webm", OVERWRITTEN),
-    ("", "at least one image"), ("missing.png", "missing.png"), ("--decode-only {model}", "no latents"),
-    ("--decode-only a.safetensors --shard 1/2", "makes one video")])
+    ("", "at least one image"), ("missing.png", "missing.png"), ("--video {picture}", "holds a single picture"),
+    ("--decode-only {model}", "no latents"), ("--decode-only a.safetensors --shard 1/2", "leave out --shard")])
 def test_bad_input_is_one_line_and_a_failure(args, words, small, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = args.format(picture=pictures[0], model=small).split()
@@ -2645,7 +2652,7 @@ def test_what_a_run_folder_keeps(small, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "save_sample", fail_at_2)
     train_here(*args, "--steps", 5, "--lr", 1e-5)
-    assert "the sample of step 2 could not be written" in capsys.readouterr().out
+    assert "there is no sample of step 2" in capsys.readouterr().out
     assert [float(row["lr"]) for row in log_of(tmp_path)] == [1e-4] + 4 * [1e-5]
     kept = {"state-*": [4, 5], "*.safetensors*": [3, 4, 5], "sample-*": [0, 3, 4, 5], "*.tmp": []}
     for pattern, steps in kept.items():
