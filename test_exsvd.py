@@ -2104,9 +2104,9 @@ SAVED = {"family": "toy", "frames": 2, "width": 64, "height": 64, "fps": 8, "dty
     (ZEROS[0], SAVED, NO_LATENTS), (ZEROS * math.nan, SAVED, "not finite"),
     (ZEROS, SAVED | {"family": "SVD"}, "give its --model")])
 def test_latents_that_cannot_be_used(make, tmp_path, flag, latents, settings, words):
-    exsvd.save(tmp_path / "a.safetensors", {"latents": latents}, {"settings": settings})
+    exsvd.save(tmp_path / "saved.safetensors", {"latents": latents}, {"settings": settings})
     with pytest.raises(exsvd.WeightsError, match=words):
-        make(flag, tmp_path / "a.safetensors", images=())
+        make(flag, tmp_path / "saved.safetensors", images=())
 
 
 def test_names_of_outputs():
@@ -2285,7 +2285,8 @@ def test_text_to_video_by_the_snippet(small, tmp_path, monkeypatch):
     """The very lines of README.md, with a pipeline of random weights in place of the real one."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(  # of bytes, whose tokenizer needs no files
-        384, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, eos_token_id=1))
+        vocab_size=384, eos_token_id=1, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2))
     unet = diffusers.UNet2DConditionModel(
         8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=32)
@@ -2329,11 +2330,11 @@ OVERWRITTEN = "would be overwritten: choose another --out"
         ("--keyframe c.png", "NUMBER=IMAGE"), ("--keyframe 1=a.png --keyframe 1=b.png", "two images"),
         ("--end missing.png", "missing.png"), ("--video missing.mp4", "missing.mp4"),
         ("{picture} --video missing.mp4", "one video"), ("{picture}", "same file"), ("--shard 2/2", "I/N"),
-        ("--seed " + "9" * 30, "below"),
         ("--device nonsense", "--device nonsense"), ("--device meta", "--device meta"), ("--out a.xyz", ".mp4"),
         ("--out {picture}/a.mp4", "cannot be written to"), ("--extension {model}", "not an extension"),
         ("--model missing.safetensors", "no such weight file"), ("--model {picture}", "not a complete safetensors"),
-        ("--end a.mp4 --out a.mp4", OVERWRITTEN), ("--keyframe 1=a.mp4 --out a.mp4", OVERWRITTEN))),
+        ("--end a.mp4 --out a.mp4", OVERWRITTEN), ("--keyframe 1=a.mp4 --out a.mp4", OVERWRITTEN),
+        (f"--seed {10**30}", "below"))),
     ("a.mp4 --out a.mp4", OVERWRITTEN), ("f/frame_0000.png --out f/", OVERWRITTEN),
     ("--video a.mp4 --out a.mp4", OVERWRITTEN), ("--video a.mp4 --out a.gif", OVERWRITTEN),
     ("--video a.latents.safetensors --out a.webm", OVERWRITTEN),
