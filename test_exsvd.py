@@ -2197,7 +2197,7 @@ def test_longer_than_the_table_in_rounds(make, extensions, monkeypatch):
 
 def test_rounds_and_key_frames_of_published_weights(make, small_vae, extensions, pictures, monkeypatch):
     """Every frame is matched to the others and gets 1.2 times the contrast: a later round is told of the frame that a
-    viewer sees, and a key frame comes out as its picture is."""
+    viewer sees, and a key frame comes out as its picture is, also when it is decoded with another contrast."""
     clips = torch.randn(2, 1, 20, 4, 8, 8)
     _, told = oracle(monkeypatch, *clips)
     out = make("--extension", extensions[1], "--frames", 24, "--overlap", 8, "--keyframe", f"14={pictures[0]}")
@@ -2206,23 +2206,40 @@ def test_rounds_and_key_frames_of_published_weights(make, small_vae, extensions,
     assert torch.allclose(sample.adjust(z, settings)[:, 14] / exsvd.VAE_SCALE, encoded, atol=1e-4)
     clips[0][:, 14] = z[:, 14]
     assert torch.allclose(told[1], sample.adjust(clips[0], settings)[:, 4:5] / exsvd.VAE_SCALE, atol=1e-4)
+    write_video = spied(monkeypatch, sample, "write_video")
+    make("--decode-only", sample.latents_path(str(out)), "--contrast", 1, images=())
+    _, z, settings, _ = write_video.call_args.args
+    assert settings["contrast"] == 1
+    assert torch.allclose(sample.adjust(z, settings)[:, 14] / exsvd.VAE_SCALE, encoded, atol=1e-4)
 
 
-def test_an_end_and_key_frames(make, small_vae, pictures, monkeypatch):
+def test_an_end_and_key_frames(make, small_vae, extensions, pictures, monkeypatch):
     a, b = torch.randn(2, 1, 8, 4, 8, 8)
     oracle(monkeypatch, a, b)
-    out = make("--end", pictures[0], "--keyframe", f"3={pictures[1]}")
+    condition = spied(monkeypatch, sample, "condition")
+    out = make("--end", pictures[1], "--keyframe", f"3={pictures[1]}")
     expected = torch.lerp(a, b.flip(1), torch.linspace(0, 1, 8).view(1, 8, 1, 1, 1))
-    img = data.fit_image(data.read_image(pictures[1]), 64, 64)
-    expected[:, 3] = small_vae.encode(img[None]) * exsvd.VAE_SCALE
+    first, last = (data.fit_image(data.read_image(path), 64, 64) for path in pictures)
+    expected[:, 3] = small_vae.encode(last[None]) * exsvd.VAE_SCALE
     assert torch.allclose(latents_of(out), expected, atol=1e-5) and data.read_settings(out)["keyframes"] == [3]
+    assert [torch.equal(call.args[1], img) for call, img in zip(condition.call_args_list, (first, last))] == [True] * 2
+
+    condition.reset_mock()  # in rounds, the last of them alone knows the end
+    clips = torch.randn(3, 1, 20, 4, 8, 8)
+    oracle(monkeypatch, *clips)
+    out = make("--extension", extensions[0], "--frames", 24, "--overlap", 4, "--end", pictures[1])
+    images = [call.args[1] for call in condition.call_args_list]
+    assert len(images) == 3 and torch.equal(images[0], first) and torch.equal(images[2], last)
+    z = latents_of(out)
+    assert torch.allclose(z[:, 0], clips[0][:, 0], atol=1e-5) and torch.allclose(z[:, -1], clips[2][:, 0], atol=1e-5)
+
     oracle(monkeypatch, a)
     z = latents_of(make("--keyframe", f"3={pictures[1]}", "--contrast", 1.2))
     assert torch.allclose(1.2 * z[:, 3], expected[:, 3], atol=1e-5), "contrast is for what the model made"
 
 
 @pytest.mark.parametrize("strength, steps", [(0.5, 2), (1, 4), (0, 1)])
-def test_a_video_is_refined_from_where_the_strength_says(make, small_vae, monkeypatch, strength, steps):
+def test_a_video_is_refined_from_where_the_strength_says(make, small_vae, pictures, monkeypatch, strength, steps):
     first = make("--frames", 8, name="first.mp4")
     (video, fps), latents = data.read_video(first), latents_of(first)
     encoded = data.encode_frames(small_vae, floats(video))[None] * exsvd.VAE_SCALE
@@ -2240,6 +2257,9 @@ def test_a_video_is_refined_from_where_the_strength_says(make, small_vae, monkey
         assert torch.allclose(shown[0][0], z[:, [0, 2, 5, 7]] + sigma * noise, rtol=1e-4, atol=1e-3)
         refined, its_fps = data.read_video(out)
         assert refined.shape == (4, 64, 64, 3) and its_fps == fps / 2, "it lasts as long as the video did"
+    oracle(monkeypatch, torch.zeros(1, 8, 4, 8, 8))
+    make("--video", source, images=pictures[1:], name="refined.mp4")
+    assert torch.equal(condition.call_args.args[1], data.fit_image(data.read_image(pictures[1]), 64, 64))
     with pytest.raises(data.MediaError, match="latents are of 64x64"):
         make("--video", source, "--size", "128x128")
 
@@ -2261,6 +2281,7 @@ def test_refinement_by_published_weights_begins_as_the_video_looks(make, small_v
         assert torch.allclose(x, z[:, :20] / 1.2 + sigma * noise, rtol=1e-4, atol=1e-3)
         refined, its_fps = data.read_video(out)
         assert len(shown) == 2 and len(refined) == 24 and its_fps == fps
+        assert data.read_settings(out)["overlap"] == 2, "an eighth of a round"
 
 
 def test_a_video_to_refine_keeps_its_size(small, tmp_path):
@@ -2820,11 +2841,14 @@ def test_monitors_get_loss_lr_and_motion_score(small, tmp_path, monkeypatch):
 
 
 def test_progress_of_a_long_run_stays_small(tmp_path):
-    """Of its rows every second one goes when there are too many."""
+    """Its rows are frames 0, T/8, ... T-1; when there are too many rows, every second one goes."""
+    frames = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 64, 64, 3)
     for step in range(train.PROGRESS_ROWS + 1):
-        train.add_progress(tmp_path, step, torch.full((9, 64, 64, 3), step, dtype=torch.uint8))
-    rows = data.read_image(tmp_path / "progress.png")[::64, 0, 0].tolist()
-    assert rows == [*range(0, train.PROGRESS_ROWS + 1, 2)] and len(os.listdir(tmp_path / "progress")) == len(rows)
+        train.add_progress(tmp_path, step, frames + step)
+    rows = data.read_image(tmp_path / "progress.png")[::64, ::64, 0]
+    assert rows[0].tolist() == [*range(0, 40, 5), 39]
+    assert rows[:, 0].tolist() == [*range(0, train.PROGRESS_ROWS + 1, 2)]
+    assert len(os.listdir(tmp_path / "progress")) == len(rows)
 
 
 def test_samples_start_from_one_image(pictures, tmp_path):
