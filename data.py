@@ -26,6 +26,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
 import types
@@ -212,8 +213,8 @@ def video_frames(path):
     with _reading(path, "give a video file, or a folder written by sample.py"):
         if path.is_dir():
             fps, files = float(read_settings(path)["fps"]), sorted(path.glob("frame_*.png"))
-            if not files:
-                raise ValueError("it holds no frame_0000.png")
+            if not files or not fps > 0:
+                raise ValueError(f"it holds no frame_0000.png, or no frame rate in {SETTINGS}")
             for i, file in enumerate(files):
                 yield read_image(file), i / fps, fps
         else:
@@ -291,7 +292,7 @@ SETTINGS = "settings.json"                  # of a folder of PNGs, which cannot 
 
 def write_png(path, img):
     """Writes uint8 (H, W, 3) as a PNG file that is never half written."""
-    part = Path(path).with_name(f".{Path(path).name}.part{os.getpid()}")
+    part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     Image.fromarray(np.ascontiguousarray(img)).save(part, "PNG")
     os.replace(part, path)
 
@@ -327,7 +328,7 @@ class VideoWriter:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.part = tempfile.TemporaryDirectory(prefix=f".{self.path.name}.part", dir=self.path.parent)
+        self.part = tempfile.TemporaryDirectory(".tmp", f".{self.path.name}.", self.path.parent)
         self.new = Path(self.part.name, f"new{self.kind}")                          # on the same file system
         if not self.kind:
             self.new.mkdir()
@@ -573,9 +574,10 @@ def build_index(source, files):
     if not os.access(cache.parent, os.W_OK):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         cache = home / "exsvd" / (hashlib.blake2b(os.fsencode(source), digest_size=12).hexdigest() + INDEX)
-    known = dict(_json_lines(cache))
     keys = {name: _key(path) for name, path in files.items()}
-    index = {name: known[name] for name in files if name in known and known[name]["key"] == keys[name]}
+    with _reading(cache, "remove it, it is made anew"):
+        known = dict(_json_lines(cache))
+        index = {name: known[name] for name in files if name in known and known[name]["key"] == keys[name]}
     todo = [name for name in files if name not in index]
     if todo:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -894,11 +896,11 @@ def encode(model, source, out, dtype=torch.float32, device="cpu", **settings):
     store = Path(out, STORE)
     with _reading(store, "encode into another folder"):
         [theirs, _], *lines = list(_json_lines(store)) or [[ours, 0]]
-        theirs = dict(theirs)
+        theirs, known = dict(theirs), dict(lines)
     for key in ours:
         if theirs.get(key) != ours[key]:
             raise MediaError(f"{out}: was begun with {key} {theirs.get(key)}, not {ours[key]}; encode elsewhere")
-    done = {name: entry for name, entry in lines if dataset.index.get(name) == entry and name in dataset.usable}
+    done = {name: entry for name, entry in known.items() if dataset.index.get(name) == entry and name in dataset.usable}
     done = {name: entry for name, entry in done.items() if os.path.exists(_shard(out, name))}
     todo = [name for name in dataset.names if name not in done]
     store.parent.mkdir(parents=True, exist_ok=True)
@@ -937,8 +939,11 @@ def check(source, **settings):
 
 
 def _size(text):
-    """WxH"""
-    W, H = map(int, text.lower().split("x"))
+    """An argparse type: WxH -> (W, H)."""
+    try:
+        W, H = map(int, text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: write it as WIDTHxHEIGHT, for example 512x512") from None
     return W, H
 
 
@@ -964,10 +969,12 @@ def main():
         q.add_argument("--fps", type=float, help="take the frames nearest to this rate instead")
         q.add_argument("--skip-static", type=float, default=0.0, help="leave out shots that change less; try 0.002")
     a = p.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                       # leaves as Ctrl-C does
     try:
-        toy = a.command == "encode" and exsvd.open_model(a.model)[0]["unet"].meta.get("family") == "toy"
-        settings = {"frames": a.frames or (40 if toy else 128), "size": a.size or ((128, 128) if toy else (512, 512)),
-                    "stride": a.stride, "fps": a.fps, "skip_static": a.skip_static}
+        settings = {"frames": 128, "size": (512, 512), "stride": a.stride, "fps": a.fps, "skip_static": a.skip_static}
+        if a.command == "encode" and exsvd.open_model(a.model)[0]["unet"].meta.get("family") == "toy":
+            settings |= {"frames": 40, "size": (128, 128)}
+        settings |= {key: value for key, value in (("frames", a.frames), ("size", a.size)) if value is not None}
         if a.command == "check":
             return 0 if check(a.data, **settings) else 1
         print(encode(a.model, a.data, a.out, getattr(torch, a.dtype), a.device, seed=a.seed, **settings).describe())

@@ -1159,15 +1159,14 @@ class Tensors:
 
     def __init__(self, source):
         if isinstance(source, Mapping):
-            self.label, self.meta, self.names = "the given tensors", {}, set(source)
-            self.get, self.shape = source.__getitem__, lambda name: source[name].shape
+            self.source, self.label, self.meta, self.names = source, "the given tensors", {}, set(source)
             return
         self.label = os.fspath(source)
         if not os.path.isfile(source):
             raise WeightsError(f"{self.label}: no such weight file")
         try:
-            file = safe_open(source, framework="pt")
-            self.meta = dict(json.loads((file.metadata() or {}).get("exsvd", "{}")))
+            self.source = safe_open(source, framework="pt")
+            self.meta = dict(json.loads((self.source.metadata() or {}).get("exsvd", "{}")))
         except (SafetensorError, ValueError, TypeError) as e:
             with open(source, "rb") as f:  # only now: the length a good file begins with can look like either
                 is_pickle = re.match(rb"PK\x03\x04|\x80\x02[^\0]", f.read(4))  # or zip: runs any code when loaded
@@ -1176,8 +1175,17 @@ class Tensors:
                                    "use its .safetensors version") from None
             raise WeightsError(f"{self.label} is not a complete safetensors file ({e}): "
                                "download or save it again") from None
-        self.names = set(file.keys())
-        self.get, self.shape = file.get_tensor, lambda name: file.get_slice(name).get_shape()
+        self.names = set(self.source.keys())
+
+    def get(self, name):
+        if isinstance(self.source, Mapping):
+            return self.source[name]
+        return self.source.get_tensor(name)
+
+    def shape(self, name):
+        if isinstance(self.source, Mapping):
+            return self.source[name].shape
+        return self.source.get_slice(name).get_shape()
 
     def table_rows(self):
         """Frames that the file's frame tables hold; None where it has none."""

@@ -426,8 +426,9 @@ def parse(argv):
         torch.zeros(1, device=a.device).cpu()
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
-    decoding = ("decode_only", "model", "out", "device", "fps", "decode_chunk", "match_stats", "contrast", "dtype")
-    given = [flag for flag, value in vars(a).items() if value and value != p.get_default(flag)]
+    decoding = ("decode_only", "images", "model", "out", "device", "fps", "decode_chunk", "match_stats", "contrast",
+                "dtype")
+    given = [flag for flag, value in vars(a).items() if value is not None and value != p.get_default(flag)]
     idle = [flag for flag in given if flag not in decoding]
     if a.decode_only and idle:
         p.error(f"--decode-only samples nothing: leave out --{', --'.join(idle).replace('_', '-')}")
@@ -440,10 +441,11 @@ def parse(argv):
     if len(set(outs)) < len(outs):
         p.error("two images would be written to the same file: put {name} into --out, and give images of other names")
     read = [*a.images, *(path for _, path in a.keyframe), *filter(None, (a.video, a.end, a.decode_only))]
-    kept = read + ([latents_path(a.video)] if a.video else [])  # those of a video to refine are an hour's work too
+    if a.video:
+        read.append(latents_path(a.video))  # an hour's work too
     written = outs if a.decode_only else outs + [latents_path(out) for out in outs]
     written = {Path(out).resolve() for out in written}
-    for path in map(Path, kept):
+    for path in map(Path, read):
         if not written.isdisjoint([path.resolve(), *path.resolve().parents]):  # an output may be a folder of PNGs
             p.error(f"{path} would be overwritten: choose another --out")
     return a
@@ -733,13 +735,13 @@ def open_video(a, vae, toy, device):
         return Video(shown[0], s["fps"], to_pixels(first[None])[0])
     latents, times, first = [], [], None
     with on_device(device, vae), tqdm(desc="encoding", unit="frame") as bar:
-        for frame, time, declared in data.video_frames(a.video):  # one by one: the whole of it may not fit memory
+        for frame, seconds, declared in data.video_frames(a.video):  # one by one: the whole of it may not fit memory
             if first is None:
                 H, W = frame.shape[:2]
                 first, size = frame, a.size or data.default_size(W, H, W * H)
             fitted = data.fit_image(frame, *size)[None].to(device)
             latents.append(vae.encode(fitted)[0].float().cpu() * exsvd.VAE_SCALE)
-            times.append(time)
+            times.append(seconds)
             bar.update()
     if len(times) < 2:
         raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE, without --video")
@@ -873,6 +875,8 @@ def command(argv=None):
         main(argv)
     except (exsvd.WeightsError, data.MediaError, FloatingPointError, OSError) as e:
         sys.exit(f"sample.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped")
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise

@@ -7,12 +7,13 @@ exponential moving average (EMA) of them is kept.
     deepspeed --hostfile hosts train.py --model ... --data ...      # several nodes; --out on a file system they share
     python train.py                                                 # one process, the same code
 
-The recipe is the paper's (section 3.3, abstract, Figure 6): 8 A100 GPUs, 128 frames of 512x512, 40,258 clips, AdamW, lr
-1e-5, batch 1 per GPU, 64,000 steps shown, one week. What it leaves open comes from SVD's formulation, public training
+The recipe is the paper's (section 3.3, abstract, Figure 6): 8 A100 GPUs, 128 frames of 512x512, 40,258 clips, lr 1e-5,
+batch 1 per GPU, 64,000 steps shown, one week. What it leaves open comes from SVD's formulation, public training
 codes or ourselves, and differs from the script released with the paper (in DiffSynth-Studio):
 
     choice               here                                     released script, and other sources
     ------------------   --------------------------------------   ----------------------------------------------------
+    optimiser            AdamW                                    AdamW
     precision            bf16; fp32 masters, moments and EMA      fp16
     clips                anywhere in a video, at its frame rate   always its first 128 frames
     fps id               the clip's own rate - 1                  29 for every clip
@@ -369,8 +370,8 @@ class Shards:
             size = master.numel() * self.world
             assert master.dtype == torch.float32 and size == flat.numel() >= offset + shape.numel(), \
                 f"DeepSpeed cut {flat.numel()} parameters into {self.world} parts of {master.numel()}"
-        trained = sorted(name for group in self.layout for name, _, _ in group)
-        assert trained == sorted(names), f"DeepSpeed trains {len(trained)} tensors, {len(names)} were meant"
+        self.names = sorted(name for group in self.layout for name, _, _ in group)
+        assert self.names == sorted(names), f"DeepSpeed trains {len(self.names)} tensors, {len(names)} were meant"
         self.elements = sum(shape.numel() for group in self.layout for _, shape, _ in group)
         self.average = [m.detach().clone() for m in self.masters]
         self.updates = 0
@@ -539,12 +540,24 @@ def together(f, *args):
 
 def on_rank_0(f, *args):
     """The same, of f on rank 0 alone."""
-    return together(f if dist.get_rank() == 0 else lambda *_: None, *args)
+    def idle(*_):
+        pass
+
+    return together(f if dist.get_rank() == 0 else idle, *args)
 
 
-def bytes_to_save(elements):
-    """Of a state (master, two moments, average: fp32) and of the weights (fp16)."""
-    return 16 * elements, 2 * elements
+def is_extension(unet, trained):
+    """Whether weights are saved as an extension: nothing but temporal blocks of an extended UNet is trained."""
+    return unet.max_frames is not None and all(".attn.temporal." in name for name in trained)
+
+
+def bytes_to_save(a, shards):
+    """Of a state (master, two moments, average: fp32) and, at most, of the weights (fp16)."""
+    state = weights = shards.elements
+    if not is_extension(shards.engine.module.unet, shards.names):  # the whole model, and what extended it
+        for file in set(exsvd.open_model(a.model)[0].values()):
+            weights += sum(math.prod(file.shape(name)) for name in file.names)
+    return 16 * state, 2 * weights
 
 
 def has_disk_space(folder, need):
@@ -561,7 +574,7 @@ def save(a, shards, position, settings, write_weights):
     position: "step" and what else a resumed run must know. write_weights(average) is called on rank 0.
     """
     def check_room():
-        need = 1.05 * sum(bytes_to_save(shards.elements)) + 2**20
+        need = 1.05 * sum(bytes_to_save(a, shards)) + 2**20
         if not has_disk_space(a.out, need):
             raise OSError(f"{a.out} has no room for {need / 1e9:.2f} GB")
 
@@ -665,7 +678,7 @@ def save_weights(a, step, average, module, untrained, settings, family):
     average: {name: fp32 tensor} of what is trained. untrained: the same of the other parameters of the temporal blocks.
     """
     unet, meta = module.unet, {"step": step, "settings": settings}
-    if unet.max_frames is not None and all(".attn.temporal." in name for name in average):
+    if is_extension(unet, average):
         path = os.path.join(a.out, f"exvideo-{step:06d}.safetensors")
         blocks = {name.removeprefix("unet."): t.half() for name, t in (untrained | average).items()}
         exsvd.save_extension(path, unet, blocks, **meta)
@@ -1025,7 +1038,7 @@ def say_needs(a, module, shards, say):
     """What the run will hold in memory and on the disk, with a warning if the disk is too small for it."""
     weights = 2 * sum(p.numel() for p in module.parameters())
     shared = 20 * shards.elements / shards.world  # masters, two moments, average, gradients: 4 bytes each
-    state, small = bytes_to_save(shards.elements)
+    state, small = bytes_to_save(a, shards)
     states, files = a.keep + 1, a.keep + 1 + a.steps // a.keep_every  # the oldest goes when the newest is there
     place = " (these in CPU memory)" if a.offload else ""
     say(f"each rank holds {readable(weights)} of weights and {readable(shared)} of masters, moments, average and "
@@ -1164,8 +1177,10 @@ def main(argv=None):
                 with weights_replaced(module, average):
                     frames = sample_video(a, family, module.unet, *networks(), sampled_from, device)
                 measured, line = save_sample(a, family, step, frames, sampled_from)
-            except (OSError, data.MediaError, exsvd.WeightsError, torch.OutOfMemoryError) as e:  # must not end the run
-                measured, line = {}, f"warning: there is no sample of step {step} ({e})"
+            except (OSError, data.MediaError, exsvd.WeightsError, RuntimeError) as e:  # a full disk or memory, for one
+                if isinstance(e, RuntimeError) and not sample.is_out_of_memory(e):
+                    raise
+                measured, line = {}, f"warning: there is no sample of step {step} ({e})"  # no reason to end a run
             monitor({f"sample/{key}": value for key, value in measured.items()})
             say(line)
         dist.barrier()
