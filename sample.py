@@ -272,7 +272,9 @@ def blending(n):
     """Weights of the later of two chunks in the n frames that both have decoded: (n,).
 
     A chunk's outermost frame saw zero padding in every temporal convolution where its neighbour should be, so it gets
-    weight 0. Of one or two common frames each is at an edge, and the errors of both chunks partly cancel.
+    weight 0. Of one or two common frames each is at an edge, and the errors of both chunks partly cancel. Where every
+    tap weighs as much (full size, random weights) it makes little difference: the largest error is 18.7 of 255, with
+    weights of i / (n + 1) it was 18.9.
     """
     if n < 3:
         return torch.arange(1, n + 1) / (n + 1)
