@@ -765,7 +765,7 @@ class SyntheticClips(Clips):
         self.clips = 10_000                 # there is no end of them
 
     def describe(self):
-        return f"synthetic scenes: clips of {self.frames} frames, {self.size[0]}x{self.size[1]} pixels"
+        return f"synthetic flights: clips of {self.frames} frames, {self.size[0]}x{self.size[1]} pixels"
 
     def __getitem__(self, n):
         from toy import world               # only here: data.py and the other files do without toy/

@@ -15,6 +15,7 @@ text, by way of any text-to-image pipeline of diffusers: README.md, section More
 
 import argparse
 import functools
+import itertools
 import math
 import os
 import signal
@@ -272,9 +273,9 @@ def blending(n):
     """Weights of the later of two chunks in the n frames that both have decoded: (n,).
 
     A chunk's outermost frame saw zero padding in every temporal convolution where its neighbour should be, so it gets
-    weight 0. Of one or two common frames each is at an edge, and the errors of both chunks partly cancel. Where every
-    tap weighs as much (full size, random weights) it makes little difference: the largest error is 18.7 of 255, with
-    weights of i / (n + 1) it was 18.9.
+    weight 0. Of one or two common frames each is at an edge, and the errors of both chunks partly cancel. With random
+    weights (full size; measured on a CPU) it makes little difference: the largest error is 18.7 of 255, and 18.9 with
+    weights of i / (n + 1).
     """
     if n < 3:
         return torch.arange(1, n + 1) / (n + 1)
@@ -362,7 +363,7 @@ def parse(argv):
         help="what the frame of that number shows, counted from 0; may be given more than once")
     add("--video", metavar="FILE",
         help="refine a video, or *.latents.safetensors of the same size, instead of making one from noise. Where they "
-             "are not given, IMAGE is its first frame, and --size, --frames and --fps are its own")
+             "are not given, IMAGE is its first frame, and --size, --frames and --fps are its own. It is encoded whole")
     add("--strength", type=at_least(0, 1), default=0.5,
         help="of the refinement: the share of the steps that are made; 0.5 keeps structure and motion [0.5]")
     add("--size", type=frame_size, metavar="WxH",
@@ -745,15 +746,14 @@ def open_video(a, vae, toy, device):
             latents.append(vae.encode(fitted)[0].float().cpu() * exsvd.VAE_SCALE)
             times.append(seconds)
             bar.update()
-    if len(times) < 2:
-        raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE, without --video")
     return Video(torch.stack(latents), data.frame_rate(times, declared), first)
 
 
 def check_video(a, toy):
     """Before the networks are loaded: whether --video can be read, and has the --size if it is latents."""
     if a.video and not a.video.endswith(".safetensors"):
-        next(data.video_frames(a.video))
+        if len(list(itertools.islice(data.video_frames(a.video), 2))) < 2:
+            raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE, without --video")
     elif a.video:
         _, s = saved_latents(a.video, toy)
         width, height = a.size or (s["width"], s["height"])
@@ -866,7 +866,7 @@ OUT_OF_MEMORY = """out of memory. While sampling, from what costs least to what 
     --dtype bfloat16    half of what --dtype float32 takes
     --offload           only the network at work is on the device: some seconds more per video
     --frames 64         fewer frames: a shorter video
-    --size 512x320      fewer pixels: less detail (then --video FILE --size WxH --frames N for a part of it)
+    --size 512x320      fewer pixels: less detail
 While decoding, which went down to one frame at a time by itself: --decode-only FILE (no UNet in memory), or --size."""
 
 

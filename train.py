@@ -9,7 +9,7 @@ exponential moving average (EMA) of them is kept.
 
 The recipe is the paper's (section 3.3, abstract, Figure 6): 8 A100 GPUs, 128 frames of 512x512, 40,258 clips, lr 1e-5,
 batch 1 per GPU, 64,000 steps shown, one week. What it leaves open comes from SVD's formulation, public training
-codes or ourselves, and differs from the script released with the paper (in DiffSynth-Studio):
+codes or ourselves; beside it the script released with the paper (in DiffSynth-Studio):
 
     choice               here                                     released script, and other sources
     ------------------   --------------------------------------   ----------------------------------------------------
@@ -33,7 +33,7 @@ A run folder (--out) holds
     exvideo-<step>.safetensors  the EMA in float16 with the names of the ExVideo release, for --extension. Where more
                                 than the temporal blocks was trained: a whole model, model-<step>
     log.csv                     loss, loss by noise level, gradient norm, lr, seconds, memory, every --log-every steps
-    progress.png                a row per sample: frames 0, T/8, ... T-1; sample-<step>.mp4 are the videos
+    progress.png                a row per sample, at most 32: frames 0, T/8, ... T-1; sample-<step>.mp4 are the videos
     data.log                    the files that are not used or could not be read later, and why
     run.json, source/           settings, versions, commit, code
 States, weights and samples are pruned to the last --keep; weights and samples of every --keep-every steps stay for
@@ -530,7 +530,7 @@ def together(f, *args):
     result = problem = None
     try:
         result = f(*args)
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, exsvd.WeightsError) as e:
         problem = str(e)
     for problem in of_all_ranks(problem):
         if problem is not None:

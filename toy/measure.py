@@ -90,5 +90,7 @@ if __name__ == "__main__":
         frames, fps = data.read_video(name)
         video = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
         picture = data.fit_image(data.read_image(source), world.PICTURE, world.PICTURE)
-        motion = (data.read_settings(name) or {}).get("motion", world.MAX_MOTION)
+        motion = (data.read_settings(name) or {}).get("motion")
+        if not motion:
+            sys.exit(f"{name}: says no motion bucket above 0; measure an .mp4 or a folder that sample.py made")
         print(f"{name}: {show(measure(video, picture, motion, fps))}")

@@ -47,7 +47,7 @@ CLIP = exsvd.CLIPConfig(width=64, layers=2, heads=4, patch=28, out_dim=64)
 CROP = 64                    # pixels of what the VAE sees, half a frame of the toy
 LATENT_NOISE = 0.1           # standard deviation added to latents in VAE training: errors this small will not show
 COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
-HELD_OUT = 1                 # seed of pictures that nothing is trained on
+HELD_OUT = 1                 # seed of pictures that nothing is trained on; train.py's --seed is another
 
 
 def zero(*layers):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 FPS = 8                  # frames per second of long clips
-RATES = (8, 4, 1.6)      # of short ones: at 1.6 eight frames get as far as forty do at 8
+RATES = (8, 4, 1.6)      # of short ones: at 1.6 eight frames get as far as thirty-six do at 8
 SHORT = 8                # frames; clips of at most that many are short
 MAX_MOTION = 80          # the fastest motion bucket: 40 frames at FPS end at a window of 0.68
 PICTURE = 256            # pixels of a picture; clips are 128 or less, so that flying in finds detail
