@@ -2398,14 +2398,14 @@ def test_the_script_runs_where_deepspeed_is_not_installed(small, pictures, tmp_p
 #    killed, or has several ranks, is started as a user starts it.
 
 
-def launch(*args, ranks=1, wait=True, script="train.py", launcher=(sys.executable,)):
+def launch(*args, ranks=1, wait=True, script="train.py", launcher=(sys.executable,), **options):
     """-> CompletedProcess, or Popen without wait. All that is started is in one process group, of the returned pid."""
     if ranks > 1:
         deepspeed = os.path.join(os.path.dirname(sys.executable), "deepspeed")
         launcher = deepspeed, "--num_accelerators", ranks, "--master_port", free_port()
     command = [*map(str, [*launcher, os.path.join(HERE, script), *args])]
     p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE})
+                         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}, **options)
     if not wait:
         return p
     output, _ = p.communicate()
