@@ -788,13 +788,13 @@ class LatentClips(Clips):
         store = Path(self.source, STORE)
         with _reading(store, "encode into another folder"):
             [self.settings, self.of], *lines = _json_lines(store)
+            for key in ("size", "frames", "stride", "fps") if self.motion == "exvideo" else ("size",):
+                ours, theirs = getattr(self, key), self.settings.get(key)
+                if ours != theirs:
+                    raise MediaError(f"{self.source}: was encoded with {key} {theirs}, not {ours}; use that, encode "
+                                     "again, or where it is not the size, give all clips one bucket: --motion 127")
             self.skip_static = max(self.skip_static, self.settings["skip_static"])
             self._use(dict(lines))
-        for key in ("size", "frames", "stride", "fps") if self.motion == "exvideo" else ("size",):
-            ours, theirs = getattr(self, key), self.settings.get(key)
-            if ours != theirs:
-                raise MediaError(f"{self.source}: was encoded with {key} {theirs}, not {ours}; use that, encode "
-                                 "again, or where it is not the size, give all clips one bucket: --motion 127")
 
     def describe(self):
         missing = self.of - len(self.index)
@@ -938,7 +938,7 @@ def check(source, **settings):
     return dataset.clips
 
 
-def _size(text):
+def frame_size(text):
     """An argparse type: WxH -> (W, H)."""
     try:
         W, H = map(int, text.lower().split("x"))
@@ -963,7 +963,7 @@ def main():
     e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
     for q in (c, e):
         q.add_argument("--frames", type=int, help="of a clip (default: 128, as in the paper; encoding for a toy: 40)")
-        q.add_argument("--size", type=_size, metavar="WxH",
+        q.add_argument("--size", type=frame_size, metavar="WxH",
                        help="pixels of a clip, multiples of 8 (default: 512x512; toy: 128x128)")
         q.add_argument("--stride", type=int, default=1, help="take every k-th frame (default: 1)")
         q.add_argument("--fps", type=float, help="take the frames nearest to this rate instead")

@@ -309,10 +309,7 @@ def at_least(low, most=2**63 - 1, kind=float):
 
 def frame_size(text):
     """An argparse type: WxH -> (W, H), multiples of 64."""
-    try:
-        W, H = (int(n) for n in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: write it as WIDTHxHEIGHT, for example 512x512") from None
+    W, H = data.frame_size(text)
     if W < 64 or H < 64 or W % 64 or H % 64:
         near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
         raise argparse.ArgumentTypeError(f"{text}: both must be multiples of 64; the nearest is {near}")
@@ -728,10 +725,10 @@ Video = namedtuple("Video", "latents fps first")
 
 
 @torch.inference_mode()
-def open_video(a, vae, toy, device):
-    """--video, at --size or its own."""
-    if a.video.endswith(".safetensors"):
-        latents, s = saved_latents(a.video, toy)
+def open_video(a, saved, vae, device):
+    """--video, at --size or its own. saved: what check_video() gave."""
+    if saved:
+        latents, s = saved
         shown = adjust(latents, s)
         with on_device(device, vae):
             first = decoded_frame(vae, shown.to(device), 0, s["decode_chunk"])
@@ -750,16 +747,18 @@ def open_video(a, vae, toy, device):
 
 
 def check_video(a, toy):
-    """Before the networks are loaded: whether --video can be read, and has the --size if it is latents."""
-    if a.video and not a.video.endswith(".safetensors"):
+    """Before the networks are loaded: whether --video can be read, and has the --size if it is latents. -> these and
+    their settings, None of a video itself"""
+    if not a.video.endswith(".safetensors"):
         if len(list(itertools.islice(data.video_frames(a.video), 2))) < 2:
             raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE, without --video")
-    elif a.video:
-        _, s = saved_latents(a.video, toy)
-        width, height = a.size or (s["width"], s["height"])
-        if (width, height) != (s["width"], s["height"]):
-            raise data.MediaError(f"--size {width}x{height}: the latents are of {s['width']}x{s['height']}; give the "
-                                  "video itself to --video, or leave --size out")
+        return None
+    latents, s = saved_latents(a.video, toy)
+    width, height = a.size or (s["width"], s["height"])
+    if (width, height) != (s["width"], s["height"]):
+        raise data.MediaError(f"--size {width}x{height}: the latents are of {s['width']}x{s['height']}; give the "
+                              "video itself to --video, or leave --size out")
+    return latents, s
 
 
 def resampled(latents, frames):
@@ -825,7 +824,7 @@ def main(argv=None):
         decode_again(a, model, toy, device)
         return
 
-    check_video(a, toy)
+    saved = check_video(a, toy) if a.video else None
     end = data.read_image(a.end) if a.end else None
     keyframes = {number: data.read_image(path) for number, path in a.keyframe}
     svd, video, failed = None, None, []
@@ -848,7 +847,7 @@ def main(argv=None):
         if svd is None:
             svd, family = load(a, model, extension, toy, device)
         if a.video and video is None:
-            video = open_video(a, svd.vae, toy, device)
+            video = open_video(a, saved, svd.vae, device)
         if img is None:
             img = video.first
         s = settings_of(a, family, svd, img, seed, video)

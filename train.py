@@ -568,13 +568,14 @@ def has_disk_space(folder, need):
     return shutil.disk_usage(folder).free > need
 
 
-def save(a, shards, position, settings, write_weights):
+def save(a, shards, position, settings, write_weights, sizes):
     """Weights and state of a step. Every rank must call it. Raises OSError, on all alike; what was there then still is.
 
-    position: "step" and what else a resumed run must know. write_weights(average) is called on rank 0.
+    position: "step" and what else a resumed run must know. write_weights(average) is called on rank 0. sizes: see
+    bytes_to_save().
     """
     def check_room():
-        need = 1.05 * sum(bytes_to_save(a, shards)) + 2**20
+        need = 1.05 * sum(sizes) + 2**20
         if not has_disk_space(a.out, need):
             raise OSError(f"{a.out} has no room for {need / 1e9:.2f} GB")
 
@@ -1034,11 +1035,11 @@ def readable(n):
     return f"{n / 1e9:.1f} GB" if n > 1e9 else f"{n / 1e6:.1f} MB"
 
 
-def say_needs(a, module, shards, say):
+def say_needs(a, module, shards, sizes, say):
     """What the run will hold in memory and on the disk, with a warning if the disk is too small for it."""
     weights = 2 * sum(p.numel() for p in module.parameters())
     shared = 20 * shards.elements / shards.world  # masters, two moments, average, gradients: 4 bytes each
-    state, small = bytes_to_save(a, shards)
+    state, small = sizes
     states, files = a.keep + 1, a.keep + 1 + a.steps // a.keep_every  # the oldest goes when the newest is there
     place = " (these in CPU memory)" if a.offload else ""
     say(f"each rank holds {readable(weights)} of weights and {readable(shared)} of masters, moments, average and "
@@ -1146,7 +1147,8 @@ def main(argv=None):
     loader = iter(torch.utils.data.DataLoader(
         clips, batch_sampler=videos_of(rank, world, a.batch, videos), num_workers=a.workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
-    say_needs(a, module, shards, say)
+    sizes = bytes_to_save(a, shards)
+    say_needs(a, module, shards, sizes, say)
     log = Log(a, step) if master else None
     stop = []
     for number in STOP_SIGNALS:
@@ -1254,7 +1256,7 @@ def main(argv=None):
         if step % a.save_every == 0 or leaving:
             position = {"step": step, "videos": videos, "data": data_id, "sums": sum_over_ranks(sums).tolist()}
             try:
-                save(a, shards, position, settings, write_weights)
+                save(a, shards, position, settings, write_weights, sizes)
                 bar.set_description("training")
             except OSError as e:
                 bar.set_description("training, LAST SAVE FAILED")

@@ -14,29 +14,13 @@ import psutil
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from test_exsvd import TWO, free_port, launch, log_of, same_state, small, videos
-
-
-def start_nodes(*args):
-    """Two nodes of a rank each, on this machine."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--master_addr",
-                "127.0.0.1", "--master_port", free_port(), "--node_rank")
-    return [launch(*args, launcher=(*launcher, k), wait=False) for k in range(2)]
-
-
-def untimed(out):
-    """The rows of log.csv without what differs from run to run."""
-    timing = ("seconds_per_step", "frames_per_second", "peak_memory_GB")
-    return [{key: value for key, value in row.items() if key not in timing} for row in log_of(out)]
+from test_exsvd import TWO, launch, nodes_at_work, same_state, small, start_nodes, untimed, videos
 
 
 def test_a_killed_node_ends_the_other_and_the_run_goes_on(small, videos, tmp_path):
     args, run = ("--model", small, "--data", videos, *TWO), tmp_path / "run"
-    node, other = start_nodes(*args, "--out", run, "--steps", 1000)
-    while not (run / "state-00000002").exists():
-        assert node.poll() is None and other.poll() is None, node.communicate()[0]
-        time.sleep(0.05)
-    for p in [psutil.Process(other.pid), *psutil.Process(other.pid).children(recursive=True)]:
+    node, lost, other = nodes_at_work(run, *args, "--out", run, "--steps", 1000)
+    for p in lost:
         p.kill()
     text = node.communicate(timeout=60)[0]
     other.communicate()

@@ -284,15 +284,18 @@ def table(found):
     return "\n".join(lines)
 
 
+def compared(a):
+    """The rows that pictures show beside the fold's."""
+    return SHOWN if a.quick else (*SHOWN, SCRATCH)
+
+
 def figure(a, found):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     tuned = "post-tuned: fold, seed 0"
     untuned = [row for row in found if row.startswith("untuned")]
-    others = ["untuned: fold", f"{tuned}, 25 %", f"{tuned}, 50 %", tuned, *SHOWN]
-    if not a.quick:
-        others.append(SCRATCH)
+    others = ["untuned: fold", f"{tuned}, 25 %", f"{tuned}, 50 %", tuned, *compared(a)]
     panels = (("untuned: where the camera goes", [*untuned, "true"]),
               ("the fold post-tuned, and the alternatives", [*others, "true"]))
 
@@ -316,12 +319,11 @@ def figure(a, found):
 
 
 def strip(a):
-    """Frames 0, 5, ... 39 of the first picture; rows: true, untuned, post-tuned, SHOWN, from scratch."""
+    """Frames 0, 5, ... 39 of the first picture; rows: true, untuned, post-tuned, compared()."""
     shown = [0, 5, 10, 15, 20, 25, 30, 35, 39]
     picture = next(iter(pictures(a).values()))
     videos = [sample.to_pixels(world.flight(picture, world.scales(MOTION, world.FPS, T), SIZE))]
-    shown_rows = ["untuned: fold", "post-tuned: fold, seed 0", *SHOWN, *([] if a.quick else [SCRATCH])]
-    for row in shown_rows:
+    for row in ("untuned: fold", "post-tuned: fold, seed 0", *compared(a)):
         videos.append(exsvd.Tensors(os.path.join(a.out, "rows", slug(row) + ".safetensors")).get("video"))
     data.write_png(os.path.join(a.out, "strip.png"), torch.cat([torch.cat(list(v[shown]), 1) for v in videos], 0))
 
@@ -350,7 +352,7 @@ def main():
     p.add_argument("--steps", type=int, default=400, help="of post-tuning")
     p.add_argument("--batch", type=int, default=1, help="clips a step")
     p.add_argument("--lr", type=float, default=1e-3)
-    p.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, 4), help="how many of SEEDS")
+    p.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1), help="how many of SEEDS")
     p.add_argument("--pictures", type=int, default=3,
                    help="assets/img.png and the last of toy/photographs, and as many synthetic pictures")
     p.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
