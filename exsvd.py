@@ -93,6 +93,24 @@ def sinusoid(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def best_dtype(device, training=False):
+    """The dtype that the networks should have on a device: torch.float16, torch.bfloat16 or torch.float32.
+
+    Sampling on a GPU uses float16, as Stability, diffusers and DiffSynth do; it is 8 times closer to float32 than
+    bfloat16. Training on a GPU uses bfloat16, or float16 before compute capability 8.0. A CPU without instructions for
+    bfloat16 computes it many times slower than float32.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and training and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    if device.type == "cuda" or (device.type == "mps" and not training):
+        return torch.float16
+    fast = ("avx512_bf16", "amx_bf16", "bf16")  # the last is Arm's
+    if device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in fast):
+        return torch.bfloat16
+    return torch.float32
+
+
 def flash_fits(q):
     """Whether flash-attn can take q (b, n, h, d): installed, CUDA half precision, a head size it has kernels for."""
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)

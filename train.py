@@ -106,7 +106,6 @@ DEEPSPEED_KEYS = {
     "lr": ("optimizer.params.lr", None),
     "weight_decay": ("optimizer.params.weight_decay", 0.01),
     "clip": ("gradient_clipping", 1.0),
-    "fp16": ("fp16.enabled", False),
     "batch": ("train_micro_batch_size_per_gpu", 1),
     "accumulate": ("gradient_accumulation_steps", 1),
     "offload": ("zero_optimization.offload_optimizer.device", False),
@@ -194,7 +193,8 @@ def parse(argv=None):
 
     # what --deepspeed_config may say too has no default here: see DEEPSPEED_KEYS
     add = p.add_argument_group("machine").add_argument
-    add("--fp16", action="store_true", default=None, help="fp16 with loss scaling instead of bf16")
+    add("--dtype", choices=("bfloat16", "float16", "float32"),
+        help="of the weights; float16 comes with loss scaling [what the device is good at, see exsvd.best_dtype]")
     add("--offload", action="store_true", default=None, help="optimiser, masters, moments and EMA on the CPU")
     add("--deepspeed_config", type=json_file, metavar="FILE",
         help='JSON, merged over the settings in this file. TensorBoard: {"tensorboard": {"enabled": true, '
@@ -239,6 +239,8 @@ def parse(argv=None):
     if a.data is None and not toy:
         p.error("--data is needed with --model: a folder of videos, for example")
     a.data = a.data or "synthetic"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a.dtype = a.dtype or str(exsvd.best_dtype(device, training=True)).removeprefix("torch.")
     if a.sample_image:
         data.read_image(a.sample_image)  # what cannot be read is to be known before a run of days begins
     return a, family
@@ -257,7 +259,8 @@ def deepspeed_config(a):
         "zero_optimization.stage": ((2,), "the sharded EMA is written for stage 2"),
         "zero_optimization.round_robin_gradients": ((False,), "the sharded EMA does not follow it"),
         "zero_optimization.offload_optimizer.device": (("cpu", "none"), "the sharded EMA needs the masters in memory"),
-        "bf16.enabled": ((not a.fp16,), "weights are bf16, or with --fp16 fp16"),
+        "bf16.enabled": ((a.dtype == "bfloat16",), "--dtype says what the weights are"),
+        "fp16.enabled": ((a.dtype == "float16",), "--dtype says what the weights are"),
     }
     for path, (values, why) in allowed.items():
         found = look_up(a.deepspeed_config, path)
@@ -275,10 +278,11 @@ def deepspeed_config(a):
             },
         },
         "zero_optimization": {"stage": 2, "round_robin_gradients": False},
-        "fp16" if a.fp16 else "bf16": {"enabled": True},
     }
-    if a.fp16:
-        ours["fp16"]["min_loss_scale"] = 1
+    if a.dtype == "bfloat16":
+        ours["bf16"] = {"enabled": True}
+    if a.dtype == "float16":
+        ours["fp16"] = {"enabled": True, "min_loss_scale": 1}
     if a.offload:
         ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     else:  # with --offload too DeepSpeed would keep these sums on the GPU, 4 bytes per parameter
@@ -295,7 +299,7 @@ def merge(ours, theirs):
 
 def fixed_settings(a, model_id):
     """What must not change within a run; lr, the number of ranks and where things are kept may."""
-    keys = ("native", "frames", "size", "stride", "fps", "train", "batch", "loss", "drop", "motion", "seed", "fp16",
+    keys = ("native", "frames", "size", "stride", "fps", "train", "batch", "loss", "drop", "motion", "seed", "dtype",
             "ema", "short_clips", "share_noise")
     settings = {key: getattr(a, key) for key in keys} | {"model_id": model_id}
     return json.loads(json.dumps(settings))  # as it will be read again: tuples become lists
@@ -935,8 +939,8 @@ def join_ranks(a, family):
     # An optional op for sums between CPU ranks, compiled at start under a lock file: a run killed there would leave the
     # lock behind, and every later one would wait for it without end. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if a.fp16 and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
-        sys.exit("train.py: --fp16: DeepSpeed finds no fp16 on this machine; leave it out to train in bf16")
+    if a.dtype == "float16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        sys.exit("train.py: --dtype float16: DeepSpeed finds no fp16 on this machine")
     # not its 10 minutes: rank 0 may index many videos, or sample a long one
     deepspeed.init_distributed(timeout=timedelta(hours=12))
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -1124,7 +1128,7 @@ def main(argv=None):
     start = {name: p.detach().clone() for name, p in trained.items()}
     untrained = {name: p.detach().clone() for name, p in module.named_parameters()
                  if ".attn.temporal." in name and name not in trained}
-    module.to(torch.float16 if a.fp16 else torch.bfloat16).train()
+    module.to(getattr(torch, a.dtype)).train()
     if dataset.pixels:  # frozen: fp32 targets from the VAE; CLIP, which is large, in half precision on a GPU
         vae.requires_grad_(False).to(device)
         if not clip_trains:
@@ -1136,7 +1140,7 @@ def main(argv=None):
     config["zero_optimization"].setdefault("reduce_bucket_size", bucket)
     import deepspeed
     engine, *_ = deepspeed.initialize(model=module, model_parameters=parameter_groups(trained), config=config)
-    if a.fp16:  # its own exception at the smallest scale would name no clips
+    if a.dtype == "float16":  # its own exception at the smallest scale would name no clips
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     shards = Shards(engine, trained, a.ema)
     shards.start_from(start)
@@ -1223,7 +1227,7 @@ def main(argv=None):
         if engine.was_step_applied():
             shards.update_average()
             bad = []
-        elif not a.fp16 or engine.optimizer.loss_scale <= getattr(engine.optimizer.loss_scaler, "min_scale", math.inf):
+        elif a.dtype != "float16" or engine.optimizer.loss_scale <= getattr(engine.optimizer.loss_scaler, "min_scale", math.inf):
             bad += [names]  # above its smallest scale fp16 only looks for a scale by overflowing: that is no failure
         if len(bad) == BAD_STEPS:
             names = ", ".join(sum(of_all_ranks(sum(bad, [])), []))
