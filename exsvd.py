@@ -23,11 +23,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,7 @@ class UNetConfig:
     context_dim: int = 1024         # D, width of the CLIP image embedding
     groups: int = 32                # of every GroupNorm
     native_frames: int = 25         # what the base was trained on: SVD-XT 25, SVD 14. Not visible in the weights
+    ids: tuple = ("fps", "motion", "aug")  # numbers that the UNet is conditioned on, see unet_ids()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ EPS_VAE = 1e-6               # every VAE norm ...
 EPS_VAE_TEMPORAL = 1e-5      # ... but the decoder's temporal residual blocks
 
 VAE_SCALE = 0.18215  # the UNet's video latents are VAE latents times this (unit variance); its image latents are not
+EXVIDEO_ENCODE_SCALE = 0.13025  # SDXL's, by which the encoder of ExVideo's authors scales what it is given
 ID_DIM = 256         # sinusoid width of each added id (fps - 1, motion bucket, noise augmentation)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -496,7 +499,18 @@ def extend(unet, num_frames=128):
         block.frame_table = nn.Parameter(rows.to(like.dtype))
         if block.frame_conv is None:
             block.frame_conv = FrameConv(len(like), like.device, like.dtype)
+        for p in (block.frame_table, *block.frame_conv.parameters()):
+            p.requires_grad_(like.requires_grad)
+    unet.max_frames = num_frames
     return unet
+
+
+ARCHITECTURE = "exvideo"  # of this block, said by the files that hold one; whoever changes the block renames it
+
+
+def is_extension_parameter(name):
+    """Whether a parameter of the UNet belongs to the extension: what the paper trains, and what a file of it holds."""
+    return ".attn.temporal." in name
 
 
 # Parameters that can't matter while the context is one token (see ContextAttention): loaded and saved, never trained.
@@ -506,7 +520,7 @@ IDLE = re.compile(r"\.attn\.(spatial|temporal)\.(attn2\.to_[qk]|norm2)\.")
 def freeze(unet):
     """Freeze all but the temporal transformer blocks (section 3.3, "parameter freezing"); returns what is trainable."""
     for name, p in unet.named_parameters():
-        p.requires_grad_(".attn.temporal." in name)
+        p.requires_grad_(is_extension_parameter(name))
     return [name for name, p in unet.named_parameters() if p.requires_grad]
 
 
@@ -584,6 +598,7 @@ class UNet(nn.Module):
     def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
+        self.max_frames = None  # set by extend(); a base has no limit
         self.checkpointing = "memory"
         self.slice_size = Slices.size
         self.stream = None
@@ -592,7 +607,7 @@ class UNet(nn.Module):
         attn = partial(SpatioTemporalTransformer, context_dim=config.context_dim, groups=config.groups)
         # of the noise level, and of fps - 1, motion bucket, noise augmentation
         self.time_embed = nn.Sequential(nn.Linear(C[0], emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.cond_embed = nn.Sequential(nn.Linear(3 * ID_DIM, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.cond_embed = nn.Sequential(nn.Linear(len(config.ids) * ID_DIM, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         last = len(C) - 1  # the coarsest level has no transformers
 
         self.down = nn.ModuleList([Block(conv=nn.Conv2d(8, C[0], 3, padding=1))])
@@ -622,12 +637,6 @@ class UNet(nn.Module):
     def temporal_blocks(self):
         """The 16 temporal transformer blocks, in forward order."""
         return [m for m in self.modules() if isinstance(m, TemporalBlock)]
-
-    @property
-    def max_frames(self):
-        """Rows of the frame table, the most frames the model can make; None for a base, whose sinusoid has no end."""
-        table = self.temporal_blocks()[0].frame_table
-        return None if table is None else len(table)
 
     def forward(self, x, c_noise, ctx, ids):
         """F of EDM's preconditioning (section 8).
@@ -768,6 +777,21 @@ class Stream(Resident):
             if len(skips) >= -i and skips[i].nbytes >= self.large:
                 skips[i] = self.copy(skips[i], self.device)
             return copies, None if self.side is None else self.side.record_event()
+
+
+def unet_ids(names, values, device=None):
+    """The UNet's third input, (B, len(names)) float32. values: a mapping with a number or (B,) tensor for each name.
+
+    The one place that knows that the model is given fps - 1. Raises ValueError where a name is missing.
+    """
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(f"the UNet is conditioned on {', '.join(names)}, but there is no {', '.join(missing)}")
+    columns = [torch.as_tensor(values[name], dtype=torch.float32, device=device).view(-1) for name in names]
+    ids = torch.stack(torch.broadcast_tensors(*columns), dim=1)
+    if "fps" in names:
+        ids[:, names.index("fps")] -= 1
+    return ids
 
 
 def compile_blocks(unet):
@@ -1011,30 +1035,39 @@ def denoise(unet, x, sigma, image_latents, ctx, ids):
     return c_skip * x + c_out * unet(inputs, c_noise, ctx, ids)
 
 
-def edm_loss(unet, x, sigma, noise, image_latents, ctx, ids):
-    """Training loss of each video, (B,): lambda(sigma) |D(x + sigma*noise; sigma) - x|^2, averaged over its elements.
-
-    lambda = (sigma^2 + 1) / sigma^2, EDM's weight for sigma_data = 1: it makes the loss of an untrained F about 1 at
-    every noise level. x and noise (B,T,4,H,W), the rest as in denoise().
-    """
-    s = sigma.float().view(-1, 1, 1, 1, 1)
-    D = denoise(unet, x + s * noise, sigma, image_latents, ctx, ids)
-    return ((s**2 + 1) / s**2 * (D - x) ** 2).mean(dim=(1, 2, 3, 4))
+class Loss(NamedTuple):
+    """A distribution of noise levels and their weights, for videos of T frames."""
+    draw: Callable    # (n, T, generator) -> sigma (n,)
+    weight: Callable  # (sigma, T) -> like sigma
+    target: float = 1.0  # D is to be the clean latents times this
 
 
-def exvideo_loss(unet, x, sigma, noise, image_latents, ctx, ids):
-    """The loss of ExVideo's released training script instead, (B,): the weight is sqrt(sigma^2 + 1) / sigma and the
-    target 1.01 x, against videos that turn grey. Its sigmas are draw_sigmas("exvideo", ...)."""
-    s = sigma.float().view(-1, 1, 1, 1, 1)
-    D = denoise(unet, x + s * noise, sigma, image_latents, ctx, ids)
-    return ((s**2 + 1).sqrt() / s * (D - 1.01 * x) ** 2).mean(dim=(1, 2, 3, 4))
+def edm_sigmas(n, T, generator):
+    """ln sigma ~ N(0.7, 1.6^2)"""
+    return (0.7 + 1.6 * torch.randn(n, generator=generator)).exp()
 
 
-def draw_sigmas(kind, n, generator):
-    """Noise levels to train on, (n,): "edm", ln sigma ~ N(0.7, 1.6^2), or "exvideo", uniform on 1000 Karras sigmas."""
-    if kind == "edm":
-        return (0.7 + 1.6 * torch.randn(n, generator=generator)).exp()
+def exvideo_sigmas(n, T, generator):
+    """Uniform on 1000 Karras sigmas."""
     return karras_sigmas(1000)[torch.randint(1000, (n,), generator=generator)]
+
+
+LOSSES = {
+    # EDM's weight for sigma_data = 1, which makes the loss of an untrained F about 1 at every noise level
+    "edm": Loss(edm_sigmas, lambda sigma, T: (sigma**2 + 1) / sigma**2),
+    # of ExVideo's released training script; the target of 1.01 is there against videos that turn grey
+    "exvideo": Loss(exvideo_sigmas, lambda sigma, T: (sigma**2 + 1).sqrt() / sigma, target=1.01),
+}
+
+
+def training_loss(unet, loss, x, sigma, noise, image_latents, ctx, ids):
+    """Of each video, (B,): weight(sigma) |D(x + sigma*noise; sigma) - target*x|^2, averaged over its elements.
+
+    loss: one of LOSSES. x and noise (B,T,4,H,W), the rest as in denoise().
+    """
+    D = denoise(unet, x + sigma.float().view(-1, 1, 1, 1, 1) * noise, sigma, image_latents, ctx, ids)
+    error = (D - loss.target * x).square().mean(dim=(1, 2, 3, 4))
+    return loss.weight(sigma.float(), x.shape[1]) * error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1205,8 +1238,10 @@ class Tensors:
             return self.source[name].shape
         return self.source.get_slice(name).get_shape()
 
-    def table_rows(self):
-        """Frames that the file's frame tables hold; None where it has none."""
+    def frames(self):
+        """Frames that the file is extended to: as it says, or the rows of its frame tables; None of a base."""
+        if self.meta.get("frames"):
+            return self.meta["frames"]
         tables = sorted(n for n in self.names if n.endswith(("positional_embedding.embeddings", "frame_table")))
         shape = self.shape(tables[0]) if tables else ()
         return shape[0] if len(shape) > 0 and shape[0] > 0 else None
@@ -1217,6 +1252,8 @@ def locate(module, tensors):
 
     Raises WeightsError with examples if anything is missing, mis-shaped or left over.
     """
+    if isinstance(module, UNet) and "architecture" in tensors.meta:
+        return locate_own_extension(module, tensors)
     names = choose_layout(module, tensors)
     expected = {n for group in names.values() for n in group}
     ignored = [SGM_IGNORED.pattern] + [part for network, part in SGM_PART.items() if not isinstance(module, network)]
@@ -1233,6 +1270,28 @@ def locate(module, tensors):
     return {ours: (tensors, group) for ours, group in names.items()}
 
 
+def locate_own_extension(unet, tensors):
+    """The same of an extension saved by save_extension(), which may hold a part of the extension's parameters."""
+    if tensors.meta["architecture"] != ARCHITECTURE:
+        raise WeightsError(f"{tensors.label} holds an extension of architecture {tensors.meta['architecture']}, "
+                           f"but this code's is {ARCHITECTURE}")
+    ours = {names[0]: name for name, names in extension_names(unet).items()}
+    problems = [f"{name} is no parameter of its extension" for name in sorted(tensors.names - ours.keys())]
+    for name in sorted(tensors.names & ours.keys()):
+        problems.append(compare_shapes([name], tensors, tuple(unet.get_parameter(ours[name]).shape)))
+    problems = [p for p in problems if p]
+    if problems:
+        raise WeightsError(f"{tensors.label} does not fit the UNet: {'; '.join(problems[:3])}"
+                           f"{', and more' if len(problems) > 3 else ''}")
+    return {ours[name]: (tensors, [name]) for name in tensors.names}
+
+
+def extension_names(unet):
+    """{our name: [name in an extension file]} of all parameters of the extension: the release's name where it has one."""
+    published = file_names(unet, "exvideo")
+    return {name: published.get(name, [name]) for name, _ in unet.named_parameters() if is_extension_parameter(name)}
+
+
 def choose_layout(module, tensors):
     """The names that a file should have for the module, file_names() of the layout that most of its names are of.
 
@@ -1242,7 +1301,7 @@ def choose_layout(module, tensors):
         raise WeightsError(f"{tensors.label} is the image-decoder variant, whose VAE decoder has no temporal layers: "
                            "use svd_xt.safetensors (or svd.safetensors) instead of svd_xt_image_decoder.safetensors")
     is_extension = isinstance(module, UNet) and any(n.startswith("blocks.") for n in tensors.names)
-    rows = tensors.table_rows()
+    rows = tensors.frames()
     if isinstance(module, UNet) and rows and rows != module.max_frames:
         now = f"to {module.max_frames}" if module.max_frames else "is not"
         raise WeightsError(f"{tensors.label} is extended to {rows} frames, but the UNet {now}: "
@@ -1355,7 +1414,8 @@ def open_folder(path):
     return files, config
 
 
-def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet", "vae", "clip")):
+def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet", "vae", "clip"), unet=None,
+         keep_float32=None):
     """SVD from published or own weights, in eval mode: an SVD with .unet, .vae, .clip.
 
     path: a single .safetensors file, or a folder in diffusers' layout (the full-precision files where both are there).
@@ -1367,11 +1427,13 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
     if unknown := set(parts) - FOLDER.keys():
         raise ValueError(f"load() knows the parts {', '.join(FOLDER)}, not {', '.join(unknown)}")
     files, configs = open_model(path)
+    if unet:
+        files["unet"] = Tensors(unet)
     if any(n.startswith("blocks.") for n in files["unet"].names):
         raise WeightsError(f"{path} is an extension, not a model: give SVD-XT's file as the model, "
                            "and this one as the extension")
     overlay = None if extension is None else Tensors(extension)
-    if overlay and not overlay.table_rows():
+    if overlay and not overlay.frames():
         raise WeightsError(f"{overlay.label} is not an extension: it has no positional_embedding.embeddings")
     with torch.device("meta"):
         try:
@@ -1379,18 +1441,26 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
         except Exception as e:  # sizes that no network can have
             raise WeightsError(f"{path}: no network has the sizes of its configuration "
                                f"({type(e).__name__}: {e})") from None
-        rows = (overlay or files["unet"]).table_rows()
+        rows = (overlay or files["unet"]).frames()
         if rows:
             extend(networks["unet"], rows)
     located = {part: locate(networks[part], files[part]) for part in parts}  # all, before anything is read
     if overlay and "unet" in parts:
         located["unet"] |= locate(networks["unet"], overlay)
     for part in parts:
+        network = networks[part].eval().requires_grad_(False)
+        if torch.device(device).type == "meta":  # all is checked, nothing is read
+            continue
         wide = {}
-        if part == "vae" and dtype == torch.float16:
-            wide = {n: where for n, where in located[part].items() if not n.startswith("decoder")}
-        read_into(networks[part].eval(), wide, torch.float32, device)
-        read_into(networks[part], {n: where for n, where in located[part].items() if n not in wide}, dtype, device)
+        for name, where in located[part].items():
+            encodes = part == "vae" and dtype == torch.float16 and not name.startswith("decoder")
+            if encodes or (keep_float32 and keep_float32(f"{part}.{name}")):
+                wide[name] = where
+        read_into(network, wide, torch.float32, device)
+        read_into(network, {n: where for n, where in located[part].items() if n not in wide}, dtype, device)
+        for name, p in network.named_parameters():
+            if p.is_meta:
+                raise WeightsError(f"{overlay.label} lacks {name}")
     unet, vae, clip = (networks[part] if part in parts else None for part in FOLDER)
     return SVD(unet, vae, clip, files["unet"].meta, overlay.meta if overlay else None)
 
@@ -1411,7 +1481,7 @@ def save(path, tensors, meta):
 
 
 def save_extension(path, unet, state=None, dtype=None, **meta):
-    """Write the temporal blocks of an extended UNet with the names and shapes of the ExVideo release.
+    """Write every extension parameter of an extended UNet, under the names of the ExVideo release where it has them.
 
     state: {our name: tensor}, say an EMA, for those of unet's parameters that it holds. dtype: of the file, float16 in
     the release [as they are]. meta: kept in the file as JSON. Of 128 frames it is read by the official code, DiffSynth,
@@ -1419,13 +1489,13 @@ def save_extension(path, unet, state=None, dtype=None, **meta):
     """
     if unet.max_frames is None:
         raise ValueError(f"{path}: nothing to save of a UNet that is not extended")
-    own, state = unet.state_dict(), state or {}
+    own, state = dict(unet.named_parameters()), state or {}
     if unknown := sorted(state.keys() - own.keys()):
         raise ValueError(f"{path}: {unknown[0]} is no parameter of the UNet")
-    state = own | state
-    tensors = {names[0]: state[ours] for ours, names in file_names(unet, "exvideo").items()}
-    tensors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}
-    save(path, tensors, {"native_frames": unet.config.native_frames} | meta)
+    own = own | state
+    tensors = {names[0]: own[ours].to(dtype or own[ours].dtype) for ours, names in extension_names(unet).items()}
+    about = {"architecture": ARCHITECTURE, "frames": unet.max_frames, "native_frames": unet.config.native_frames}
+    save(path, tensors, about | meta)
 
 
 def save_model(path, unet, vae, clip, dtype=None, **meta):

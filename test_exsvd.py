@@ -36,6 +36,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import asdict, replace
 from fractions import Fraction
 from unittest.mock import Mock, patch
 
@@ -47,6 +48,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageCms
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -1713,8 +1715,8 @@ def test_encoding_goes_on_where_it_was_stopped(mixed, tmp_path, coder, capsys, m
     assert "write it as WIDTHxHEIGHT" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# sample.py
+# --------------------------------------------------------------------------------------------------
+# 4. sample.py
 
 
 def gaussian_denoiser(mean, std):
@@ -1724,11 +1726,13 @@ def gaussian_denoiser(mean, std):
 
 def sampled(name, denoise, x, sigmas, eta=0.0, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return sample.SAMPLERS[name](denoise, x, sigmas, eta, lambda: torch.randn(x.shape, generator=generator).to(x))
+    s = sample.Settings(eta=eta)
+    return sample.SAMPLERS[name].function(
+        denoise, x, sigmas, s, lambda: torch.randn(x.shape, generator=generator).to(x))
 
 
-@pytest.mark.parametrize("name, eta", [*((name, 0.0) for name in sample.SAMPLERS), ("ddim", 1.0)])
-def test_samplers_hit_a_gaussian_and_what_is_held(name, eta):
+@pytest.mark.parametrize("name, eta", [("euler", 0.0), ("ddim", 1.0), ("heun", 0.0), ("dpm++", 0.0)])
+def test_samplers_hit_a_gaussian_and_known_frames(name, eta):
     x, known = torch.randn(2, 1, 5, 4, 25, 40).double()
     sigmas, ideal = exsvd.karras_sigmas(400).double(), gaussian_denoiser(1.5, 0.5)
     start = x * (sigmas[0] ** 2 + 0.5**2).sqrt() + 1.5
@@ -1740,11 +1744,12 @@ def test_samplers_hit_a_gaussian_and_what_is_held(name, eta):
     mask, levels = torch.tensor([1, 1, 0, 0, 1]).bool(), []
 
     def spy(x, sigma):
-        levels.append((x - known)[:, mask].std() / sigma)  # the noise that a held frame carries
+        levels.append((x - known)[:, mask].std() / sigma)  # the noise that a known frame carries
         return ideal(x, sigma)
 
-    out = sampled(name, sample.held(spy, known, mask.double()), start, sigmas, eta)
-    assert torch.allclose(out[:, mask], known[:, mask], atol=1e-4) and all(0.6 < level < 1.4 for level in levels)
+    out = sampled(name, sample.with_known_frames(spy, known, mask.double()), start, sigmas, eta)
+    assert torch.allclose(out[:, mask], known[:, mask], atol=1e-4)
+    assert all(0.6 < level < 1.4 for level in levels)
     assert torch.allclose(out[:, ~mask], free[:, ~mask], atol=1e-5)
 
 
@@ -1753,18 +1758,33 @@ def test_order_of_a_sampler(name, order):
     x, error = torch.tensor([8.0]).double(), {}
     for steps in (40, 80):
         sigmas = torch.logspace(1, -1, steps + 1).double()
-        exact = 1.5 + (x - 1.5) * ((0.1**2 + 0.5**2) / (10**2 + 0.5**2)) ** 0.5  # the probability flow ODE, solved
+        # the probability flow ODE, solved
+        exact = 1.5 + (x - 1.5) * ((0.1**2 + 0.5**2) / (10**2 + 0.5**2)) ** 0.5
         error[steps] = (sampled(name, gaussian_denoiser(1.5, 0.5), x, sigmas) - exact).abs().item()
     assert 0.9 < math.log2(error[40] / error[80]) / order < 1.1, error
 
 
 def test_align_your_steps():
     sigmas, finer = sample.ays_sigmas(10), sample.ays_sigmas(20)
-    assert torch.equal(sigmas, torch.tensor([*sample.AYS[:-1], 0.0])) and torch.allclose(finer[::2], sigmas)
-    assert torch.allclose(finer[1::2] ** 2, sigmas[:-1] * torch.tensor(sample.AYS[1:])), "means of the logarithms"
+    assert torch.equal(sigmas, torch.tensor([*sample.AYS[:-1], 0.0]))
+    assert torch.allclose(finer[::2], sigmas)
+    assert torch.allclose(finer[1::2] ** 2, sigmas[:-1] * torch.tensor(sample.AYS[1:])), "ln sigma"
     for steps in (1, 3, 25):
         sigmas = sample.ays_sigmas(steps)
-        assert len(sigmas) == steps + 1 and sigmas[0] == 700 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+        assert len(sigmas) == steps + 1 and sigmas[0] == 700 and sigmas[-1] == 0
+        assert (sigmas.diff() < 0).all()
+
+
+def test_four_steps_of_latent_consistency():
+    """x = D + next sigma * fresh noise, at the levels that AnimateLCM-SVD was distilled on."""
+    sigmas = sample.lcm_sigmas(4)
+    assert torch.equal(sigmas, torch.cat([exsvd.karras_sigmas(40)[[0, 10, 20, 30]], torch.zeros(1)]))
+    seen, g = [], torch.Generator().manual_seed(1)
+    out = sampled("lcm", lambda x, sigma: seen.append(x) or torch.full_like(x, len(seen)),
+                  torch.zeros(2, 3), sigmas)
+    for i in range(1, 4):
+        assert torch.allclose(seen[i], i + sigmas[i] * torch.randn(2, 3, generator=g))
+    assert len(seen) == 4 and torch.equal(out, torch.full((2, 3), 4.0))
 
 
 def test_eta_replaces_noise_by_fresh_noise():
@@ -1772,55 +1792,51 @@ def test_eta_replaces_noise_by_fresh_noise():
     runs = ((0.5, 5), (1.0, 5), (1.0, 5), (1.0, 6))
     a, b, c, other = (sampled("ddim", D, x * 700, sigmas, eta, seed) for eta, seed in runs)
     assert torch.equal(b, c) and not torch.allclose(a, b) and not torch.allclose(b, other)
+    assert torch.allclose(sampled("ddim", D, x * 700, sigmas), sampled("euler", D, x * 700, sigmas))
 
 
-@pytest.mark.parametrize("block, h, w", [(8, 16, 24), (3, 16, 16)])
-def test_shared_noise_is_standard_normal_in_every_frame(block, h, w):
-    noise = torch.randn(60, 8, 4, h, w)
-    before, shared = noise.clone(), sample.shared_noise(noise, block)
-    assert torch.equal(noise, before) and sample.shared_noise(noise, 0) is noise
-    assert torch.allclose(shared[:, 0], noise[:, 0], atol=1e-5)
-    for y, x in itertools.product(range(0, h, block), range(0, w, block)):
-        means = shared[..., y:y + block, x:x + block].mean((-2, -1))  # of a last block that sticks out: what is inside
-        assert torch.allclose(means, means[:, :1].expand_as(means), atol=1e-5)
-    power = torch.fft.fft2(shared).abs().square() / (h * w)                               # white: 1 at every frequency
-    for frame in (0, 3, 7):
-        x = shared[:, frame]
-        assert abs(x.mean()) < 4 / x.numel() ** 0.5 and abs(x.var() - 1) < 4 * (2 / x.numel()) ** 0.5
-        assert (power[:, frame].mean((0, 1)) - 1).abs().max() < 5.5 / 240**0.5            # deviation of a mean of 240
-    between = (shared[:, 0] * shared[:, 7]).mean()                                        # the covariance of frames
-    assert abs(between - (-(-h // block) * -(-w // block)) / (h * w)) < 4 / (240 * h * w) ** 0.5
+def test_levels_of_the_authors_second_pass():
+    """All steps are spread over what the strength leaves of the ramp. Numbers: computed with DiffSynth
+    1.1.9, ContinuousODEScheduler().set_timesteps(steps, strength).sigmas, the first, second and last."""
+    for steps, strength, *theirs in (
+            (25, 0.5, 15.589973449707031, 12.58881664276123, 0.0020000035874545574),
+            (10, 0.8, 193.64572143554688, 100.40792083740234, 0.0020000035874545574),
+            (50, 0.3, 1.4347213506698608, 1.3144350051879883, 0.0020000035874545574),
+            (4, 1.0, 700.0001220703125, 70.54086303710938, 0.0020000035874545574)):
+        sigmas = sample.noise_levels(sample.Settings(steps=steps, strength=strength, schedule="karras"), True)
+        assert len(sigmas) == steps + 1 and sigmas[-1] == 0
+        assert [sigmas[i].item() for i in (0, 1, -2)] == pytest.approx(theirs, rel=1e-5)
+    ays = sample.noise_levels(sample.Settings(steps=10, strength=0.5, schedule="ays"), True)
+    assert torch.equal(ays, sample.ays_sigmas(10)[-6:])
 
 
 def test_guidance_goes_linearly_over_the_frames(monkeypatch):
     calls, x = [], torch.zeros(1, 5, 4, 2, 2)
-    told = torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 8), torch.tensor([[6.0, 127, 0.02]])
+    given = torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 8), torch.tensor([[6.0, 127, 0.02]])
 
     def fake(unet, x, sigma, image_latents, ctx, ids):
         calls.append((bool(image_latents.any()), bool(ctx.any())))
-        assert torch.equal(ids, told[2])  # without the image too
+        assert torch.equal(ids, given[2])  # without the image too
         return torch.full_like(x, 1.0 if ctx.any() else 0.5)
 
     monkeypatch.setattr(exsvd, "denoise", fake)
     for cfg, interval, passes in (
             ((1.0, 3.0), None, 2), ((1.0, 1.0), None, 1), ((1.5, 1.0), None, 2), ((0.0, 1.0), None, 2),
-            ((0.0, 0.0), None, 2), ((1.0, 3.0), (0.5, 1.0), 2), ((1.0, 3.0), (1.0, 2.0), 1),
-            ((1.0, 3.0), (0.2, 0.5), 1), ((1.0, 3.0), (0.5, 2.0), 2)):
+            ((1.0, 3.0), (0.5, 1.0), 2), ((1.0, 3.0), (1.0, 2.0), 1), ((1.0, 3.0), (0.5, 2.0), 2)):
         calls.clear()
-        D = sample.guided(None, *told, cfg, 5, interval)(x, torch.tensor(1.0))[0, :, 0, 0, 0]
-        assert torch.allclose(D, 0.5 + 0.5 * torch.linspace(*cfg, 5) if passes == 2 else torch.ones(5)), (cfg, interval)
-        assert calls == [(True, True), (False, False)][:passes], "guidance of 1 must not cost a second pass"
+        D = sample.guided(None, *given, cfg, 5, interval)(x, torch.tensor(1.0))[0, :, 0, 0, 0]
+        expected = 0.5 + 0.5 * torch.linspace(*cfg, 5) if passes == 2 else torch.ones(5)
+        assert torch.allclose(D, expected), (cfg, interval)
+        assert calls == [(True, True), (False, False)][:passes], "guidance of 1 must not cost a pass"
 
 
 def test_time_reversal_fusion_ends_with_each_image():
     a, b, x = torch.randn(3, 1, 5, 4, 2, 2)
     backward = Mock(return_value=b)
-    D = sample.fused(lambda x, sigma: a, backward, 5)(x, 1.0)
+    D = sample.time_reversal_fusion(lambda x, sigma: a, backward, 5)(x, 1.0)
     assert torch.equal(backward.call_args.args[0], x.flip(1))
     assert torch.equal(D[:, 0], a[:, 0]) and torch.equal(D[:, -1], b[:, 0])
     assert torch.allclose(D[:, 1], 0.75 * a[:, 1] + 0.25 * b[:, 3])
-    same = sample.fused(lambda x, sigma: 2 * x, lambda x, sigma: 2 * x, 5)(x, 1.0)
-    assert torch.allclose(same, 2 * x)
 
 
 def test_rounds_of_a_long_video():
@@ -1832,18 +1848,37 @@ def test_rounds_of_a_long_video():
 def test_adjust_matches_frames_and_raises_contrast():
     gain, bias = (torch.linspace(*ends, 6).view(1, -1, 1, 1, 1) for ends in ((0.5, 2), (-1, 1)))
     z = torch.randn(1, 6, 4, 8, 8) * gain + bias
-    s = {"match_stats": True, "contrast": 1.2, "keyframes": []}
+    s = sample.Settings(match_stats=True, contrast=1.2)
     out = sample.adjust(z, s)
     assert torch.allclose(out.mean((2, 3, 4)), z.mean().expand(1, 6) * 1.2, atol=1e-5)
     assert torch.allclose(out.std((2, 3, 4)), z.std().expand(1, 6) * 1.2, rtol=1e-4)
-    given = sample.adjust(z, s | {"keyframes": [2, 9]})
+    given = sample.adjust(z, s, [2, 9])
     assert torch.equal(given[:, 2], z[:, 2] * 1.2) and torch.equal(given[:, 3:], out[:, 3:])
-    assert torch.equal(sample.adjust(z, s | {"match_stats": False, "contrast": 1.0}), z)
+    assert torch.equal(sample.adjust(z, sample.Settings()), z)
+
+
+def test_the_defaults_of_a_model_come_in_order():
+    """The class, published weights, the model's file, the extension's file, flags."""
+    unet = make_unet()
+    svd = exsvd.SVD(unet, None, None, {}, None)
+    s = sample.settings_for(svd)
+    assert (s.steps, s.size, s.cfg, s.fps, s.native, s.dtype) == (25, (1024, 576), (1, 3), 7, 25, "float32")
+    unet.max_frames = 128
+    s = sample.settings_for(replace(svd, extension={}))
+    assert (s.steps, s.size, s.match_stats, s.contrast, s.encode_scale) == (50, (512, 512), True, 1.2, 0.13025)
+    model = {"defaults": {"sample": {"steps": 8, "size": [256, 128], "cfg": [1, 1], "sampler": "lcm"}}}
+    own = {"defaults": {"sample": {"size": [64, 64]}}}
+    s = sample.settings_for(replace(svd, meta=model, extension=own), {"steps": 3})
+    assert (s.steps, s.size, s.cfg, s.schedule, s.match_stats) == (3, (64, 64), (1, 1), "lcm", False)
+    for bad in ({"steps": 0}, {"size": [100, 64]}, {"cfg": [1]}, {"sampler": "rm -rf"}, {"out": "/etc/passwd"},
+                {"share_mean": 1}, {"fps": "fast"}, {"fps": None}, {"dtype": ["float32"]}):
+        with pytest.raises(exsvd.WeightsError, match=f"m.safetensors: its default.* {next(iter(bad))}"):
+            sample.settings_for(replace(svd, meta={"defaults": {"sample": bad}}), model="m.safetensors")
 
 
 class Frames:
-    """Stands in for the VAE where only the cutting matters: a frame's pixels are its latents, whatever is decoded with
-    it, but for the outermost frames of what is decoded at once, which are off by `edges`."""
+    """Stands in for the VAE where only the cutting matters: a frame's pixels are its latents, but for
+    the outermost frames of what is decoded at once, which are off by `edges`."""
 
     def __init__(self, fail_at=(), edges=0):
         self.calls, self.fail_at, self.edges = [], fail_at, edges
@@ -1862,14 +1897,15 @@ def counting(T):
     return torch.arange(T).float().view(1, T, 1, 1, 1).expand(-1, -1, 4, 2, 2)
 
 
-@pytest.mark.parametrize("T, chunk", [(1, 8), (7, 8), (8, 8), (9, 8), (40, 8), (41, 16), (25, 1), (25, 3), (128, 14)])
+@pytest.mark.parametrize("T, chunk", [
+    (1, 8), (7, 8), (8, 8), (9, 8), (40, 8), (41, 16), (25, 1), (25, 3), (128, 14)])
 def test_chunks_cover_every_frame_once_in_order(T, chunk):
     z, vae = counting(T), Frames()
     before = z.clone()
     pieces = list(sample.decode(vae, z, chunk))
     assert torch.allclose(torch.cat(pieces), z[0, :, :3], atol=1e-4) and torch.equal(z, before)
     assert max(map(len, pieces)) <= chunk  # memory does not grow with the video
-    if chunk >= 6:  # the outermost frames of a chunk saw padding where there are frames: nothing of them is left
+    if chunk >= 6:  # a chunk's outermost frames saw padding where there are frames: none of it is left
         frames = torch.cat(list(sample.decode(Frames(edges=100), z, chunk)))
         assert torch.allclose(frames[1:-1], z[0, 1:-1, :3], atol=1e-4)
     # all at once where that is possible; never a short last chunk, whose norms would see fewer frames
@@ -1880,35 +1916,77 @@ def test_chunks_cover_every_frame_once_in_order(T, chunk):
 def test_out_of_memory_halves_the_chunk_and_goes_on(fail_at, capsys):
     z, vae = counting(60), Frames(fail_at)
     assert torch.allclose(torch.cat(list(sample.decode(vae, z, 16))), z[0, :, :3], atol=1e-4)
-    assert vae.calls[-1] == 16 // 2 ** len(fail_at) and capsys.readouterr().err.count("out of memory") == len(fail_at)
+    assert vae.calls[-1] == 16 // 2 ** len(fail_at)
+    assert capsys.readouterr().err.count("out of memory") == len(fail_at)
     with pytest.raises(torch.OutOfMemoryError):
         list(sample.decode(Frames([1]), z, 1))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunk", [8, 16])
-def test_seams_do_not_show(chunk):
-    """The mean change from frame to frame beside that of the whole decode: at the seams as elsewhere, to 2 % in the
-    mean of three flights and to 0.05 of 255 in each."""
+def test_seams_do_not_show():
+    """The mean change from frame to frame beside that of the whole decode: at the seams as elsewhere."""
     vae = exsvd.load(os.path.join(HERE, "assets", "toy.safetensors"), parts=("vae",)).vae
     overlap, ratios = 4, []
-    for number in range(3):
-        z = vae.encode(world.flight(world.picture(9, number), world.scales(60, world.FPS, 48), 64))[None]
-        whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, chunk))
-        video, seam = torch.cat(pieces), torch.zeros(47, dtype=torch.bool)
+    for number in range(2):
+        flight = world.flight(world.picture(9, number), world.scales(60, world.FPS, 40), 64)
+        z = vae.encode(flight)[None]
+        whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, 16))
+        video, seam = torch.cat(pieces), torch.zeros(39, dtype=torch.bool)
         for begin in np.cumsum([len(p) for p in pieces])[:-1]:
             seam[begin - 1:begin + overlap] = True  # every change that involves a blended frame
         change, true = ((x[1:] - x[:-1]).abs().mean((1, 2, 3)) * 127.5 for x in (video, whole))
         ratios.append((change / true)[seam].mean() / (change / true)[~seam].mean())
         excess = (change - true)[seam].mean()
         psnr = 10 * torch.log10(4 / (video - whole).square().mean())
-        print(f"chunk {chunk}: change at the seams x {ratios[-1]:.3f} of elsewhere, {excess:+.3f} of 255; "
+        print(f"change at the seams x {ratios[-1]:.3f} of elsewhere, {excess:+.3f} of 255; "
               f"PSNR against the whole decode {psnr:.1f} dB")                     # see it with -s
         assert psnr > 50 and abs(excess) < 0.05
-    assert abs(torch.stack(ratios).mean() - 1) <= 0.02, ratios
+    assert abs(torch.stack(ratios).mean() - 1) <= 0.03, ratios
+
+
+@torch.no_grad()
+def test_a_video_is_that_of_diffusers_pipeline():
+    """7 frames of 128x64 by diffusers' whole pipeline, with the same weights, noise and settings."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    config = exsvd.CLIPConfig(**vars(CLIP) | {"image": 224, "patch": 56})  # the pipeline's size
+    unet, vae, clip = make_unet(), randomize(exsvd.VAE(VAE)), randomize(exsvd.ImageEncoder(config))
+    their_vae = diffusers.AutoencoderKLTemporalDecoder(block_out_channels=VAE.channels, layers_per_block=2,
+                                                       down_block_types=("DownEncoderBlock2D",) * 4).eval()
+    their_vae.load_state_dict(named(vae, "diffusers"))
+    their_clip = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
+        hidden_size=config.width, intermediate_size=4 * config.width, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, image_size=224, patch_size=56, projection_dim=config.out_dim,
+        hidden_act="gelu")).eval()
+    their_clip.load_state_dict(named(clip, "diffusers"))
+    scheduler = diffusers.EulerDiscreteScheduler(  # as published beside SVD-XT's weights
+        sigma_min=0.002, sigma_max=700, use_karras_sigmas=True, prediction_type="v_prediction",
+        timestep_type="continuous", timestep_spacing="leading", steps_offset=1)
+    pipeline = diffusers.StableVideoDiffusionPipeline(
+        their_vae, their_clip, diffusers_unet(unet, 64 / 128), scheduler, transformers.CLIPImageProcessor())
+    pipeline.set_progress_bar_config(disable=True)
+
+    s = sample.Settings(frames=7, steps=10, fps=6.0, motion=40.0, aug=0.1, cfg=(1.2, 4.0), seed=3, native=25,
+                        schedule="karras")
+    picture = torch.randint(256, (64, 128, 3), dtype=torch.uint8)
+    svd = exsvd.SVD(unet, vae, clip, {}, None)
+    latents = sample.make_latents(svd, data.fit_image(picture, 128, 64), s, torch.device("cpu"))
+    [frames] = sample.decode(vae, latents / exsvd.VAE_SCALE, 7)
+    g = torch.Generator().manual_seed(3)
+    noise = torch.randn(1, 7, 4, 8, 16, generator=g)
+    options = dict(image=Image.fromarray(picture.numpy()), height=64, width=128, num_frames=7, num_inference_steps=10,
+                   min_guidance_scale=1.2, max_guidance_scale=4.0, fps=6, motion_bucket_id=40,
+                   noise_aug_strength=0.1, latents=noise, return_dict=False)
+    close(latents, pipeline(generator=g.clone_state(), output_type="latent", **options), PARITY, "latents")
+    theirs = pipeline(generator=g.clone_state(), output_type="pt", **options)
+    close(((frames + 1) / 2).clamp(0, 1), theirs[0], PARITY, "frames")
 
 
 # --- the command, on a small model with random weights
+
+SAMPLING = {"size": [64, 64], "steps": 1, "sampler": "ddim", "eta": 1.0, "cfg": [1.0, 1.0], "fps": 8.0, "motion": 40.0,
+            "dtype": "float32"}
+TRAINING = {"frames": 10, "size": [64, 64], "lr": 1e-3, "warmup": 2, "checkpoint": "none", "drop": 0.0,
+            "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -1917,13 +1995,14 @@ def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
     exsvd.save_model(path, exsvd.UNet(exsvd.UNetConfig((16, 32, 32, 32), (1, 1, 1, 1), 16, 8, 8)),
                      exsvd.VAE(exsvd.VAEConfig((8, 16, 16, 16), 8)),
-                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 16)), family="toy")
+                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 16)),
+                     defaults={"sample": SAMPLING, "train": TRAINING})
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def small_vae(small):
-    return exsvd.load(small, parts=("vae",)).vae.requires_grad_(False)
+    return exsvd.load(small, parts=("vae",)).vae
 
 
 @pytest.fixture(scope="module")
@@ -1939,19 +2018,17 @@ def extensions(small, tmp_path_factory):
 def pictures(tmp_path):
     paths = [str(tmp_path / name) for name in ("first.png", "second.png")]
     for number, path in enumerate(paths):
-        data.write_png(path, world.clip(0, number, 1, 96)[0][0])
+        data.write_png(path, sample.to_pixels(world.picture(0, number)[None, :, :96, :96])[0])
     return paths
 
 
 @pytest.fixture
 def make(small, pictures, tmp_path):
-    """make(flags) -> the path of what sample.py made: from the first picture with the small model, in one step of
-    64x64 pixels, where the flags don't say otherwise."""
+    """make(flags) -> the path of what sample.py made: from the first picture with the small model, where
+    the flags don't say otherwise."""
 
     def make(*flags, images=pictures[:1], name="a.mp4"):
         defaults = {"--model": small, "--out": tmp_path / name}
-        if "--decode-only" not in flags:
-            defaults |= {"--steps": 1, "--size": "64x64"}
         rest = [word for flag, value in defaults.items() if flag not in flags for word in (flag, value)]
         sample.main([*map(str, [*images, *flags, *rest])])
         return tmp_path / name
@@ -1967,12 +2044,12 @@ def spied(monkeypatch, module, name):
 
 
 def oracle(monkeypatch, *clips):
-    """From now on the model sees the first of these latents, then the second, ... in whatever it is shown. -> lists of
-    what it will be shown, (x, sigma), and of the image latents that it will be told"""
-    shown, told, clips = [], [], iter(clips)
+    """From now on the model sees the first of these latents, then the second, ... in whatever it is
+    shown. -> lists of what it will be shown, (x, sigma), and of the image latents it is conditioned on"""
+    shown, conditions, clips = [], [], iter(clips)
 
     def guided(unet, image_latents, *_):
-        told.append(image_latents)
+        conditions.append(image_latents)
         z = next(clips)
 
         def denoise(*x_and_sigma):
@@ -1981,11 +2058,15 @@ def oracle(monkeypatch, *clips):
         return denoise
 
     monkeypatch.setattr(sample, "guided", guided)
-    return shown, told
+    return shown, conditions
 
 
 def latents_of(out):
     return load_file(sample.latents_path(str(out)))["latents"]
+
+
+def fitted(path):
+    return data.fit_image(data.read_image(path), 64, 64)
 
 
 def floats(frames):
@@ -1995,7 +2076,7 @@ def floats(frames):
 
 def test_video_from_an_image(make, monkeypatch, capsys):
     """Guided in an interval of noise levels."""
-    denoise, threads = spied(monkeypatch, exsvd, "denoise"), spied(monkeypatch, torch, "set_num_threads")
+    denoise = spied(monkeypatch, exsvd, "denoise")
     out = make("--steps", 6, "--cfg", 2, 2, "--cfg-interval", 0.1, 10)
     sigmas, asked = exsvd.karras_sigmas(6)[:-1].tolist(), [call.args[2].item() for call in denoise.call_args_list]
     assert sorted(asked) == sorted(sigmas + [s for s in sigmas if 0.1 < s <= 10]) and 6 < len(asked) < 12
@@ -2003,34 +2084,47 @@ def test_video_from_an_image(make, monkeypatch, capsys):
     assert video.shape == (8, 64, 64, 3) and fps == 8
     settings = data.read_settings(out)
     assert [settings[key] for key in ("frames", "steps", "seed", "cfg_interval")] == [8, 6, 0, [0.1, 10]]
-    assert not any("/" in str(value) for value in settings.values()), "a path, which says where somebody works"
+    assert not any("/" in str(value) for value in settings.values()), "a path, which says where one works"
     text = capsys.readouterr().out
-    assert "s to sample" in text and "s to decode" in text and "at the peak" in text
-    threads.assert_called_once_with(1)  # two that wait for each other are slower than one, on networks this small
+    assert "float32 on cpu" in text and "s to sample" in text and "at the peak" in text
     for name in ("a.webm", "a.gif"):
         out = make("--frames", 3, name=name)
         assert data.read_video(out)[0].shape == (3, 64, 64, 3)
         assert name == "a.gif" or data.read_settings(out)["frames"] == 3
 
 
-@pytest.mark.parametrize("schedule, sampler, eta", [
-    ("karras", "euler", 0), ("karras", "heun", 0), ("karras", "ddim", 1), ("karras", "dpm++", 0), ("ays", "dpm++", 0),
-    ("ays", "ddim", 0)])
-def test_what_the_model_says_comes_out(make, small_vae, extensions, monkeypatch, schedule, sampler, eta):
+@pytest.mark.parametrize("schedule, sampler", [
+    ("karras", "euler"), ("karras", "heun"), ("karras", "ddim"), ("ays", "dpm++"), ("lcm", "lcm")])
+def test_what_the_model_says_comes_out(make, small_vae, extensions, monkeypatch, schedule, sampler):
     """It is asked once a step (by heun twice, but in the last), at the schedule's noise levels."""
     z = torch.randn(1, 20, 4, 8, 8)
     shown, _ = oracle(monkeypatch, z)
-    out = make("--extension", extensions[0], "--schedule", schedule, "--sampler", sampler, "--eta", eta, "--steps", 4,
-               "--decode-chunk", 20, name="frames")
-    levels = {"ays": sample.ays_sigmas(4), "karras": exsvd.karras_sigmas(4)}[schedule][:-1]
+    flags = ("--schedule", schedule) if sampler != "lcm" else ()  # lcm brings its own
+    out = make("--extension", extensions[0], *flags, "--sampler", sampler, "--steps", 4, "--decode-chunk", 20,
+               name="frames/")
+    levels = sample.SCHEDULES[schedule](4)[:-1]
     if sampler == "heun":
         levels = levels.repeat_interleave(2)[1:]
     assert torch.equal(torch.stack([sigma for _, sigma in shown]), levels)
     assert torch.allclose(latents_of(out), z, atol=1e-4)
     expected = sample.to_pixels(small_vae.decode(z / exsvd.VAE_SCALE)[0])
-    assert (data.read_video(out)[0].int() - expected.int()).abs().max() <= 1
-    settings = data.read_settings(out)
-    assert [settings[key] for key in ("schedule", "sampler", "eta", "steps")] == [schedule, sampler, eta, 4]
+    assert (frames_of(out).int() - expected.int()).abs().max() <= 1
+
+
+def frames_of(folder):
+    """What sample.py wrote as a folder of PNGs: uint8 (T,H,W,3)"""
+    return torch.stack([data.read_image(path) for path in sorted(folder.glob("frame_*.png"))])
+
+
+def test_noise_of_one_mean_stays_standard_normal(make, monkeypatch):
+    """With --share-mean frames differ, but not in the mean of their noise."""
+    shown, _ = oracle(monkeypatch, torch.zeros(1, 8, 4, 8, 8))
+    make("--share-mean")
+    x, sigma = shown[0]
+    noise = x / (sigma**2 + 1).sqrt()
+    means = noise.mean((3, 4))
+    assert torch.allclose(means, means[:, :1].expand_as(means), atol=1e-5)
+    assert abs(noise.std() - 1) < 0.05 and not torch.allclose(noise[:, 0], noise[:, 1])
 
 
 def test_offload_has_one_stage_on_the_device_and_changes_nothing(make, monkeypatch):
@@ -2043,7 +2137,8 @@ def test_offload_has_one_stage_on_the_device_and_changes_nothing(make, monkeypat
     monkeypatch.setattr(torch.nn.Module, "to", spy)
     assert make(name="plain.mp4").read_bytes() == make("--offload", name="offload.mp4").read_bytes()
     out_and_back = [(n, "cpu") for stage in (["ImageEncoder", "VAE"], ["UNet"], ["VAE"]) for n in stage * 2]
-    assert moves == out_and_back + [move for move in out_and_back if move[0] != "UNet"], "offloaded, it is a Stream's"
+    offloaded = [move for move in out_and_back if move[0] != "UNet"]  # the UNet's Stream moves it
+    assert moves == out_and_back + offloaded
 
     moves.clear()
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append(str(where)))
@@ -2063,39 +2158,30 @@ def test_offload_really_moves(make, small):
 
 @pytest.mark.parametrize("flags, expected", [
     ("", {"sampler": "ddim", "eta": 1.0, "match_stats": False, "contrast": 1.0}),
-    ("--eta 0.5", {"sampler": "ddim", "eta": 0.5}),
-    ("--sampler ddim", {"sampler": "ddim", "eta": 0.0}),
-    ("--sampler heun", {"sampler": "heun", "eta": 0.0}),
-    ("--sampler euler --eta 0.5", {"sampler": "euler", "eta": 0.5}),
+    ("--sampler heun", {"sampler": "heun", "schedule": "karras"}),
     ("--extension {own}", {"match_stats": False, "contrast": 1.0}),
-    ("--extension {release}", {"match_stats": True, "contrast": 1.2}),
+    ("--extension {release}", {"match_stats": True, "contrast": 1.2, "encode_scale": 0.13025}),
     ("--extension {release} --no-match-stats --contrast 1.1", {"match_stats": False, "contrast": 1.1})])
 def test_defaults_and_flags(make, extensions, flags, expected):
-    """The toy's sampler is ddim with eta 1; a sampler that is named adds no noise, unless --eta says so. Only the
-    published extension is corrected."""
+    """A model's file carries defaults. Only the published extension is corrected."""
     own, release = extensions
     settings = data.read_settings(make("--frames", 4, *flags.format(own=own, release=release).split()))
     assert settings == settings | expected
 
 
-def test_warnings_off_the_trained_range(make, pictures, capsys):
-    make("--frames", 1, "--fps", 100, "--motion", 90, images=pictures, name="{name}.mp4")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert [line.split()[1].strip(",") for line in warnings] == ["64x64", "fps", "motion"], "one line each, once"
-    for flags, warning in (
-            ("--frames 1 --size 128x128 --fps 8 --motion 20", None),
-            ("--frames 1 --size 256x64", "256x64, but toy was trained on 128x128"),  # of the area, but too wide
-            ("--frames 9 --size 128x128", "warning: 9 frames, but"),
-            ("--frames 9 --size 128x128 --native 9", None), ("--frames 9 --size 128x128 --overlap 1", None)):
+def test_a_warning_beyond_the_native_length(make, capsys):
+    for flags, warns in (("--frames 9", True), ("--frames 9 --native 9", False), ("--frames 9 --overlap 1", False)):
         make(*flags.split())
-        said = capsys.readouterr().err
-        assert warning in said if warning else "warning" not in said, flags
+        assert ("warning: 9 frames, but" in capsys.readouterr().err) == warns, flags
 
 
-def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
+def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch, capsys):
     whole = make(name="whole.mp4")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="shape"):
         patch.setattr(exsvd.VAE, "decode", lambda *_: torch.zeros(1).view(2))
+        make(name="lost.mp4")
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="--decode-only .*--dtype float32"):
+        patch.setattr(exsvd.VAE, "decode", lambda _, z: torch.full((1, z.shape[1], 3, 64, 64), math.inf))
         make(name="lost.mp4")
     assert not (tmp_path / "lost.mp4").exists()
     again = make("--decode-only", tmp_path / "lost.latents.safetensors", images=(), name="lost.mp4")
@@ -2103,15 +2189,13 @@ def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
 
 
 ZEROS, NO_LATENTS = torch.zeros(1, 2, 4, 8, 8), "no latents saved by sample.py"
-SAVED = {"family": "toy", "frames": 2, "width": 64, "height": 64, "fps": 8, "dtype": "float32", "decode_chunk": 2,
-         "match_stats": False, "contrast": 1}
+SAVED = asdict(sample.Settings(frames=2, size=(64, 64), dtype="float32"))
 
 
 @pytest.mark.parametrize("flag", ["--decode-only", "--video"])
 @pytest.mark.parametrize("latents, settings, words", [
-    (ZEROS, {}, NO_LATENTS), (ZEROS, [1], NO_LATENTS), (ZEROS, {"frames": 2, "width": 64, "height": 64}, NO_LATENTS),
-    (ZEROS[0], SAVED, NO_LATENTS), (ZEROS * math.nan, SAVED, "not finite"),
-    (ZEROS, SAVED | {"family": "SVD"}, "give its --model")])
+    (ZEROS, None, NO_LATENTS), (ZEROS, [1], NO_LATENTS), (ZEROS, {"frames": 2}, NO_LATENTS),
+    (ZEROS[0], SAVED, NO_LATENTS), (ZEROS * math.nan, SAVED, "not finite")])
 def test_latents_that_cannot_be_used(make, tmp_path, flag, latents, settings, words):
     exsvd.save(tmp_path / "saved.safetensors", {"latents": latents}, {"settings": settings})
     with pytest.raises(exsvd.WeightsError, match=words):
@@ -2122,20 +2206,20 @@ def test_names_of_outputs():
     outs = ["a/b.1.mp4", "a/b.2.mp4", "b.1/", "b.2/", "b"]
     assert len({sample.latents_path(out) for out in outs}) == len(outs)
     assert sample.latents_path("a/b.mp4") == "a/b.latents.safetensors"
-    jobs = sample.parse(["a.png", "--seeds", "2", "--out", "frames.d/"]).jobs
+    jobs = sample.parse(["a.png", "--seeds", "2", "--out", "frames.d/"])[0].jobs
     assert [out for _, _, out in jobs] == ["frames.d-0/", "frames.d-1/"], "seeds of a folder are folders"
 
 
 def test_the_toy_that_ships(tmp_path):
     names = "toy.safetensors", "toy-exvideo.safetensors", "img.png"
     toy, tuned, image = (os.path.join(HERE, "assets", name) for name in names)
-    assert os.path.getsize(toy) + os.path.getsize(tuned) < 24e6
-    sample.main([image, "--model", toy, "--extension", tuned, "--out", str(tmp_path / "frames")])
-    frames, fps = data.read_video(tmp_path / "frames")
-    picture = data.fit_image(data.read_image(image), world.PICTURE, world.PICTURE)
-    m = measure.measure(floats(frames), picture, sample.DEFAULTS["toy"]["motion"], fps)
-    assert len(frames) == 40 and 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.08 and m["back"] < 0.03, measure.show(m)
-    assert 0.6 < m["flicker"] < 1.5 and min(m["psnr"]) > 22, measure.show(m)
+    assert os.path.getsize(toy) + os.path.getsize(tuned) < 32e6
+    sample.main([image, "--model", toy, "--extension", tuned, "--out", str(tmp_path / "a.mp4")])
+    frames, fps = data.read_video(tmp_path / "a.mp4")
+    size = frames.shape[1]
+    picture = data.fit_image(data.read_image(image), size, size)
+    m = measure.measure(floats(frames), picture, data.read_settings(tmp_path / "a.mp4")["motion"], fps)
+    assert len(frames) == 40 and 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.08 and m["back"] < 0.03, m
 
 
 def test_default_model(tmp_path, monkeypatch, capsys):
@@ -2146,19 +2230,20 @@ def test_default_model(tmp_path, monkeypatch, capsys):
         return tuple(path and os.path.relpath(path, tmp_path) for path in paths)
 
     assert chosen() == ("assets/toy.safetensors", "assets/toy-exvideo.safetensors")
-    assert "using the toy model" in capsys.readouterr().err
+    assert "using the toy" in capsys.readouterr().err
     assert chosen(model=tmp_path / "m") == ("m", None)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/svd_xt.safetensors").touch()
     assert chosen() == ("weights/svd_xt.safetensors", None)
+    (tmp_path / "weights/model.fp16.safetensors").touch()
+    assert chosen() == ("weights/svd_xt.safetensors", "weights/model.fp16.safetensors")
     (tmp_path / "weights/exvideo.safetensors").touch()
     assert chosen() == ("weights/svd_xt.safetensors", "weights/exvideo.safetensors")
-    assert chosen(extension=tmp_path / "e") == ("weights/svd_xt.safetensors", "e") and not capsys.readouterr().err
+    assert chosen(extension=tmp_path / "e")[1] == "e" and not capsys.readouterr().err
 
 
 def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
-    """Seeds, a bad image, latents that overflow, what is there already, shares of the work, and a model that is loaded
-    once."""
+    """Seeds, a bad image, latents that overflow, what exists already, and a model that is loaded once."""
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
     load, made, make_latents = spied(monkeypatch, exsvd, "load"), [], sample.make_latents
@@ -2170,56 +2255,51 @@ def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "make_latents", overflows_first)
     flags = "--frames", 2, "--size", "128x64", "--seed", 3, "--seeds", 2
     outs = [tmp_path / f"{name}-{seed}.mp4" for name in ("first", "second") for seed in (3, 4)]
-    with pytest.raises(data.MediaError, match="3 of 6 videos were not made: .*first-3.mp4, .*bad-3.mp4, .*bad-4.mp4"):
+    failed = "3 of 6 videos were not made: .*first-3.mp4, .*bad-3.mp4, .*bad-4.mp4"
+    with pytest.raises(data.MediaError, match=failed):
         make(*flags, images=(pictures[0], bad, pictures[1]), name="{name}.mp4")
     errors = capsys.readouterr().err
     assert f"sample.py: {bad}: " in errors and f"sample.py: {outs[0]}: the latents are not" in errors
     assert sorted(tmp_path.glob("*.mp4")) == outs[1:] and load.call_count == 1
     make(*flags, name="{name}.mp4")
     assert sorted(tmp_path.glob("*.mp4")) == outs and len({out.read_bytes() for out in outs}) == 4
+    assert "first-4.mp4: exists and is skipped" in capsys.readouterr().out
     assert data.read_video(outs[0])[0].shape == (2, 64, 128, 3) and data.read_settings(outs[1])["seed"] == 4
-
-    before = outs[3].read_bytes()
-    outs[3].unlink()
-    make(*flags, "--shard", "0/2", images=pictures, name="{name}.mp4")
-    assert not outs[3].exists(), "seed 4 of the second is the other shard's"
-    capsys.readouterr()
-    make(*flags, "--shard", "1/2", images=pictures, name="{name}.mp4")
-    assert outs[3].read_bytes() == before and "first-4.mp4: is there" in capsys.readouterr().out
-    make(*flags, "--shard", "3/4", "--overwrite", images=pictures, name="{name}.mp4")
-    assert outs[3].read_bytes() == before and load.call_count == 4, "once where a video is made, else not at all"
+    count = len(made)
+    make(*flags, "--overwrite", name="{name}.mp4")
+    assert len(made) == count + 2
 
 
 def test_longer_than_the_table_in_rounds(make, extensions, monkeypatch):
     clips, condition = torch.randn(3, 1, 20, 4, 8, 8), spied(monkeypatch, sample, "condition")
     oracle(monkeypatch, *clips)
-    out = make("--extension", extensions[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45, name="frames")
+    out = make("--extension", extensions[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45, name="frames/")
     expected = torch.zeros(1, 45, 4, 8, 8)  # common frames fade from one round to the next
     for clip, start, shared in zip(clips, (0, 16, 25), (0, 4, 11)):
         weight = torch.cat([torch.linspace(1, 0, shared + 1)[:-1], torch.zeros(20 - shared)]).view(1, 20, 1, 1, 1)
         expected[:, start:start + 20] = torch.lerp(clip, expected[:, start:start + 20], weight)
     assert torch.allclose(latents_of(out), expected, atol=1e-4)
-    video, (_, *later) = floats(data.read_video(out)[0]), [call.args[1] for call in condition.call_args_list]
-    # a round is told of its own first frame, as the model was trained
-    assert len(video) == 45 and [(video - img).square().mean((1, 2, 3)).argmin() for img in later] == [16, 25]
+    video, (_, *later) = floats(frames_of(out)), [call.args[1] for call in condition.call_args_list]
+    # a round is conditioned on its own first frame, as the model was trained
+    assert [(video - img).square().mean((1, 2, 3)).argmin() for img in later] == [16, 25]
 
 
 def test_rounds_and_key_frames_of_published_weights(make, small_vae, extensions, pictures, monkeypatch):
-    """Every frame is matched to the others and gets 1.2 times the contrast: a later round is told of the frame that a
-    viewer sees, and a key frame comes out as its picture is, also when it is decoded with another contrast."""
+    """A later round is conditioned on the frame that a viewer sees. A key frame enters at the scale of
+    the authors' encoder, and its statistics stay."""
     clips = torch.randn(2, 1, 20, 4, 8, 8)
-    _, told = oracle(monkeypatch, *clips)
+    _, conditions = oracle(monkeypatch, *clips)
     out = make("--extension", extensions[1], "--frames", 24, "--overlap", 8, "--keyframe", f"14={pictures[0]}")
-    z, settings = latents_of(out), data.read_settings(out)
-    encoded = small_vae.encode(data.fit_image(data.read_image(pictures[0]), 64, 64)[None])
-    assert torch.allclose(sample.adjust(z, settings)[:, 14] / exsvd.VAE_SCALE, encoded, atol=1e-4)
+    z, s = latents_of(out), sample.Settings(match_stats=True, contrast=1.2)
+    encoded = small_vae.encode(fitted(pictures[0])[None])
+    assert torch.allclose(z[:, 14], encoded * 0.13025, atol=1e-5)
+    assert torch.allclose(sample.adjust(z, s, [14])[:, 14], z[:, 14] * 1.2)
     clips[0][:, 14] = z[:, 14]
-    assert torch.allclose(told[1], sample.adjust(clips[0], settings)[:, 4:5] / exsvd.VAE_SCALE, atol=1e-4)
+    assert torch.allclose(conditions[1], sample.adjust(clips[0], s, [14])[:, 4:5] / exsvd.VAE_SCALE, atol=1e-4)
     write_video = spied(monkeypatch, sample, "write_video")
     make("--decode-only", sample.latents_path(str(out)), "--contrast", 1, images=())
-    _, z, settings, _ = write_video.call_args.args
-    assert settings["contrast"] == 1
-    assert torch.allclose(sample.adjust(z, settings)[:, 14] / exsvd.VAE_SCALE, encoded, atol=1e-4)
+    _, _, settings, _, keyframes = write_video.call_args.args
+    assert settings.contrast == 1 and settings.match_stats and keyframes == [14]
 
 
 def test_an_end_and_key_frames(make, small_vae, extensions, pictures, monkeypatch):
@@ -2228,10 +2308,11 @@ def test_an_end_and_key_frames(make, small_vae, extensions, pictures, monkeypatc
     condition = spied(monkeypatch, sample, "condition")
     out = make("--end", pictures[1], "--keyframe", f"3={pictures[1]}")
     expected = torch.lerp(a, b.flip(1), torch.linspace(0, 1, 8).view(1, 8, 1, 1, 1))
-    first, last = (data.fit_image(data.read_image(path), 64, 64) for path in pictures)
+    first, last = map(fitted, pictures)
     expected[:, 3] = small_vae.encode(last[None]) * exsvd.VAE_SCALE
-    assert torch.allclose(latents_of(out), expected, atol=1e-5) and data.read_settings(out)["keyframes"] == [3]
-    assert [torch.equal(call.args[1], img) for call, img in zip(condition.call_args_list, (first, last))] == [True] * 2
+    assert torch.allclose(latents_of(out), expected, atol=1e-5)
+    images = [call.args[1] for call in condition.call_args_list]
+    assert torch.equal(images[0], first) and torch.equal(images[1], last)
 
     condition.reset_mock()  # in rounds, the last of them alone knows the end
     clips = torch.randn(3, 1, 20, 4, 8, 8)
@@ -2240,70 +2321,45 @@ def test_an_end_and_key_frames(make, small_vae, extensions, pictures, monkeypatc
     images = [call.args[1] for call in condition.call_args_list]
     assert len(images) == 3 and torch.equal(images[0], first) and torch.equal(images[2], last)
     z = latents_of(out)
-    assert torch.allclose(z[:, 0], clips[0][:, 0], atol=1e-5) and torch.allclose(z[:, -1], clips[2][:, 0], atol=1e-5)
-
-    oracle(monkeypatch, a)
-    z = latents_of(make("--keyframe", f"3={pictures[1]}", "--contrast", 1.2))
-    assert torch.allclose(1.2 * z[:, 3], expected[:, 3], atol=1e-5), "contrast is for what the model made"
+    assert torch.allclose(z[:, 0], clips[0][:, 0], atol=1e-5)
+    assert torch.allclose(z[:, -1], clips[2][:, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("strength, steps", [(0.5, 2), (1, 4), (0, 1)])
-def test_a_video_is_refined_from_where_the_strength_says(make, small_vae, pictures, monkeypatch, strength, steps):
+@pytest.mark.parametrize("strength", [0.5, 1])
+def test_a_video_is_refined_from_where_the_strength_says(make, small_vae, extensions, pictures, monkeypatch, strength):
+    """The video and its latents start alike, at the scale of the weights: published ones take 0.13025."""
     first = make("--frames", 8, name="first.mp4")
     (video, fps), latents = data.read_video(first), latents_of(first)
-    encoded = data.encode_frames(small_vae, floats(video))[None] * exsvd.VAE_SCALE
-    decoded = sample.to_pixels(small_vae.decode(latents / exsvd.VAE_SCALE)[0])
-    sigma = exsvd.karras_sigmas(4)[-1 - steps]
+    encoded = data.encode_frames(small_vae, floats(video))[None]
+    sigma = sample.noise_levels(sample.Settings(steps=4, strength=strength, schedule="karras"), True)[0]
     noise = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     condition = spied(monkeypatch, sample, "condition")
-    for source, z, frames in ((first, encoded, video), (sample.latents_path(str(first)), latents, decoded)):
-        shown, _ = oracle(monkeypatch, torch.zeros(1, 4, 4, 8, 8))
-        out = make("--video", source, "--strength", strength, "--steps", 4, "--share-noise", 0, "--seed", 5,
-                   "--frames", 4, images=(), name="refined.mp4")
-        img = condition.call_args.args[1]
-        assert (img - data.fit_image(frames[0], 64, 64)).abs().max() < 0.01, "told of another than its first frame"
-        assert len(shown) == steps and shown[0][1] == sigma
-        assert torch.allclose(shown[0][0], z[:, [0, 2, 5, 7]] + sigma * noise, rtol=1e-4, atol=1e-3)
-        refined, its_fps = data.read_video(out)
-        assert refined.shape == (4, 64, 64, 3) and its_fps == fps / 2, "it lasts as long as the video did"
+    for source, z in ((first, encoded), (sample.latents_path(str(first)), latents / exsvd.VAE_SCALE)):
+        for extension, scale in ((None, exsvd.VAE_SCALE), (extensions[1], 0.13025)):
+            shown, _ = oracle(monkeypatch, torch.zeros(1, 4, 4, 8, 8))
+            flags = ("--extension", extension) if extension else ()
+            out = make("--video", source, "--strength", strength, "--steps", 4, "--seed", 5, "--frames", 4, *flags,
+                       images=(), name="refined.mp4")
+            assert len(shown) == 4 and shown[0][1] == sigma, "all steps are made"
+            assert torch.allclose(shown[0][0], z[:, [0, 2, 5, 7]] * scale + sigma * noise, rtol=1e-4, atol=1e-3)
+            refined, its_fps = data.read_video(out)
+            assert refined.shape == (4, 64, 64, 3) and its_fps == fps / 2, "it lasts as long as the video did"
     oracle(monkeypatch, torch.zeros(1, 8, 4, 8, 8))
     make("--video", source, images=pictures[1:], name="refined.mp4")
-    assert torch.equal(condition.call_args.args[1], data.fit_image(data.read_image(pictures[1]), 64, 64))
+    assert torch.equal(condition.call_args.args[1], fitted(pictures[1]))
     with pytest.raises(data.MediaError, match="latents are of 64x64"):
         make("--video", source, "--size", "128x128")
 
 
-def test_refinement_by_published_weights_begins_as_the_video_looks(make, small_vae, extensions, monkeypatch):
-    """From the video and from its latents alike: what they show, less the contrast that is put on in the end. All 24
-    frames are made, in two rounds, at their own rate."""
-    release = "--extension", extensions[1]
-    oracle(monkeypatch, *torch.randn(2, 1, 20, 4, 8, 8))
-    first = make(*release, "--frames", 24, name="first.mp4")
-    (video, fps), seen = data.read_video(first), sample.adjust(latents_of(first), data.read_settings(first))
-    encoded = data.encode_frames(small_vae, floats(video))[None] * exsvd.VAE_SCALE
-    noise = torch.randn(1, 20, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    for source, z in ((sample.latents_path(str(first)), seen), (first, encoded)):
-        shown, _ = oracle(monkeypatch, *torch.zeros(2, 1, 20, 4, 8, 8))
-        out = make("--video", source, *release, "--strength", 0, "--steps", 9, "--share-noise", 0, images=(),
-                   name="refined.mp4")
-        x, sigma = shown[0]
-        assert torch.allclose(x, z[:, :20] / 1.2 + sigma * noise, rtol=1e-4, atol=1e-3)
-        refined, its_fps = data.read_video(out)
-        assert len(shown) == 2 and len(refined) == 24 and its_fps == fps
-        assert data.read_settings(out)["overlap"] == 2, "an eighth of a round"
+def test_a_name_that_is_too_long_fails_before_the_work(make, tmp_path, monkeypatch):
+    load = spied(monkeypatch, exsvd, "load")
+    with pytest.raises(data.MediaError, match="cannot be written"):
+        make(name="x" * 240 + ".mp4")
+    assert not load.called and not list(tmp_path.glob("x*"))
 
 
-def test_a_video_to_refine_keeps_its_size(small, tmp_path):
-    """Whatever the size of IMAGE; latents also where they are wider than what is chosen for pictures."""
-    svd, large = exsvd.load(small), torch.zeros(200, 300, 3, dtype=torch.uint8)
-    a = sample.parse(["large.png", "--video", "a.mp4", "--out", str(tmp_path / "refined.mp4")])
-    for width, height in ((128, 64), (320, 64)):
-        video = sample.Video(torch.zeros(2, 4, height // 8, width // 8), 8, None)
-        s = sample.settings_of(a, "toy", svd, large, 0, video)
-        assert (s["width"], s["height"]) == (width, height)
-
-
-def test_out_of_memory_names_what_helps_in_order(small, pictures, monkeypatch):
+def test_out_of_memory_names_what_helps_in_order(small, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "make_latents", Mock(side_effect=torch.OutOfMemoryError("injected")))
     with pytest.raises(SystemExit) as exit:
         sample.command([pictures[0], "--model", small])
@@ -2311,66 +2367,25 @@ def test_out_of_memory_names_what_helps_in_order(small, pictures, monkeypatch):
     assert flags[:4] == ["--dtype", "--dtype", "--offload", "--frames"] and "--decode-only" in flags
 
 
-def test_text_to_video_by_the_snippet(small, tmp_path, monkeypatch):
-    """The very lines of README.md, with a pipeline of random weights in place of the real one."""
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(  # of bytes, whose tokenizer needs no files
-        vocab_size=384, eos_token_id=1, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2))
-    unet = diffusers.UNet2DConditionModel(
-        8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=32)
-    pipeline = diffusers.StableDiffusionPipeline(
-        diffusers.AutoencoderKL(block_out_channels=(32,)), text, transformers.ByT5Tokenizer(model_max_length=77), unet,
-        diffusers.DDIMScheduler(), None, None, requires_safety_checker=False)
-    on_cuda = Mock()  # there is no cuda, and two steps will do
-    on_cuda.to = lambda device: functools.partial(pipeline, num_inference_steps=2)
-    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", lambda name, torch_dtype: on_cuda)
-    monkeypatch.setattr(sample, "default_model", lambda a: (small, None))
-    monkeypatch.setitem(sample.DEFAULTS, "toy", sample.DEFAULTS["toy"] | {"steps": 1, "size": (64, 64)})
-    monkeypatch.chdir(tmp_path)
-    with open(os.path.join(HERE, "README.md")) as file:
-        blocks = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
-    snippet, loop = (next(block for block in blocks if words in block) for words in ("from diffusers", "VBench"))
-    exec(snippet, {})
-    assert data.read_video("out/lighthouse.mp4")[0].shape == (8, 64, 64, 3)
-    assert data.read_image("lighthouse.png").shape == (8, 8, 3)
-
-    before = snippet[:snippet.index("text_to_image(")]  # section 4.1 of the paper: the loop over VBench's prompts
-    prompts = ["a beach, watercolor painting", "a table."]
-    (tmp_path / "VBench_full_info.json").write_text(json.dumps([{"prompt_en": p} for p in [*prompts, prompts[0]]]))
-    exec(before + loop, {})
-    images = sorted(tmp_path.glob("a *.png"))
-    assert [image.name for image in images] == [f"{p}-{seed}.png" for p in prompts for seed in range(5)]
-    assert len({image.read_bytes() for image in images}) == 10
-    sample.main([*map(str, images[:2]), "--frames", "1", "--out", "videos/{name}.mp4"])
-    assert sorted(os.listdir("videos"))[1::2] == [f"{prompts[0]}-{seed}.mp4" for seed in (0, 1)]
-
-
-OVERWRITTEN = "would be overwritten: choose another --out"
+OVERWRITTEN = "would overwrite what is read"
 
 
 @pytest.mark.parametrize("args, words", [
     *((f"{{picture}} {flags}", words) for flags, words in (
         ("--size 100x64", "multiples of 64"), ("--size big", "WIDTHxHEIGHT"), ("--size 64x64x64", "WIDTHxHEIGHT"),
-        ("--sampler heun --eta 0.5", "--sampler ddim"), ("--eta 2", "at most 1"), ("--strength 0", "only with"),
-        ("--strength 2", "at most 1"), ("--frames 0", "at least 1"), ("--frames 1.5", "a whole number"),
-        ("--fps nan", "at least 1"), ("--cfg nan 1", "at least 0"), ("--cfg-interval 2 1", "LOW must be below"),
+        ("--eta 2", "at most 1"), ("--strength 0", "at least 0.01"), ("--frames 0", "at least 1"),
+        ("--frames 1.5", "a whole number"), ("--fps nan", "at least 1"), ("--cfg nan 1", "at least 0"),
         ("--frames 9 --overlap 8", "less than a round"), ("--keyframe 8={picture}", "the frames 0 to 7"),
-        ("--keyframe c.png", "NUMBER=IMAGE"), ("--keyframe 1=a.png --keyframe 1=b.png", "two images"),
-        ("--end missing.png", "missing.png"), ("--video missing.mp4", "missing.mp4"),
-        ("{picture} --video missing.mp4", "one video"), ("{picture}", "same file"), ("--shard 2/2", "I/N"),
-        ("--device nonsense", "--device nonsense"), ("--device meta", "--device meta"), ("--out a.xyz", ".mp4"),
-        ("--out {picture}/a.mp4", "cannot be written to"), ("--extension {model}", "not an extension"),
+        ("--keyframe c.png", "NUMBER=IMAGE"), ("--end missing.png", "missing.png"),
+        ("--video missing.mp4", "missing.mp4"), ("{picture} --video missing.mp4", "one video"),
+        ("{picture}", "same file"), ("--device nonsense", "--device nonsense"), ("--out a.xyz", ".mp4"),
+        ("--out {picture}/a.mp4", "cannot be written"), ("--extension {model}", "not an extension"),
         ("--model missing.safetensors", "no such weight file"), ("--model {picture}", "not a complete safetensors"),
-        ("--end a.mp4 --out a.mp4", OVERWRITTEN), ("--keyframe 1=a.mp4 --out a.mp4", OVERWRITTEN),
-        (f"--seed {10**30}", "below"))),
-    ("a.mp4 --out a.mp4", OVERWRITTEN), ("f/frame_0000.png --out f/", OVERWRITTEN),
-    ("--video a.mp4 --out a.mp4", OVERWRITTEN), ("--video a.mp4 --out a.gif", OVERWRITTEN),
-    ("--video a.latents.safetensors --out a.webm", OVERWRITTEN),
+        ("--unet missing.safetensors", "missing.safetensors"), ("--sampler eular", "invalid choice"),
+        ("--end a.mp4 --out a.mp4", OVERWRITTEN), (f"--seed {10**30}", "at most"))),
+    ("a.mp4 --out a.mp4", OVERWRITTEN), ("--video a.latents.safetensors --out a.webm", OVERWRITTEN),
     ("", "at least one image"), ("missing.png", "missing.png"), ("--video {picture}", "holds a single picture"),
-    ("--decode-only {model}", "no latents"), ("--decode-only a.safetensors --motion 0", "leave out --motion"),
-    ("--decode-only a.safetensors --shard 1/2", "leave out --shard")])
+    ("--decode-only {model}", "no latents")])
 def test_bad_input_is_one_line_and_a_failure(args, words, small, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = args.format(picture=pictures[0], model=small).split()
@@ -2386,26 +2401,28 @@ def test_bad_input_is_one_line_and_a_failure(args, words, small, pictures, tmp_p
 def test_the_script_runs_where_deepspeed_is_not_installed(small, pictures, tmp_path):
     code = "import runpy, sys; sys.modules['deepspeed'] = None; runpy.run_path('sample.py', run_name='__main__')"
     for name, returncode in (("a.mp4", 0), ("a.xyz", 1)):
-        flags = ["--model", small, "--frames", "2", "--steps", "1", "--size", "64x64", "--out", str(tmp_path / name)]
+        flags = ["--model", small, "--frames", "2", "--out", str(tmp_path / name)]
         p = subprocess.run([sys.executable, "-c", code, pictures[0], *flags], cwd=HERE, capture_output=True, text=True)
         assert p.returncode == returncode and "Traceback" not in p.stderr, p.stderr
         assert p.stderr.startswith("sample.py: ") == (returncode == 1)
     assert data.read_video(tmp_path / "a.mp4")[0].shape == (2, 64, 64, 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. train.py: real runs on a model small enough for a step to take a moment. One rank runs in this process; what is
-#    killed, or has several ranks, is started as a user starts it.
+# --------------------------------------------------------------------------------------------------
+# 5. train.py: real runs on a model small enough for a step to take a moment. One rank runs in this
+#    process; what is killed, or has several ranks, is started as a user starts it.
 
 
-def launch(*args, ranks=1, wait=True, script="train.py", launcher=(sys.executable,), **options):
-    """-> CompletedProcess, or Popen without wait. All that is started is in one process group, of the returned pid."""
+def launch(*args, ranks=1, wait=True, script="train.py"):
+    """-> CompletedProcess, or Popen without wait. All that is started is in one process group."""
+    launcher = [sys.executable]
     if ranks > 1:
         deepspeed = os.path.join(os.path.dirname(sys.executable), "deepspeed")
-        launcher = deepspeed, "--num_accelerators", ranks, "--master_port", free_port()
+        launcher = [deepspeed, "--num_accelerators", ranks, "--master_port", free_port()]
     command = [*map(str, [*launcher, os.path.join(HERE, script), *args])]
-    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}, **options)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+                         start_new_session=True)
     if not wait:
         return p
     output, _ = p.communicate()
@@ -2424,7 +2441,7 @@ def train_here(*args):
     handlers = {number: signal.getsignal(number) for number in train.STOP_SIGNALS}
     with patch.dict(os.environ):  # main() sets there what a launcher would
         try:
-            train.main([str(a) for a in ("--workers", 0, "--sample-every", 0, *args)])
+            train.main([str(a) for a in ("--workers", 0, *args)])
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -2444,7 +2461,7 @@ def untimed(out):
 
 
 def flat(out, step, key, groups=2):
-    """What the ranks hold of a flat fp32 tensor in a state, joined, one per group. Zeros fill up the last part."""
+    """What the ranks hold of a flat fp32 tensor in a state, joined, one per group."""
     files = sorted((out / f"state-{step:08d}").glob("rank-*.safetensors"), key=lambda path: int(path.stem[5:]))
     parts = [load_file(path) for path in files]
     return [torch.cat([part[f"{group}.{key}"] for part in parts]) for group in range(groups)]
@@ -2460,24 +2477,61 @@ def same_state(out, other, step=4):
     return True
 
 
+CLIPS = """
+import torch
+class Clips:
+    id = "four"
+    def __init__(self, frames, size, seed):
+        self.frames, self.size, self.seed = frames, size, seed
+    def __getitem__(self, n):
+        g = torch.Generator().manual_seed(self.seed * 1000 + n % 4)
+        W, H = self.size
+        still = torch.randint(256, (3, H // 8, W // 8), generator=g, dtype=torch.uint8)
+        still = still.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        video = torch.stack([still.roll(2 * t, 2) for t in range(self.frames)])
+        return {"video": video, "fps": 8.0, "motion": 40.0, "name": f"clip {n % 4}"}
+    def measure(self, frames, image, fps, motion):
+        return {"brightness": float(frames.mean())}
+clips = Clips
+"""
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A user's own clips: a Python file."""
+    path = tmp_path_factory.mktemp("clips") / "my_clips.py"
+    path.write_text(CLIPS)
+    return path
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """A folder as people have it: good files, and one of each kind that troubles a loader."""
+    """A folder as people have it: good files, and some that trouble a loader."""
     folder = tmp_path_factory.mktemp("videos")
     write_video(folder / "good.mp4", scene(0))
     write_video(folder / "broken.mp4", scene(1))
     damage(folder / "broken.mp4", 20)
     write_video(folder / "short.mp4", scene(2, 5))
-    write_video(folder / "variable.mp4", scene(3), times=np.cumsum([20 + 17 * (i % 3) for i in range(48)]).tolist())
     write_video(folder / "cut.mp4", np.concatenate([scene(4, 24), scene(5, 24)]))
-    write_video(folder / "rotated.mp4", scene(6), rotation=90)
-    write_video(folder / "sound.mp4", scene(7), sound="first")
     return folder
 
 
-FAST = ("--size", "64x64", "--frames", 10, "--log-every", 1)
-OPTIONS = (*FAST, "--steps", 4, "--save-every", 1, "--keep", 9, "--lr", 1e-3)
-TWO = (*OPTIONS, "--workers", 1, "--sample-every", 0)  # with readers of their own
+OPTIONS = ("--log-every", 1, "--steps", 4, "--save-every", 1, "--weights-every", 4)
+TWO = (*OPTIONS, "--workers", 1)  # with readers of their own
+
+
+@pytest.fixture(scope="module")
+def all_states():
+    """Keeps every state of the runs in here, not the last two."""
+    with patch.object(train, "saved_states", lambda out, real=train.saved_states: AllStates(real(out))):
+        yield
+
+
+class AllStates(list):
+    """saved_states()[:-2], which train.py removes, is empty."""
+
+    def __getitem__(self, key):
+        return [] if key == slice(None, -2) else super().__getitem__(key)
 
 
 @pytest.fixture(scope="module")
@@ -2489,7 +2543,7 @@ def two_ranks(small, videos, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_rank(small, videos, tmp_path_factory):
+def one_rank(small, videos, tmp_path_factory, all_states):
     out = tmp_path_factory.mktemp("one_rank")
     train_here("--model", small, "--data", videos, "--out", out, *OPTIONS)
     return out
@@ -2499,34 +2553,46 @@ def extended(small, frames=10):
     return exsvd.extend(exsvd.load(small, parts=("unet",)).unet, frames)
 
 
+def trained_parameters(unet):
+    """{name: parameter} of what the paper trains, in a UNet of random weights"""
+    return {f"unet.{name}": p for name, p in unet.named_parameters()
+            if exsvd.is_extension_parameter(name) and not exsvd.IDLE.search(name)}
+
+
 def test_two_ranks_train_on_real_videos(two_ranks):
     out, text = two_ranks
     rows = log_of(out)
     assert [int(r["step"]) for r in rows] == [1, 2, 3, 4] and [int(r["videos"]) for r in rows] == [2, 4, 6, 8]
     assert all(0 < float(r["loss"]) < 10 and float(r["grad_norm"]) > 0 for r in rows)
-    assert "1 too short" in text and "short.mp4" in (out / "data.log").read_text()
-    assert json.loads((out / "run.json").read_text())["deepspeed"]["zero_optimization"]["stage"] == 2
-    assert (out / "source" / "exsvd.py").read_bytes() == open(exsvd.__file__, "rb").read()
+    assert "1 too short" in text and "float32, 2 ranks on cpu" in text
+    assert sorted(p.name for p in out.glob("state-*")) == ["state-00000003", "state-00000004"], "the last two"
+    about = json.loads((out / "run.json").read_text())
+    assert about["deepspeed"]["zero_optimization"]["stage"] == 2 and about["settings"]["frames"] == 10
+
+
+def test_average_is_its_closed_form(small, one_rank):
+    unet = extended(small)
+    groups = [g["params"] for g in train.parameter_groups(trained_parameters(unet), train.Settings())]
+    average = [torch.cat([p.detach().flatten() for p in group]) for group in groups]
+    for step in range(1, 5):
+        decay = min(0.9999, step / (9 + step))  # (1 + n) / (10 + n), where the first step is number 0
+        masters = [m[:len(a)] for m, a in zip(flat(one_rank, step, "master"), average)]
+        assert not any(torch.equal(m, a) for m, a in zip(masters, average))
+        average = [decay * a + (1 - decay) * m for m, a in zip(masters, average)]
+        for ours, theirs in zip(flat(one_rank, step, "average"), average):
+            assert torch.allclose(ours[:len(theirs)], theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_average_is_its_closed_form_and_sharding_changes_nothing(ranks, small, two_ranks, one_rank):
+def test_the_weights_file_is_the_average(ranks, small, one_rank, two_ranks):
+    """In 16 bits, every tensor under its name in the release, whatever the number of ranks."""
     out, unet = one_rank if ranks == 1 else two_ranks[0], extended(small)
-    trained = train.choose(train.Loss(unet, None, "edm"), "temporal")[1]
-    groups = [group["params"] for group in train.parameter_groups(trained)]
-    average = [torch.cat([p.detach().flatten() for p in group]) for group in groups]  # unsharded, from all masters
-    for step in range(1, 5):
-        decay = min(0.9999, (1 + step - 1) / (10 + step - 1))                         # the first step is number 0
-        masters = [m[:len(a)] for m, a in zip(flat(out, step, "master"), average)]
-        assert not any(torch.equal(m, a) for m, a in zip(masters, average))
-        average = [decay * a + (1 - decay) * m for m, a in zip(masters, average)]
-        for ours, theirs in zip(flat(out, step, "average"), average):
-            assert torch.allclose(ours[:len(theirs)], theirs, rtol=1e-5, atol=1e-7)
-    # gathered: the file holds it, in 16 bits, every tensor under its name
-    names = {id(p): name for name, p in unet.named_parameters()}
+    trained = trained_parameters(unet)
+    names = {id(p): name.removeprefix("unet.") for name, p in trained.items()}
     saved = load_file(out / "exvideo-000004.safetensors")
-    for group, whole in zip(groups, flat(out, 4, "average")):
-        for p, tensor in zip(group, whole[:sum(p.numel() for p in group)].split([p.numel() for p in group])):
+    for group, whole in zip(train.parameter_groups(trained, train.Settings()), flat(out, 4, "average")):
+        sizes = [p.numel() for p in group["params"]]
+        for p, tensor in zip(group["params"], whole[:sum(sizes)].split(sizes)):
             [file_name] = exsvd.file_names(unet, "exvideo")[names[id(p)]]
             assert torch.equal(saved[file_name].flatten(), tensor.half()), file_name
 
@@ -2534,24 +2600,26 @@ def test_average_is_its_closed_form_and_sharding_changes_nothing(ranks, small, t
 def test_only_temporal_blocks_learn_and_all_of_them(small, one_rank):
     start, file = extended(small).state_dict(), one_rank / "exvideo-000004.safetensors"
     svd = exsvd.load(small, file)
-    assert svd.unet.max_frames == 10 and svd.extension["step"] == 4 and svd.extension["native_frames"] == 8
-    idle = ("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias")
+    assert svd.unet.max_frames == 10 and svd.extension["native_frames"] == 8
     for name, p in svd.unet.named_parameters():
-        was = start[name].half().float() if ".attn.temporal." in name else start[name]
-        assert torch.equal(p, was) != (".attn.temporal." in name and not name.endswith(idle)), name
+        temporal = exsvd.is_extension_parameter(name)
+        was = start[name].half().float() if temporal else start[name]
+        assert torch.equal(p, was) != (temporal and not exsvd.IDLE.search(name)), name
     assert set(load_file(file)) == {f for names in exsvd.file_names(svd.unet, "exvideo").values() for f in names}
+    s = sample.settings_for(svd)
+    assert s.size == (64, 64) and s.sampler == "ddim", "sampled as its base is, at the size it was trained at"
 
 
-def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small, tmp_path):
-    train_here("--model", small, "--out", tmp_path, *FAST, "--steps", 1, "--lr", 1e-3, "--warmup", 0,
+def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small, clips, tmp_path):
+    train_here("--model", small, "--data", clips, "--out", tmp_path, "--steps", 1, "--lr", 1e-3, "--warmup", 0,
                "--weight-decay", 100)
     start = dict(extended(small).named_parameters())
     for name, p in exsvd.load(small, tmp_path / "exvideo-000001.safetensors").unet.named_parameters():
-        if ".attn.temporal." in name and not exsvd.IDLE.search(name):
+        if exsvd.is_extension_parameter(name) and not exsvd.IDLE.search(name):
             exempt = p.ndim == 1 or "frame_table" in name or "frame_conv" in name
-            decay = 0 if exempt else 0.9 * 1e-3 * 100                  # of the average: 0.1 old, 0.9 new
+            decay = 0 if exempt else 0.9 * 1e-3 * 100  # of the average: 0.1 old, 0.9 new
             moved = p - (1 - decay) * start[name]
-            assert moved.abs().max() < 0.9 * 1.01e-3 + 1e-3 * p.abs().max(), name    # Adam's first step is at most lr
+            assert moved.abs().max() < 0.9 * 1.01e-3 + 1e-3 * p.abs().max(), name  # Adam moves by lr
 
 
 KILLED = """
@@ -2566,19 +2634,19 @@ train.main()
 """
 
 
-def test_killed_while_saving_and_resumed_is_as_if_nothing_happened(small, videos, two_ranks, tmp_path):
+def test_killed_while_saving_it_resumes_bit_identically(small, videos, two_ranks, tmp_path):
     straight, run = two_ranks[0], tmp_path / "run"
     args = ("--model", small, "--data", videos, "--out", run, *TWO, "--log-every", 3)
     (tmp_path / "killed.py").write_text(KILLED)
     p = launch(*args, ranks=2, script=tmp_path / "killed.py")
     assert p.returncode == -signal.SIGKILL, p.stdout
-    assert list(run.glob("saving-00000003.tmp")) and not (run / "state-00000003").exists()
+    assert (run / "state-00000003.tmp").exists() and not (run / "state-00000003").exists()
     text = launch(*args, ranks=2).stdout
     assert "state-00000002: step 2" in text, text
     assert not list(run.glob("*.tmp")) and same_state(straight, run)
     ours, theirs = (load_file(out / "exvideo-000004.safetensors") for out in (run, straight))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    # rows of three steps, the first of which was interrupted: what was summed before the kill is not lost
+    # rows of three steps, the first of which was interrupted: what was summed before is not lost
     (three, _), every = log_of(run), log_of(straight)
     mean = sum(float(row["loss"]) for row in every[:3]) / 3
     assert three["step"] == "3" and float(three["loss"]) == pytest.approx(mean, abs=2e-5)
@@ -2597,7 +2665,7 @@ train.main()
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(small, videos, two_ranks, tmp_path):
-    """2 -> 3 -> 1: what each loads, joined, is bit for bit what the one before saved. No video is seen twice."""
+    """2 -> 3 -> 1: what each loads, joined, is bit for bit what the one before saved."""
     (tmp_path / "resaved.py").write_text(RESAVED)
     out, videos_seen = tmp_path / "run", 8
     shutil.copytree(two_ranks[0], out)
@@ -2612,103 +2680,95 @@ def test_a_run_goes_on_with_another_number_of_ranks(small, videos, two_ranks, tm
         assert int(log_of(out)[-1]["videos"]) == videos_seen
 
 
-def test_a_damaged_state_is_passed_over(small, videos, one_rank, tmp_path, capsys):
+def test_a_state_that_cannot_be_read_is_named(small, videos, one_rank, tmp_path, capsys):
+    """The state before it is used."""
     out = tmp_path / "run"
     shutil.copytree(one_rank, out)
     state = out / "state-00000004"
     tensors, info = state / "rank-0.safetensors", state / "state.json"
     good, text = tensors.read_bytes(), info.read_bytes()
-    assert train.read_state(state, 0, 1)["step"] == 4
-    for file, damaged in ((info, text[1:]), (info, text.replace(b'"videos": 4', b'"videos": 5')), (info, None),
-                          (tensors, good[:-100]), (tensors, None),
-                          (tensors, good[:9999] + bytes([good[9999] ^ 1]) + good[10000:])):
+    assert train.read_state(state)[0]["step"] == 4
+    for file, damaged in ((info, text[1:]), (info, None), (tensors, None), (tensors, good[:-100])):
         info.write_bytes(text)
         file.unlink(missing_ok=True)
         if damaged is not None:
             file.write_bytes(damaged)
-        with pytest.raises(OSError):
-            train.read_state(state, 0, 1)
+        with pytest.raises((OSError, ValueError, SafetensorError)):
+            train.read_state(state)
     args = ("--model", small, "--data", videos, "--out", out, *OPTIONS)
+    shutil.copytree(out, tmp_path / "again")
     train_here(*args)
     said = capsys.readouterr()
-    assert "state-00000004 is damaged" in said.err and "state-00000003: step 3" in said.out
-    assert same_state(one_rank, out) and not list(out.glob("damaged-*"))
-    for file in out.glob("state-*/state.json"):
+    assert f"{state} cannot be read" in said.err and "state-00000003: step 3" in said.out
+    assert same_state(one_rank, out)
+    for file in (tmp_path / "again").glob("state-*/state.json"):
         file.unlink()
-    with pytest.raises(SystemExit, match="no state in .* is undamaged"):
+    with pytest.raises(SystemExit, match="no state in .* can be read"):
+        train_here(*args, "--out", tmp_path / "again")
+
+
+@pytest.mark.parametrize("change, words", [
+    ("order", "holds .* where this run has"), ("shape", "holds .* where this run has"),
+    ("optimizer", "was made with Lion"), ("drop", r"drop 0.0 \(now 0.5\)")])
+def test_a_state_of_other_parameters_is_refused(small, videos, one_rank, tmp_path, change, words):
+    """It would be cut at the wrong places, and the run would go on, corrupted."""
+    out = tmp_path / "run"
+    shutil.copytree(one_rank, out)
+    path = out / "state-00000004" / "state.json"
+    info = json.loads(path.read_text())
+    group = info["shards"]["layout"][0]
+    if change == "order":
+        group[0][0], group[1][0] = group[1][0], group[0][0]
+    elif change == "shape":
+        group[0][1][0] += 1
+    elif change == "optimizer":
+        info["shards"]["optimizer"] = "Lion"
+    path.write_text(json.dumps(info))
+    more = ("--drop", 0.5) if change == "drop" else ()
+    with pytest.raises(SystemExit, match=words):
+        train_here("--model", small, "--data", videos, "--out", out, *OPTIONS, "--steps", 5, *more)
+
+
+def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(small, one_rank, videos, tmp_path, monkeypatch, capsys):
+    args = ("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS)
+    rename = os.rename
+
+    def full(*steps):
+        def fail(source, target):
+            if str(target).endswith(steps):
+                raise OSError(28, "No space left on device")
+            rename(source, target)
+        return fail
+
+    with monkeypatch.context() as m:
+        m.setattr(train.os, "rename", full("state-00000002", "state-00000003"))
         train_here(*args)
-
-
-def test_a_full_disk_costs_saves_and_nothing_else(small, one_rank, videos, tmp_path, monkeypatch, capsys):
-    """No room before step 2, and none in the middle of writing step 3: both are tried again, nothing is lost."""
-    args = ("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--keep", 1)
-    has_disk_space, rename, there = train.has_disk_space, os.rename, []
-
-    def states():
-        return [p.name for p in tmp_path.glob("state-*")]
-
-    def full_at_step_2(folder, need):
-        there.append(states())
-        return has_disk_space(folder, need) and len(there) != 2
-
-    def full_at_step_3(source, target):
-        if target.endswith("state-00000003"):
-            raise OSError(28, "No space left on device")
-        rename(source, target)
-
-    with monkeypatch.context() as full:
-        full.setattr(train, "has_disk_space", full_at_step_2)
-        full.setattr(train.os, "rename", full_at_step_3)
-        train_here(*args)
-    assert there == [[], ["state-00000001"], ["state-00000001"], ["state-00000001"]]
     err = capsys.readouterr().err
-    assert "step 2 could not be saved" in err and "step 3 could not be saved" in err and "LAST SAVE FAILED" in err
-    assert states() == ["state-00000004"] and not list(tmp_path.glob("*.tmp")) and same_state(one_rank, tmp_path)
-    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(SystemExit, match="step 5 could not be saved .* What was saved before is still there"):
+    assert "step 2 could not be saved" in err and "step 3 could not be saved" in err
+    assert same_state(one_rank, tmp_path)
+    monkeypatch.setattr(train.os, "rename", full("state-00000005"))
+    with pytest.raises(SystemExit, match="step 5 could not be saved"):
         train_here(*args, "--steps", 5)
-    assert "which has room for 1.0 MB" in capsys.readouterr().err, "said at the start already"
-    assert states() == ["state-00000004"]
+    assert (tmp_path / "state-00000004").exists()
 
 
-def test_what_a_run_folder_keeps(small, tmp_path, monkeypatch, capsys):
-    """The last states, weights and samples, those of every third step too, and nothing of runs that came to nothing. A
-    sample that cannot be written ends no run. Within a run lr may change, but not --drop."""
-    args = ("--model", small, "--out", tmp_path, *FAST, "--frames", 2, "--save-every", 1, "--sample-every", 1,
-            "--keep-every", 3, "--warmup", 0)
-    (tmp_path / "progress").mkdir()  # of a run that ended before its first state
-    data.write_png(tmp_path / "progress" / "000007.png", torch.zeros(64, 64, 3, dtype=torch.uint8))
-    train_here(*args, "--steps", 1, "--lr", 1e-4)
-    assert sorted(os.listdir(tmp_path / "progress")) == ["000000.png", "000001.png"]
-    (tmp_path / "model-000001.safetensors.1.tmp").write_bytes(b"half")
-    (tmp_path / "saving-00000002.tmp").mkdir()
-    save_sample = train.save_sample
+def test_what_cannot_be_loaded_again_ends_the_run_before_its_first_step(small, clips, tmp_path, monkeypatch):
+    save_extension = exsvd.save_extension
 
-    def fail_at_2(a, family, step, *rest):
-        if step == 2:
-            raise data.MediaError("cannot be written")
-        return save_sample(a, family, step, *rest)
+    def wrong_shape(path, unet, state, *args, **meta):
+        state[next(iter(state))] = torch.zeros(3)
+        save_extension(path, unet, state, *args, **meta)
 
-    monkeypatch.setattr(train, "save_sample", fail_at_2)
-    train_here(*args, "--steps", 5, "--lr", 1e-5)
-    said = capsys.readouterr().out
-    assert "there is no sample of step 2" in said
-    most = 1e6 * float(re.search(r"weights of ([\d.]+) MB", said)[1])
-    assert most / 2 < os.path.getsize(tmp_path / "model-000005.safetensors") <= most, "whole models"
-    assert [float(row["lr"]) for row in log_of(tmp_path)] == [1e-4] + 4 * [1e-5]
-    kept = {"state-*": [4, 5], "*.safetensors*": [3, 4, 5], "sample-*": [0, 3, 4, 5], "*.tmp": []}
-    for pattern, steps in kept.items():
-        assert sorted(int(re.search(r"\d+", p.name)[0]) for p in tmp_path.glob(pattern)) == steps, pattern
-    with pytest.raises(SystemExit, match=r"drop 0.0 \(now 0.5\)"):
-        train_here(*args, "--steps", 6, "--drop", 0.5)
+    monkeypatch.setattr(exsvd, "save_extension", wrong_shape)
+    with pytest.raises(exsvd.WeightsError):
+        train_here("--model", small, "--data", clips, "--out", tmp_path, "--steps", 1)
+    assert not (tmp_path / "log.csv").exists()
 
 
-def test_a_signal_saves_and_leaves(small, videos, tmp_path):
-    """To every process, as a terminal, Slurm and launch.py send it: readers too, without which no step would end."""
-    assert {signal.SIGTERM, signal.SIGUSR1} <= set(train.STOP_SIGNALS)
-    p = launch("--model", small, "--data", videos, "--out", tmp_path, *TWO, "--frames", 8, "--steps", 10000,
-               "--save-every", 10000, ranks=2, wait=False)
+def test_a_signal_saves_and_leaves(small, clips, tmp_path):
+    """To every process, as a terminal, Slurm and launch.py send it: readers too."""
+    p = launch("--model", small, "--data", clips, "--out", tmp_path, *TWO, "--steps", 10000, "--save-every", 10000,
+               ranks=2, wait=False)
     while not (tmp_path / "log.csv").exists() or len(log_of(tmp_path)) < 2:
         assert p.poll() is None, p.communicate()[0]
         time.sleep(0.05)
@@ -2718,42 +2778,17 @@ def test_a_signal_saves_and_leaves(small, videos, tmp_path):
     assert int(state.name[6:]) == int(log_of(tmp_path)[-1]["step"])
 
 
-def start_nodes(*args):
-    """Two nodes of a rank each, on this machine."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--master_addr",
-                "127.0.0.1", "--master_port", free_port(), "--node_rank")
-    return [launch(*args, launcher=(*launcher, rank), wait=False) for rank in range(2)]
+def test_a_failing_run_with_readers_ends(small, clips, tmp_path):
+    """Within seconds, with the traceback of the user's own code, though readers ignore SIGTERM."""
+    bad = tmp_path / "bad_clips.py"
+    bad.write_text(clips.read_text().replace("W, H =", "assert n < 3, 'a bug of mine'; W, H ="))
+    p = launch("--model", small, "--data", bad, "--out", tmp_path / "run", "--steps", 1000, "--workers", 2, wait=False)
+    text = p.communicate(timeout=60)[0]
+    assert p.returncode == 1 and "Traceback" in text and "a bug of mine" in text
 
 
-def nodes_at_work(out, *args):
-    """-> one node, all processes of the other, and that one itself, when they have saved two states."""
-    node, other = start_nodes(*args)
-    while not (out / "state-00000002").exists():
-        assert node.poll() is None and other.poll() is None, node.communicate()[0]
-        time.sleep(0.05)
-    return node, [psutil.Process(other.pid), *psutil.Process(other.pid).children(recursive=True)], other
-
-
-def test_a_silent_node_ends_the_other(small, videos, tmp_path):
-    """Stopped, as without power or network: no connection breaks, and collectives would wait for hours."""
-    args = ("--model", small, "--data", videos, "--out", tmp_path, *TWO, "--steps", 1000, "--lost-after", 10)
-    node, stopped, other = nodes_at_work(tmp_path, *args)
-    for p in stopped:
-        p.suspend()
-    begin, words = time.monotonic(), "nothing was heard of rank"
-    text = node.communicate(timeout=120)[0]
-    assert time.monotonic() - begin < 60
-    for p in stopped:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            p.kill()
-    other.communicate()
-    assert node.returncode != 0 and words in text and "line " not in text.split(words)[1].split("\n")[0], text
-
-
-def test_one_clip_is_overfitted_and_samples_show_it(small, tmp_path, monkeypatch):
+def test_one_clip_is_overfitted_and_samples_show_it(small, clips, tmp_path, monkeypatch, capsys):
     """Everything trains, CLIP too, and samples are made with the average of CLIP."""
-    (tmp_path / "one").mkdir()
-    write_video(tmp_path / "one" / "clip.mp4", scene(3, 4))
     seen, condition = [], sample.condition
 
     def spy(svd, *args):
@@ -2761,18 +2796,18 @@ def test_one_clip_is_overfitted_and_samples_show_it(small, tmp_path, monkeypatch
         return condition(svd, *args)
 
     monkeypatch.setattr(sample, "condition", spy)
-    train_here("--model", small, "--data", tmp_path / "one", "--out", tmp_path / "run", *FAST, "--frames", 4,
-               "--train", "all", "--steps", 100, "--log-every", 25, "--save-every", 100, "--sample-every", 50,
-               "--lr", 2e-3, "--drop", 0)
-    rows = log_of(tmp_path / "run")
+    train_here("--model", small, "--data", clips, "--out", tmp_path, "--frames", 4, "--train", "all", "--steps", 60,
+               "--log-every", 15, "--sample-every", 30, "--lr", 3e-3)
+    rows = log_of(tmp_path)
     assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"]), rows
-    svd, start = exsvd.load(tmp_path / "run" / "model-000100.safetensors"), exsvd.load(small)
-    assert svd.meta["family"] == "toy" and svd.unet.max_frames is None
+    svd, start = exsvd.load(tmp_path / "model-000060.safetensors"), exsvd.load(small)
+    assert svd.meta["defaults"]["sample"] == SAMPLING and svd.unet.max_frames is None
     assert torch.equal(svd.vae.quant_conv.weight, start.vae.quant_conv.weight.half().float())
-    assert len(seen) == 3 and torch.equal(seen[0], start.clip.proj.bfloat16()) and not torch.equal(seen[0], seen[2])
-    assert torch.allclose(seen[2].float(), svd.clip.proj, rtol=2**-8, atol=1e-6)
-    assert data.read_video(tmp_path / "run" / "sample-000100.mp4")[0].shape == (4, 64, 64, 3)
-    assert data.read_image(tmp_path / "run" / "progress.png").shape == (3 * 64, 4 * 64, 3)
+    assert len(seen) == 3 and torch.equal(seen[0], start.clip.proj) and not torch.equal(seen[0], seen[2])
+    assert torch.allclose(seen[2], svd.clip.proj, rtol=2**-10, atol=1e-6)
+    assert data.read_video(tmp_path / "sample-000060.mp4")[0].shape == (4, 64, 64, 3)
+    assert data.read_image(tmp_path / "progress.png").shape == (3 * 64, 4 * 64, 3)
+    assert "brightness" in capsys.readouterr().out, "what the dataset measures"
 
 
 def test_training_from_latents_is_training_from_videos(small, videos, one_rank, tmp_path):
@@ -2783,169 +2818,137 @@ def test_training_from_latents_is_training_from_videos(small, videos, one_rank, 
     assert data.read_image(tmp_path / "run" / "progress.png").shape == (2 * 64, 9 * 64, 3)
 
 
-def test_accumulated_passes_are_one_large_batch(small, tmp_path):
-    """Four videos a step in one pass and in four: the same loss and, to rounding of 16 bits, the same gradient."""
+def test_accumulated_passes_are_one_large_batch(small, clips, tmp_path):
     rows, moments = [], []
     for batch in (4, 1):
         out = tmp_path / str(batch)
-        train_here("--model", small, "--out", out, *FAST, "--steps", 2, "--batch", batch, "--accumulate", 4 // batch,
-                   "--warmup", 4, "--lr", 1e-3)
+        train_here("--model", small, "--data", clips, "--out", out, "--steps", 2, "--batch", batch, "--log-every", 1,
+                   "--accumulate", 4 // batch, "--warmup", 4)
         rows.append(log_of(out))
         moments.append(torch.cat(flat(out, 2, "exp_avg")))
-    assert [row["videos"] for row in rows[1]] == ["4", "8"] and [float(row["lr"]) for row in rows[0]] == [2.5e-4, 5e-4]
-    assert [float(r["loss"]) for r in rows[1]] == pytest.approx([float(r["loss"]) for r in rows[0]], rel=0.01)
-    close(moments[1], moments[0], 0.02, "first moments")
+    assert [row["videos"] for row in rows[1]] == ["4", "8"]
+    assert [float(row["lr"]) for row in rows[0]] == [2.5e-4, 5e-4]
+    assert [float(r["loss"]) for r in rows[1]] == pytest.approx([float(r["loss"]) for r in rows[0]], rel=1e-3)
+    close(moments[1], moments[0], 1e-3, "first moments")
 
 
-def test_optimiser_on_the_cpu(small, one_rank, videos, tmp_path):
-    """--offload: DeepSpeed's own AdamW, whose step is a number; a run may go there and back. Its bucket is as large as
-    what trains, or as the user says; then here gradients go through a full bucket, through a new one, or past it."""
+def test_optimiser_on_the_cpu(small, clips, tmp_path):
+    """--offload: DeepSpeed's own AdamW, with gradients that pass through small buckets. It resumes."""
     (tmp_path / "config.json").write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
-    args = ("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS)
-    train_here(*args, "--steps", 2, "--offload", "--deepspeed_config", tmp_path / "config.json")
-    ours, theirs = (json.loads((out / "run.json").read_text())["deepspeed"] for out in (one_rank, tmp_path))
-    padding = sum(map(len, flat(one_rank, 2, "master"))) - ours["zero_optimization"]["reduce_bucket_size"]
-    assert 0 <= padding < 8 and theirs["zero_optimization"]["reduce_bucket_size"] == 1000
-    for key in ("exp_avg", "master"):  # later the last bits of the masters decide how weights are rounded
-        for ours, theirs in zip(flat(tmp_path, 1, key), flat(one_rank, 1, key)):
-            close(ours, theirs, 1e-6, key)
-    train_here(*args, "--steps", 3)
-    train_here(*args, "--offload")
-    assert int(log_of(tmp_path)[-1]["step"]) == 4
-    for ours, theirs in zip(flat(tmp_path, 4, "master"), flat(one_rank, 4, "master")):
-        close(ours, theirs, 1e-3, "masters")
+    args = ("--model", small, "--data", clips, "--save-every", 1, "--warmup", 0)
+    train_here(*args, "--out", tmp_path / "gpu", "--steps", 2)
+    for steps in (1, 2):
+        train_here(*args, "--out", tmp_path / "cpu", "--steps", steps, "--offload", "--deepspeed_config",
+                   tmp_path / "config.json")
+    config = json.loads((tmp_path / "cpu" / "run.json").read_text())["deepspeed"]
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000
+    for key in ("exp_avg", "master"):
+        for ours, theirs in zip(flat(tmp_path / "cpu", 2, key), flat(tmp_path / "gpu", 2, key)):
+            close(ours, theirs, 1e-4, key)
 
 
-def test_passes_of_two_lengths_and_the_native_one(small, tmp_path, monkeypatch):
-    def lengths(seed, share):
-        clips = train.TwoLengths("L" * 400, "S" * 400, share, seed, 4)
-        return [clips[n] for n in range(400)]
+def test_another_optimiser(small, clips, tmp_path, monkeypatch):
+    """One function decides; what the optimiser keeps is saved and comes back."""
+    monkeypatch.setattr(train, "make_optimizer", lambda groups, s: torch.optim.SGD(groups, lr=s.lr, momentum=0.9))
+    args = ("--model", small, "--data", clips, "--save-every", 1)
+    train_here(*args, "--out", tmp_path / "once", "--steps", 3)
+    train_here(*args, "--out", tmp_path / "twice", "--steps", 1)
+    train_here(*args, "--out", tmp_path / "twice", "--steps", 3)
+    for key in ("momentum_buffer", "master"):
+        for a, b in zip(flat(tmp_path / "once", 3, key), flat(tmp_path / "twice", 3, key)):
+            assert torch.equal(a, b) and a.any()
 
-    drawn = lengths(0, 0.3)
-    assert drawn == lengths(0, 0.3) != lengths(1, 0.3) and 0.15 < drawn.count("S") / 400 < 0.45
-    assert all(len(set(drawn[i:i + 4])) == 1 for i in range(0, 400, 4)), "a pass of two lengths"
-    assert lengths(0, 0) == ["L"] * 400 and lengths(0, 1) == ["S"] * 400
 
-    # a base of 6 frames whose file does not say so
-    draw, threads = spied(monkeypatch, train, "draw"), spied(monkeypatch, torch, "set_num_threads")
-    train_here("--model", small, "--native", 6, "--out", tmp_path, *FAST, "--steps", 5, "--lr", 0, "--short-clips", 0.5)
-    wanted = train.TwoLengths([10] * 5, [6] * 5, 0.5, 0, 1)
-    seen = [call.args[2][0] for call in draw.call_args_list]
-    assert seen == [wanted[n] for n in range(5)] and set(seen) == {10, 6}
-    assert threads.call_args_list[0].args == (1,)
-    svd = exsvd.load(small, tmp_path / "exvideo-000005.safetensors", parts=("unet",))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_keeps_fp32_masters(small, clips, tmp_path, dtype):
+    """A resumed run keeps its dtype."""
+    if dtype == "float16" and not HAS_FP16:
+        pytest.skip("no fp16 on this CPU")
+    args = ("--model", small, "--data", clips, "--out", tmp_path, "--frames", 2, "--train", "to_q", "--save-every", 1)
+    train_here(*args, "--steps", 1, "--dtype", dtype)
+    assert train.parse(["--model", small, "--data", str(clips), "--out", str(tmp_path)]).dtype in (dtype, "float32")
+    start = exsvd.load(small, parts=("unet",)).unet
+    sizes = [p.numel() for name, p in start.named_parameters() if "to_q" in name and not exsvd.IDLE.search("." + name)]
+    master = flat(tmp_path, 1, "master", groups=1)[0]
+    assert master.dtype == torch.float32 and not torch.equal(master, master.to(getattr(torch, dtype)).float())
+    assert len(master) >= sum(sizes)
+
+
+def test_the_native_length_of_a_base_that_does_not_say_it(small, clips, tmp_path):
+    """The fold walks over the positions the base knows, and no others."""
+    train_here("--model", small, "--data", clips, "--native", 6, "--out", tmp_path, "--steps", 1, "--lr", 0)
+    svd = exsvd.load(small, tmp_path / "exvideo-000001.safetensors", parts=("unet",))
     assert svd.extension["native_frames"] == 6
-    for block in svd.unet.temporal_blocks():  # the fold walks over the positions the base knows, and no others
+    for block in svd.unet.temporal_blocks():
         rows = exsvd.sinusoid(torch.tensor(exsvd.fold_positions(6, 10)), block.frame_table.shape[1])
         assert torch.equal(block.frame_table, rows.half().float())
 
 
-def test_monitors_get_loss_lr_and_motion_score(small, tmp_path, monkeypatch):
-    """By --deepspeed_config, what log.csv says: in TensorBoard's event file, where that is installed, and at W&B, of
-    which a stand-in drops what W&B drops."""
+def test_monitors_get_loss_and_measures(small, clips, tmp_path, monkeypatch):
+    """By --deepspeed_config, over videos: W&B drops values whose number goes back, and so does this stand-in."""
     wandb, curves, last = Mock(), {}, [0]
 
     def log(values, step, commit):
-        if step >= last[0]:  # "Steps must be monotonically increasing, so this data will be ignored"
+        if step >= last[0]:
             last[0] = step
             for name, value in values.items():
                 curves.setdefault(name, []).append((step, value))
 
     wandb.log = log
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    config = {"wandb": {"enabled": True}}
-    with contextlib.suppress(ImportError):
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-        config["tensorboard"] = {"enabled": True, "output_path": str(tmp_path), "job_name": "board"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    train_here("--model", small, "--out", tmp_path / "run", *FAST, "--steps", 2, "--sample-every", 2, "--batch", 2,
-               "--deepspeed_config", tmp_path / "config.json")
-    logged = log_of(tmp_path / "run")
+    (tmp_path / "config.json").write_text(json.dumps({"wandb": {"enabled": True}}))
+    train_here("--model", small, "--data", clips, "--out", tmp_path / "run", "--steps", 2, "--sample-every", 2,
+               "--log-every", 1, "--deepspeed_config", tmp_path / "config.json")
+    rows = log_of(tmp_path / "run")
     for name, column in (("train/loss", "loss"), ("train/lr", "lr")):
-        assert curves[name] == [(int(row["videos"]), pytest.approx(float(row[column]), abs=1e-5)) for row in logged]
-    assert [videos for videos, _ in curves["sample/motion_score"]] == [0, 4]
-    assert all(score > 0 for _, score in curves["sample/motion_score"])
-    if "tensorboard" in config:
-        board = EventAccumulator(str(tmp_path / "board"))
-        board.Reload()
-        for name, curve in curves.items():
-            assert [(e.step, e.value) for e in board.Scalars(name)] == [(n, pytest.approx(v)) for n, v in curve]
+        assert curves[name] == [(int(r["videos"]), pytest.approx(float(r[column]), abs=1e-5)) for r in rows]
+    assert [videos for videos, _ in curves["sample/brightness"]] == [0, 2]
 
 
-def test_progress_of_a_long_run_stays_small(tmp_path):
-    """Its rows are frames 0, T/8, ... T-1; when there are too many rows, every second one goes."""
+def test_progress_shows_frames_evenly_and_drops_rows_that_come_again(tmp_path):
     frames = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 64, 64, 3)
-    for step in range(train.PROGRESS_ROWS + 1):
+    for step in (0, 10, 20, 10):
         train.add_progress(tmp_path, step, frames + step)
     rows = data.read_image(tmp_path / "progress.png")[::64, ::64, 0]
-    assert rows[0].tolist() == [*range(0, 40, 5), 39]
-    assert rows[:, 0].tolist() == [*range(0, train.PROGRESS_ROWS + 1, 2)]
-    assert len(os.listdir(tmp_path / "progress")) == len(rows)
-
-
-def test_samples_start_from_one_image(pictures, tmp_path):
-    """--sample-image; without it assets/img.png for synthetic clips, else the first clip's first frame."""
-    a = argparse.Namespace(fps=None, sample_image=None, data="synthetic", size=(64, 64), motion="exvideo")
-    for path in (os.path.join(HERE, "assets", "img.png"), pictures[0]):
-        img, fps, motion = train.sample_start(a, "toy", None, None)
-        assert torch.equal(img, data.fit_image(data.read_image(path), 64, 64))
-        assert (fps, motion) == (8, sample.DEFAULTS["toy"]["motion"])
-        a.sample_image = pictures[0]
-    (tmp_path / "videos").mkdir()
-    write_video(tmp_path / "videos" / "clip.mp4", scene(3, 16))
-    dataset = open_clips(tmp_path / "videos")
-    a.sample_image, a.data, item = None, str(tmp_path / "videos"), dataset[0]
-    img, fps, motion = train.sample_start(a, "toy", dataset, None)
-    assert torch.equal(img, item["video"][0]) and (fps, motion) == (item["fps"], item["motion"])
+    assert rows[0].tolist() == [*range(0, 40, 5), 39] and rows[:, 0].tolist() == [0, 10]
 
 
 def test_draws_depend_on_seed_and_number():
-    def draw(seed, n, share_noise=0):
-        return train.draw(argparse.Namespace(seed=seed, loss="edm", drop=0.1, share_noise=share_noise), n, (3, 4, 8, 8))
-
-    means = draw(0, 0, share_noise=4)[1].unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))
-    assert torch.allclose(means[0], means[2], atol=1e-6) and means.std() > 0.1
-    draws = [draw(seed, n) for seed in (0, 1, 10**12) for n in (*range(4000), 2**32, 2**33)]
-    assert len({float(sigma) for sigma, _, _ in draws}) > 0.999 * len(draws)  # a few 32-bit seeds may coincide
+    draws = [train.draw(train.Settings(seed=seed), n, (1, 4, 2, 2)) for seed in (0, 1, 10**12)
+             for n in (*range(4000), 2**32, 2**33)]
+    assert len({float(sigma) for sigma, _, _ in draws}) > 0.999 * len(draws)  # 32-bit seeds may coincide
+    again = train.draw(train.Settings(seed=1), 7, (1, 4, 2, 2))
+    assert all(torch.equal(a, b) for a, b in zip(again, draws[4002 + 7]))
     ln = torch.stack([sigma for sigma, _, _ in draws]).log()
-    assert abs(ln.mean() - 0.7) < 0.06 and abs(ln.std() - 1.6) < 0.05          # about four standard errors
-    assert abs(1 - torch.stack([keep for _, _, keep in draws]).mean() - 0.1) < 0.012
+    assert abs(ln.mean() - 0.7) < 0.06 and abs(ln.std() - 1.6) < 0.05          # four standard errors
+    assert abs(1 - torch.stack([kept for _, _, kept in draws]).mean() - 0.1) < 0.012
 
 
 HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-@pytest.mark.parametrize("precision", [
-    pytest.param([], id="bf16"),
-    pytest.param(["--fp16"], id="fp16", marks=pytest.mark.skipif(not HAS_FP16, reason="no fp16 on this CPU"))])
-def test_gradients_that_stay_bad_stop_the_run_and_name_the_clips(small, tmp_path, precision):
+def test_gradients_that_stay_bad_stop_the_run(small, clips, tmp_path, monkeypatch):
     svd = exsvd.load(small)
     svd.unet.conv_out.bias.data[0] = math.nan
-    exsvd.save_model(tmp_path / "bad.safetensors", svd.unet, svd.vae, svd.clip, family="toy")
-    (tmp_path / "config.json").write_text('{"fp16": {"initial_scale_power": 1}}')
-    with pytest.raises(SystemExit, match=r"5 steps in a row with non-finite gradients.*(scene \d+.*){5}"):
-        train_here("--model", tmp_path / "bad.safetensors", "--out", tmp_path / "run", *FAST, "--frames", 2,
-                   "--steps", 99, "--deepspeed_config", tmp_path / "config.json", *precision)
+    exsvd.save_model(tmp_path / "bad.safetensors", svd.unet, svd.vae, svd.clip, defaults={"train": TRAINING})
+    monkeypatch.setattr(train, "MAX_SKIPPED", 3)
+    with pytest.raises(SystemExit, match="gradients of 3 steps in a row are not finite.*clip 2"):
+        train_here("--model", tmp_path / "bad.safetensors", "--data", clips, "--out", tmp_path / "run", "--frames", 2)
 
 
 @pytest.mark.parametrize("args, words", [
     ("--nonsense", "unrecognized"), ("--size 100x100", "multiples of 64"), ("--size 64", "write it as WIDTHxHEIGHT"),
-    ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"), ("--motion much", "invalid bucket value"),
-    ("--data missing", "missing"), ("--sample-image missing.png", "missing.png"),
-    ("--train nothing", "names no parameter"), ("--train (", "nor a regular expression"),
-    ("--deepspeed_config {lr} --lr 0.1", "contradicts"), ("--deepspeed_config {bad}", "not readable as JSON"),
-    ("--deepspeed_config {stage}", "written for stage 2"),
-    pytest.param("--fp16", "no fp16 on this machine", marks=pytest.mark.skipif(HAS_FP16, reason="there is fp16"))])
-def test_train_refuses_in_one_line(args, words, small, tmp_path, capsys):
-    configs = {"lr": '{"optimizer": {"params": {"lr": 1e-4}}}', "stage": '{"zero_optimization": {"stage": 3}}'}
-    for name, text in (configs | {"bad": "{"}).items():
-        (tmp_path / name).write_text(text)
-    args = args.format(lr=tmp_path / "lr", stage=tmp_path / "stage", bad=tmp_path / "bad").split()
-    with pytest.raises((SystemExit, data.MediaError)) as e:
-        train_here("--model", small, "--out", tmp_path / "run", *args)
+    ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"), ("--motion much", "must be a number"),
+    ("--data missing", "missing"), ("--sample-image missing.png", "missing.png"), ("--loss l2", "invalid choice"),
+    ("--train nothing", "names no parameter"), ("--train (", "no regular expression"),
+    ("--deepspeed_config {stage}", "ZeRO-2")])
+def test_train_refuses_in_one_line(args, words, small, clips, tmp_path, capsys):
+    (tmp_path / "stage").write_text('{"zero_optimization": {"stage": 3}}')
+    with pytest.raises((SystemExit, data.MediaError, AssertionError)) as e:
+        train_here("--model", small, "--data", clips, "--out", tmp_path / "run",
+                   *args.format(stage=tmp_path / "stage").split())
     assert words in capsys.readouterr().err + str(e.value) and getattr(e.value, "code", 1) not in (0, None)
-    after_the_clips = words in ("missing", "names no parameter")  # the others leave no folder behind
-    assert (tmp_path / "run").exists() == after_the_clips and not list(tmp_path.glob("run/state-*"))
+    assert not list(tmp_path.glob("run/state-*"))
 
 
 def test_train_exits_with_a_line(tmp_path, monkeypatch):
@@ -2955,16 +2958,11 @@ def test_train_exits_with_a_line(tmp_path, monkeypatch):
         runpy.run_path(train.__file__, run_name="__main__")
 
 
-def test_deepspeed_config_is_merged_over_ours(tmp_path):
-    (tmp_path / "config.json").write_text('{"optimizer": {"params": {"lr": 1e-4}}, "gradient_accumulation_steps": 3, '
-                                          '"zero_optimization": {"reduce_bucket_size": 1000}}')
-    a, family = train.parse(["--deepspeed_config", str(tmp_path / "config.json")])
-    config = train.deepspeed_config(a)
-    assert family == "toy" and config["optimizer"]["params"]["lr"] == a.lr == 1e-4 and a.accumulate == 3
-    assert config["optimizer"]["type"] == "AdamW"
-    assert config["zero_optimization"] == {"stage": 2, "round_robin_gradients": False, "reduce_bucket_size": 1000}
-    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert "data_types" not in train.deepspeed_config(train.parse(["--offload"])[0]), "DeepSpeed keeps them on the GPU"
+def test_the_toy_is_the_default(tmp_path, monkeypatch):
+    s = train.parse([])
+    assert s.data == train.TOY_CLIPS and s.out == "runs/toy" and s.frames == 40 and s.size == (128, 128)
+    s = train.parse(["--model", train.TOY, "--data", "x", "--lr", "3e-4"])
+    assert s.data == "x" and s.lr == 3e-4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
