@@ -2838,13 +2838,13 @@ def test_a_state_that_cannot_be_read_is_named(small, videos, one_rank, tmp_path,
         file.unlink(missing_ok=True)
         if damaged is not None:
             file.write_bytes(damaged)
-        with pytest.raises((OSError, ValueError, SafetensorError)):
+        with pytest.raises(OSError):
             train.read_state(state)
     args = ("--model", small, "--data", videos, "--out", out, *OPTIONS)
     shutil.copytree(out, tmp_path / "again")
     train_here(*args)
-    said = capsys.readouterr()
-    assert f"{state} cannot be read" in said.err and "state-00000003: step 3" in said.out
+    said = capsys.readouterr().out
+    assert f"{state} cannot be read" in said and "state-00000003: step 3" in said
     assert same_state(one_rank, out)
     for file in (tmp_path / "again").glob("state-*/state.json"):
         file.unlink()
@@ -2888,8 +2888,8 @@ def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(small, one_rank, v
     with monkeypatch.context() as m:
         m.setattr(train.os, "rename", full("state-00000002", "state-00000003"))
         train_here(*args)
-    err = capsys.readouterr().err
-    assert "step 2 could not be saved" in err and "step 3 could not be saved" in err
+    said = capsys.readouterr().out
+    assert "step 2 could not be saved" in said and "step 3 could not be saved" in said
     assert same_state(one_rank, tmp_path)
     monkeypatch.setattr(train.os, "rename", full("state-00000005"))
     with pytest.raises(SystemExit, match="step 5 could not be saved"):
@@ -2934,6 +2934,8 @@ def test_a_failing_run_with_readers_ends(small, clips, tmp_path):
 
 def test_one_clip_is_overfitted_and_samples_show_it(small, clips, tmp_path, monkeypatch, capsys):
     """Everything trains, CLIP too, and samples are made with the average of CLIP."""
+    one = tmp_path / "one_clip.py"
+    one.write_text(clips.read_text().replace("n % 4", "0"))
     seen, condition = [], sample.condition
 
     def spy(svd, *args):
@@ -2941,17 +2943,23 @@ def test_one_clip_is_overfitted_and_samples_show_it(small, clips, tmp_path, monk
         return condition(svd, *args)
 
     monkeypatch.setattr(sample, "condition", spy)
-    train_here("--model", small, "--data", clips, "--out", tmp_path, "--frames", 4, "--train", "all", "--steps", 60,
-               "--log-every", 15, "--sample-every", 30, "--lr", 3e-3)
-    rows = log_of(tmp_path)
-    assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"]), rows
-    svd, start = exsvd.load(tmp_path / "model-000060.safetensors"), exsvd.load(small)
+    train_here("--model", small, "--data", one, "--out", tmp_path, "--frames", 2, "--train", "all", "--steps", 40,
+               "--sample-every", 20, "--lr", 3e-3)
+    svd, start = exsvd.load(tmp_path / "model-000040.safetensors"), exsvd.load(small)
+    video = data.to_float(data.open_dataset(one, 2, (64, 64))[0]["video"])
+    z, noise = start.vae.encode(video)[None], torch.randn(4, 2, 4, 8, 8)
+    batch = (z.repeat(4, 1, 1, 1, 1) * exsvd.VAE_SCALE, torch.tensor([0.5, 1, 2, 4]), noise, z[:, :1].repeat(4, 1, 1, 1, 1))
+    before, after = (
+        exsvd.training_loss(net.unet, exsvd.LOSSES["edm"], *batch,
+                            net.clip(exsvd.preprocess_clip(video[:1], 56))[:, None].repeat(4, 1, 1),
+                            torch.tensor([[7.0, 40.0, 0.05]] * 4)).mean().item() for net in (start, svd))
+    assert after < 0.7 * before, (before, after)
     assert svd.meta["defaults"]["sample"] == SAMPLING and svd.unet.max_frames is None
     assert torch.equal(svd.vae.quant_conv.weight, start.vae.quant_conv.weight.half().float())
     assert len(seen) == 3 and torch.equal(seen[0], start.clip.proj) and not torch.equal(seen[0], seen[2])
     assert torch.allclose(seen[2], svd.clip.proj, rtol=2**-10, atol=1e-6)
-    assert data.read_video(tmp_path / "sample-000060.mp4")[0].shape == (4, 64, 64, 3)
-    assert data.read_image(tmp_path / "progress.png").shape == (3 * 64, 4 * 64, 3)
+    assert data.read_video(tmp_path / "sample-000040.mp4")[0].shape == (2, 64, 64, 3)
+    assert data.read_image(tmp_path / "progress.png").shape == (3 * 64, 2 * 64, 3)
     assert "brightness" in capsys.readouterr().out, "what the dataset measures"
 
 
@@ -3077,7 +3085,7 @@ def test_gradients_that_stay_bad_stop_the_run(small, clips, tmp_path, monkeypatc
     svd.unet.conv_out.bias.data[0] = math.nan
     exsvd.save_model(tmp_path / "bad.safetensors", svd.unet, svd.vae, svd.clip, defaults={"train": TRAINING})
     monkeypatch.setattr(train, "MAX_SKIPPED", 3)
-    with pytest.raises(SystemExit, match="gradients of 3 steps in a row are not finite.*clip 2"):
+    with pytest.raises(SystemExit, match="no finite gradients in 3 steps, .*clip 2"):
         train_here("--model", tmp_path / "bad.safetensors", "--data", clips, "--out", tmp_path / "run", "--frames", 2)
 
 

@@ -148,7 +148,7 @@ class Settings:
 
     dtype: str = setting(None, sample.DTYPES, "of the weights; float16 scales the loss [by device: exsvd.best_dtype]")
     offload: bool = setting(False, bool, "optimiser, masters, moments and EMA in CPU memory")
-    deepspeed_config: str = setting(None, str, "JSON file, merged over our DeepSpeed settings: TensorBoard, W&B, ...")
+    deepspeed_config: str = setting(None, str, "JSON file, merged over our DeepSpeed settings: TensorBoard, W&B, ...", flag="--deepspeed_config")
     checkpoint: str = setting("memory", CHECKPOINTS, "activations kept: least; twice that, a sixth less work; or all")
     workers: int = setting(2, whole(0), "processes per rank that read clips")
     timeout: float = setting(30.0, number(0.1), "minutes after which ranks give up waiting for another")
