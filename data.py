@@ -769,8 +769,8 @@ def _numbered(path, entry, size, wanted=None, seek=None):
     before = -1
     for frame, stream in _decode(path, seek):
         number = None if frame is None else number_of.get(frame.pts)
-        # Not in the index: after a seek, frames that depend on ones before it. Not new: the second
-        # of two frames at one time.
+        # After a seek, frames may be damaged that the index does not have, since they depend on
+        # earlier ones. Of two frames with one time stamp only the first has a number.
         if number is None or number <= before:
             continue
         before, pixels = number, None
@@ -1019,14 +1019,14 @@ def encode_condition(vae, clip, frame, aug, noise):
 def _encode_file(dataset, name, svd, dtype, progress):
     """The tensors of one file. It holds the pixels of no more frames than a clip spans."""
     times, starts = _times(dataset.index[name]), dataset.starts(name)
-    device = svd.vae.quant_conv.weight.device
+    can_start, device = set(starts), svd.vae.quant_conv.weight.device
     tensors = {"latents": [], "cond": [], "ctx": [], "aug": [], "motion": []}
     window = {}  # {number: pixels} of the frames that clips still need
     for i, pixels in _numbered(dataset.files[name], dataset.index[name], dataset.size):
         window[i] = pixels.to(device)
         frame = to_float(window[i])
         tensors["latents"].append(encode_frames(svd.vae, frame[None])[0].to("cpu", dtype))
-        if i in starts:
+        if i in can_start:
             aug, noise = draw_condition(dataset.seed, f"{name}@{i}", dataset.size)
             cond, ctx = encode_condition(svd.vae, svd.clip, frame, aug, noise)
             tensors["cond"].append(cond.to("cpu", dtype))
