@@ -232,7 +232,9 @@ def _pixels(path, frame):
     x, alpha = x[..., :3], x[..., 3:]
     if alpha.min() < 255:
         x = np.rint(255 - (255 - x) * (alpha / np.float32(255))).astype(np.uint8)
-    display = frame.side_data.get("DISPLAYMATRIX")
+    display = None
+    with contextlib.suppress(ValueError):  # PyAV does not know all kinds of side data
+        display = frame.side_data.get("DISPLAYMATRIX")
     if display is not None:
         a, b, _, c, d = np.frombuffer(display, np.int32)[:5].tolist()
         if a * d < b * c:  # mirrored, which frame.rotation does not say
@@ -359,7 +361,7 @@ class VideoWriter:
         self.path, self.settings = Path(path), settings or {}
         self.kind = "" if str(path).endswith("/") else self.path.suffix.lower()
         if self.kind not in ("", *ENCODERS):
-            raise MediaError(f"{path}: must end in .mp4, .webm, .gif or, for a folder of PNGs, a slash")
+            raise MediaError(f"{path}: must end in .mp4, .webm, .gif, or / for a folder of PNGs")
         fastest = 50 if self.kind == ".gif" else 1000
         if not 0 < fps <= fastest:
             raise MediaError(f"{path}: {fps} frames per second: must be above 0, at most {fastest}")
@@ -382,7 +384,8 @@ class VideoWriter:
         frames = torch.as_tensor(frames).cpu().numpy()
         self.size = self.size or frames.shape[1:]
         if frames.dtype != np.uint8 or frames.shape[1:] != self.size or self.size[2:] != (3,):
-            raise ValueError(f"{frames.dtype} {frames.shape}: wanted uint8 (T, H, W, 3) of one size")
+            found = f"{frames.dtype} {frames.shape}"
+            raise ValueError(f"frames must be uint8 (T, H, W, 3), all of one size, not {found}")
         for x in frames:
             if self.kind:
                 self._encode(x)
@@ -487,7 +490,7 @@ def motion_bucket(score, scale="exvideo"):
 
 
 def draw_condition(seed, name, size):
-    """The noise on the condition image of a clip: its sigma, float32 (), and the noise (3, H, W)."""
+    """The noise on the condition image of a clip: sigma, float32 (), and the noise, (3, H, W)."""
     key = hashlib.blake2b(os.fsencode(f"{seed}/{name}"), digest_size=8).digest()
     g = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
     aug = torch.exp(AUG_LOG_MEAN + AUG_LOG_STD * torch.randn((), generator=g))
@@ -504,15 +507,17 @@ def draw_condition(seed, name, size):
 INDEX = ".exsvd-index-4.jsonl"  # the number changes with the format
 SUFFIXES = set(".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf"
                " .ogv .ts .vob .webm .wmv .y4m".split())  # in folders; a list may name any file
-COLUMNS = ("path", "video", "file")
+COLUMNS = ("path", "video", "file")  # where the path is in a .csv or .json list
 csv.field_size_limit(2**31 - 1)  # captions may be long
 
 
 def _read_list(source):
     """The entries of a list: texts of a .txt file, dicts of a .csv file, either of a .json file."""
     kind = source.suffix.lower()
+    if not source.exists():
+        raise unreadable(source, "there is no such file or folder")
     if kind not in (".txt", ".csv", ".json"):
-        raise unreadable(source, "it is no folder, .txt, .csv or .json list, or .py file")
+        raise unreadable(source, "it is no folder, no .txt, .csv or .json list, no .py file")
     try:
         with open(source, encoding="utf-8-sig", newline="") as f:  # drops a byte order mark
             text = f.read()
@@ -537,8 +542,8 @@ def _path_of(source, entry):
         cells = [entry[key] for key in COLUMNS if key in entry]
         if not cells:
             found = ", ".join(map(repr, list(entry)[:10]))
-            raise unreadable(source, f"it has the columns {found}; the path must be in a column "
-                                     f"named {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
+            wanted = "the path must be in a column named path, video or file"
+            raise unreadable(source, f"it has the columns {found}; {wanted}")
         entry = next(filter(None, cells), "")
     if not isinstance(entry, str):
         raise unreadable(source, f"it holds {str(entry):.40} where a path should be")
@@ -566,6 +571,7 @@ def list_files(source):
     return dict(sorted(files.items()))
 
 
+THUMBNAIL = {"width": 32, "height": 18, "interpolation": Interpolation.AREA}
 CUT_JUMP = 0.04  # at a cut thumbnails in [0, 1] differ by more than this, and
 CUT_RATIO = 2.0  # by this many times the third largest step nearby
 
@@ -596,9 +602,7 @@ def scan(path):
                 continue
             if stamps and stamps[-1] is not None and frame.pts == stamps[-1]:
                 continue  # two frames at one time: the second is never shown
-            area = Interpolation.AREA
-            x = _convert(path, frame, "rgb24", width=32, height=18, interpolation=area)
-            x = x / np.float32(255)  # a thumbnail
+            x = _convert(path, frame, "rgb24", **THUMBNAIL) / np.float32(255)
             distances = [float(np.abs(x - y).mean()) for y in recent]
             lags.append(distances + [math.inf] * (3 - len(recent)))
             recent.appendleft(x)
@@ -608,12 +612,12 @@ def scan(path):
         return {"error": str(e).removeprefix(f"{one_line(path)}: ")}
     file = one_line(os.path.basename(path))
     advice = f'encode it again, for example with ffmpeg -i "{file}" -crf 16 out.mp4'
-    if None in stamps:  # some AVI files; streams without a container
+    steps = np.diff([0 if stamp is None else stamp for stamp in stamps])
+    back = np.flatnonzero(steps < 0)
+    if None in stamps or len(back) > len(steps) / 20:  # a bare stream; AVI with B-frames
         return {"error": f"no time stamps: its frames do not say when they are shown; {advice}"}
-    steps = np.diff(stamps)
-    if (steps < 0).any():
-        frame = int((steps < 0).argmax())
-        return {"error": f"clock jumps back: after frame {frame}, as in joined files; {advice}"}
+    if len(back):
+        return {"error": f"clock jumps back: after frame {back[0]}, as in joined files; {advice}"}
     lags = np.array(lags)
     cuts = find_cuts(lags)
     changes = []  # how much the thumbnails of each shot change per frame
@@ -765,8 +769,8 @@ def _numbered(path, entry, size, wanted=None, seek=None):
     before = -1
     for frame, stream in _decode(path, seek):
         number = None if frame is None else number_of.get(frame.pts)
-        # Not in the index: after a seek, frames that depend on ones before it. Not new: the second
-        # of two frames at one time.
+        # After a seek, frames may be damaged that the index does not have, since they depend on
+        # earlier ones. Of two frames with one time stamp only the first has a number.
         if number is None or number <= before:
             continue
         before, pixels = number, None
@@ -1015,14 +1019,14 @@ def encode_condition(vae, clip, frame, aug, noise):
 def _encode_file(dataset, name, svd, dtype, progress):
     """The tensors of one file. It holds the pixels of no more frames than a clip spans."""
     times, starts = _times(dataset.index[name]), dataset.starts(name)
-    device = svd.vae.quant_conv.weight.device
+    can_start, device = set(starts), svd.vae.quant_conv.weight.device
     tensors = {"latents": [], "cond": [], "ctx": [], "aug": [], "motion": []}
     window = {}  # {number: pixels} of the frames that clips still need
     for i, pixels in _numbered(dataset.files[name], dataset.index[name], dataset.size):
         window[i] = pixels.to(device)
         frame = to_float(window[i])
         tensors["latents"].append(encode_frames(svd.vae, frame[None])[0].to("cpu", dtype))
-        if i in starts:
+        if i in can_start:
             aug, noise = draw_condition(dataset.seed, f"{name}@{i}", dataset.size)
             cond, ctx = encode_condition(svd.vae, svd.clip, frame, aug, noise)
             tensors["cond"].append(cond.to("cpu", dtype))
