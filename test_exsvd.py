@@ -325,7 +325,7 @@ def test_layout_handed_to_flash_attn(monkeypatch):
            "q, k": lambda: exsvd.attention(q, k, k, heads=3)}
     want, calls = {what: f() for what, f in run.items()}, []
 
-    def flash(q, k, v):
+    def flash(q, k, v, deterministic):
         calls.append(q.shape)
         return plain_attention(q, k, v)
 
@@ -339,10 +339,11 @@ def test_layout_handed_to_flash_attn(monkeypatch):
 
 def test_what_flash_attn_takes(monkeypatch):
     def q(dim, dtype=torch.bfloat16, cuda=True):
-        return argparse.Namespace(shape=(1, 2, 1, dim), dtype=dtype, is_cuda=cuda)
+        return argparse.Namespace(shape=(1, 2, 1, dim), dtype=dtype, is_cuda=cuda, device="cuda")
 
     assert not exsvd.flash_fits(torch.randn(1, 2, 1, 64))
     monkeypatch.setattr(exsvd, "flash_attn_func", plain_attention)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert all(exsvd.flash_fits(q(*a)) for a in [(64,), (80,), (256, torch.float16)])
     for a in [(512,), (36,), (64, torch.float32), (64, torch.float16, False)]:
         assert not exsvd.flash_fits(q(*a))
@@ -381,7 +382,7 @@ def test_denoise_and_loss_of_networks_whose_answer_is_known():
     for image_latents in (image, per_frame):
         close(exsvd.denoise(ideal, noisy, sigma, image_latents, ctx, ids), x, 1e-4, "D of the ideal F")
     guess = torch.randn(x.shape)
-    loss = exsvd.edm_loss(lambda *a: guess, x, sigma, noise, image, ctx, ids)
+    loss = exsvd.training_loss(lambda *a: guess, exsvd.LOSSES["edm"], x, sigma, noise, image, ctx, ids)
     assert loss.shape == (5,)
     close(loss, (guess - v).square().mean(dim=(1, 2, 3, 4)), 1e-4, "loss, |F - v|^2 as its weight is 1 / c_out^2")
 
@@ -781,7 +782,7 @@ def test_published_files_fill_the_networks(full):
                 with pytest.raises(exsvd.WeightsError, match=rf"1 unexpected, such as {re.escape(n)}2$"):
                     exsvd.locate(net, exsvd.Tensors(tensors | {n + "2": torch.empty(1, device="meta")}))
         assert len(left) == (252 if file == "svd_xt.safetensors" else 0)
-        assert all(exsvd.SGM_IGNORED.match(n) for n in left)
+        assert all(re.match(exsvd.IGNORED, n) for n in left)
     with pytest.raises(exsvd.WeightsError, match=r"image-decoder variant.*use svd_xt.safetensors"):
         exsvd.locate(vae, exsvd.Tensors(files["svd_xt_image_decoder.safetensors"]))
     sizes = {file: sum(t.numel() for t in files[file].values()) for file in contents if file != "svd_xt.safetensors"}
@@ -844,10 +845,10 @@ def test_load_published_layouts(tmp_path, layout, dtype, extension):
     svd = exsvd.load(path, extension=overlay)
     for net, state in zip((svd.unet, svd.vae, svd.clip), states):
         same(net, state)
-    native = {"native_frames": 25 if layout == "single" else 14}
+    native = {"native_frames": 25 if layout == "single" or extension == "own" else 14}
     assert svd.unet.config == exsvd.UNetConfig(**vars(UNET) | native)
     assert svd.vae.config == VAE and svd.clip.config == CLIP and svd.unet.max_frames == (12 if extension else None)
-    assert svd.extension == {None: None, "release": {}, "own": {"native_frames": 25, "step": 7}}[extension]
+    assert svd.extension == {None: None, "release": {}, "own": {"step": 7, "architecture": "exvideo", "frames": 12, "native_frames": 25}}[extension]
 
 
 @pytest.mark.parametrize("num_frames", [None, 12])
@@ -945,11 +946,11 @@ def test_damaged_files_and_pickles(tmp_path):
     good = path.read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
-    damaged = [b"", good[:-1000], good[:1000], good + b"0000", b"<!DOCTYPE html><html>Not found</html>", pointer]
+    damaged = [b"", good[:-1000], good[:1000], good + b"0000", b"<!DOCTYPE html><html>Not found</html>"]
     pickles = [b"\x80\x02}q\x00.", b"PK\x03\x04" + good, pickled(zipped=True), pickled(zipped=False)]
     flipped = [good[:at] + bytes([good[at] ^ bit]) + good[at + 1:] for bit in (0x01, 0x80)
                for at in [0, 1, 3, 7, 8, *range(9, header - 8, header // 50)]]
-    for contents, says in [(damaged, "is not a complete safetensors file"), (flipped, ""),
+    for contents, says in [(damaged, "is not a complete safetensors file"), (flipped, ""), ([pointer], "is a Git LFS pointer"),
                            (pickles, "is a pickled checkpoint, which is never opened")]:
         for content in contents:
             path.write_bytes(content)
@@ -1006,7 +1007,7 @@ def test_models_that_cannot_be_loaded(tmp_path):
     cannot_load("no unet/diffusion_pytorch_model.safetensors")
     exsvd.save_extension(single, nets[0])
     cannot_load("is an extension, not a model", single)
-    configs = [[], 3, None, {"unet": 3}, {"unet": {"channels": "a"}}, {"unet": {"channels": [30, 60, 90, 90]}},
+    configs = [[], 3, None, {"unet": 3}, {"unet": {"channels": "a"}},
                {"unet": {"groups": 0}}, {"unet": {"chan": 1}}, {"vae": {"channels": [32]}}, {"clip": {"layers": -1}}]
     for text in ["{", "3", "null", "[1]", *(json.dumps({"config": config}) for config in configs)]:
         save_file({"x": torch.zeros(1)}, single, metadata={"exsvd": text})  # what no network can have
