@@ -526,14 +526,6 @@ def extend(unet, num_frames=128):
     return unet
 
 
-ARCHITECTURE = "exvideo"  # of this block, said by the files that hold one; whoever changes the block renames it
-
-
-def is_extension_parameter(name):
-    """Whether a parameter of the UNet belongs to the extension: what the paper trains, and what a file of it holds."""
-    return ".attn.temporal." in name
-
-
 # Parameters that can't matter while the context is one token (see ContextAttention): loaded and saved, never trained.
 IDLE = re.compile(r"\.attn\.(spatial|temporal)\.(attn2\.to_[qk]|norm2)\.")
 
@@ -822,21 +814,6 @@ class Stream(Resident):
             return copies, None if self.side is None else self.side.record_event()
 
 
-def unet_ids(names, values, device=None):
-    """The UNet's third input, (B, len(names)) float32. values: a mapping with a number or (B,) tensor for each name.
-
-    The one place that knows that the model is given fps - 1. Raises ValueError where a name is missing.
-    """
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise ValueError(f"the UNet is conditioned on {', '.join(names)}, but there is no {', '.join(missing)}")
-    columns = [torch.as_tensor(values[name], dtype=torch.float32, device=device).view(-1) for name in names]
-    ids = torch.stack(torch.broadcast_tensors(*columns), dim=1)
-    if "fps" in names:
-        ids[:, names.index("fps")] -= 1
-    return ids
-
-
 def compile_blocks(unet):
     """torch.compile in place, per repeated block: transformer blocks and residual blocks over pixels. Loops over slices
     stay in Python, and with them the residual blocks over frames, whose norms span slices. It takes the first pass
@@ -1123,24 +1100,6 @@ def training_loss(unet, loss, x, sigma, noise, image_latents, ctx, ids):
     return (loss.weight(s, x.shape[1]) * (D - loss.target * x) ** 2).mean(dim=(1, 2, 3, 4))
 
 
-LOSSES = {
-    # EDM's weight for sigma_data = 1, which makes the loss of an untrained F about 1 at every noise level
-    "edm": Loss(edm_sigmas, lambda sigma, T: (sigma**2 + 1) / sigma**2),
-    # of ExVideo's released training script; the target of 1.01 is there against videos that turn grey
-    "exvideo": Loss(exvideo_sigmas, lambda sigma, T: (sigma**2 + 1).sqrt() / sigma, target=1.01),
-}
-
-
-def training_loss(unet, loss, x, sigma, noise, image_latents, ctx, ids):
-    """Of each video, (B,): weight(sigma) |D(x + sigma*noise; sigma) - target*x|^2, averaged over its elements.
-
-    loss: one of LOSSES. x and noise (B,T,4,H,W), the rest as in denoise().
-    """
-    D = denoise(unet, x + sigma.float().view(-1, 1, 1, 1, 1) * noise, sigma, image_latents, ctx, ids)
-    error = (D - loss.target * x).square().mean(dim=(1, 2, 3, 4))
-    return loss.weight(sigma.float(), x.shape[1]) * error
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Checkpoints. Our parameter names, put through short lists of substitutions, give the names in each published file;
 #    so one list both reads and writes a format, and the names a file must have are known before it is opened.
@@ -1354,8 +1313,6 @@ def locate(module, tensors):
     Raises WeightsError with examples if anything is missing, mis-shaped or left over. Only an extension file of ours
     may lack parameters: it may hold a part of the release's, and others besides.
     """
-    if isinstance(module, UNet) and "architecture" in tensors.meta:
-        return locate_own_extension(module, tensors)
     names = choose_layout(module, tensors)
     if tensors.is_extension and tensors.meta:
         names = {ours: group for ours, group in names.items() if tensors.names.issuperset(group)}
@@ -1379,28 +1336,6 @@ def locate(module, tensors):
         raise WeightsError(f"{tensors.label} (which holds {holds}, ...) does not fit {type(module).__name__} "
                            f"({len(expected)} tensors): {'. '.join(problems)}")
     return {ours: (tensors, group) for ours, group in names.items()}
-
-
-def locate_own_extension(unet, tensors):
-    """The same of an extension saved by save_extension(), which may hold a part of the extension's parameters."""
-    if tensors.meta["architecture"] != ARCHITECTURE:
-        raise WeightsError(f"{tensors.label} holds an extension of architecture {tensors.meta['architecture']}, "
-                           f"but this code's is {ARCHITECTURE}")
-    ours = {names[0]: name for name, names in extension_names(unet).items()}
-    problems = [f"{name} is no parameter of its extension" for name in sorted(tensors.names - ours.keys())]
-    for name in sorted(tensors.names & ours.keys()):
-        problems.append(compare_shapes([name], tensors, tuple(unet.get_parameter(ours[name]).shape)))
-    problems = [p for p in problems if p]
-    if problems:
-        raise WeightsError(f"{tensors.label} does not fit the UNet: {'; '.join(problems[:3])}"
-                           f"{', and more' if len(problems) > 3 else ''}")
-    return {ours[name]: (tensors, [name]) for name in tensors.names}
-
-
-def extension_names(unet):
-    """{our name: [name in an extension file]} of all parameters of the extension: the release's name where it has one."""
-    published = file_names(unet, "exvideo")
-    return {name: published.get(name, [name]) for name, _ in unet.named_parameters() if is_extension_parameter(name)}
 
 
 def choose_layout(module, tensors):
