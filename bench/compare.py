@@ -2,7 +2,7 @@
 
     python bench/compare.py count train offload --diffsynth FOLDER     # the memory tables of bench/README.md
     python bench/compare.py cost                                       # what one video takes
-    python bench/compare.py time --dtype float32 --diffsynth FOLDER    # really run on the CPU: 16 GB of memory
+    python bench/compare.py time --diffsynth FOLDER                    # really run on the CPU: 16 GB of memory
     python bench/compare.py gpu --diffsynth FOLDER                     # all that needs a GPU
 
 Computed, with tensors that have shapes but no values, on any machine:
@@ -58,7 +58,7 @@ import sample
 # ----------------------------------------------------------------------------------------------------------------------
 # The networks of each code: build() returns one, and a function pass(T, H, W) that runs it on random inputs
 
-CODES = ("ours", "diffsynth", "ours-base", "diffusers", "diffsynth-base")  # extended, extended, base, base, base
+CODES = ("ours", "diffsynth", "ours-base", "diffusers")  # the first two are extended
 
 
 def version(code, folder):
@@ -99,9 +99,9 @@ def unet(code, frames, folder, new, checkpointing):
             return m(new(1, T, 8, H, W), new(1), new(1, 1, 1024), new(1, 3)).sample
 
         return m, run, [".temporal_transformer_blocks."]
-    if code.startswith("diffsynth"):
+    if code == "diffsynth":
         module = diffsynth_modules(folder)[0]
-        m = module.SVDUNet(add_positional_conv=frames if code == "diffsynth" else None)
+        m = module.SVDUNet(add_positional_conv=frames)
         blocks = [f"{name}." for name, b in m.named_modules() if isinstance(b, module.TemporalAttentionBlock)]
 
         def run(T, H, W):
@@ -234,25 +234,21 @@ def streamed_bytes(a, shape, code="ours"):
     return live.peak
 
 
-def offloaded_step_bytes(a, shape, ranks):
+def offloaded_step_bytes(a, shape):
     """Peak bytes on the device of a step of `train.py --offload`, weights included.
 
-    DeepSpeed 0.19 (stage_1_and_2.py) copies each gradient into a bucket as soon as it is there. It sums a full bucket
-    over the ranks, in a copy where there are several, and sends each gradient to the CPU in float32. It keeps room for
-    the largest parameter in 16 bits. NCCL's own buffers come on top.
+    DeepSpeed 0.19 (stage_1_and_2.py) copies each gradient into a bucket as soon as it is there. When the bucket is
+    full, each gradient leaves for the CPU by way of a float32 copy. Room for the largest parameter is kept in 16 bits.
     """
     from train import BUCKET  # gradients that fit into the bucket
-    new = partial(torch.empty, dtype=torch.bfloat16)
     bucket, waiting = [], []
 
     def leave(p):
         if not bucket:
-            bucket.append(new(BUCKET))
+            bucket.append(torch.empty(BUCKET, dtype=torch.bfloat16))
         if sum(waiting) + p.numel() > BUCKET:
-            joined = new(sum(waiting)) if ranks > 1 else None
             for n in waiting:
-                torch.empty(n)  # float32
-            del joined
+                torch.empty(n)  # float32; gone at once
             waiting.clear()
         waiting.append(p.numel())
         p.grad = None
@@ -345,10 +341,8 @@ def offload_rows(a):
         yield "sample.py --offload: denoise(), computed", "ours", shape, {
             "peak GB": gb(streamed_bytes(a, shape)), "note": "with weights"}
     shape = a.shape[0] if a.shape else (128, 64, 64)
-    for ranks in (1, 2):
-        yield "train.py --offload: a step, computed", "ours", shape, {
-            "peak GB": gb(offloaded_step_bytes(a, shape, ranks)),
-            "note": f"with weights and buckets; stored latents; {'one GPU' if ranks == 1 else 'several GPUs'}"}
+    yield "train.py --offload: a step, computed", "ours", shape, {
+        "peak GB": gb(offloaded_step_bytes(a, shape)), "note": "with weights and the bucket; from encoded latents"}
 
 
 # What one video takes: its FLOP over a share of the GPU's dense float16 peak with sums in float32 (NVIDIA's data
@@ -477,7 +471,7 @@ def attention_rows(a):
         with patch.object(exsvd, "flash_attn_func", None), sdpa_kernel(backend):
             yield
 
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+    for backend in SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION:
         yield from beside_plain(backend.name, a, context=partial(only, backend))
 
 
@@ -546,16 +540,14 @@ def run_plan(a):
     for task, limit, shapes, pairs in GPU_PLAN:
         if a.shape:
             shapes = ["x".join(map(str, shape)) for shape in a.shape]
-        command = [sys.executable, os.path.abspath(__file__), task, "--device", a.device,
-                   "--pairs", str(min(pairs, a.pairs)), "--shape", *shapes]
+        command = ["timeout", "--kill-after=5", str(limit), sys.executable, os.path.abspath(__file__), task,
+                   "--device", a.device, "--pairs", str(min(pairs, a.pairs)), "--shape", *shapes]
         if a.diffsynth:
             command += ["--diffsynth", a.diffsynth]
-        try:
-            done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode in (124, 137):
             print(f"\n{task}: stopped after {limit} s", flush=True)
-            continue
-        if done.returncode:
+        elif done.returncode:
             print(f"\n{task}: failed: {last_line(done)}", flush=True)
             if task == "conv":  # nothing else would mean anything
                 return
@@ -563,32 +555,23 @@ def run_plan(a):
 
 def parse():
     def shape(text):
-        try:
-            T, H, W = (int(n) for n in text.lower().split("x"))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text}: write FRAMESxHEIGHTxWIDTH, such as 128x64x64") from None
-        if min(T, H, W) < 1 or H % 8 or W % 8:
-            raise argparse.ArgumentTypeError(f"{text}: height and width must be multiples of 8")
+        T, H, W = (int(n) for n in text.split("x"))
         return T, H, W
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("tasks", nargs="*", default=["count"], metavar="TASK", help="see above [count]")
-    p.add_argument("--shape", type=shape, nargs="+",
-                   help="frames x height x width of the latents [those of bench/README.md]")
+    p.add_argument("tasks", nargs="+", choices=[*TASKS, "gpu"], metavar="TASK", help="see above")
+    p.add_argument("--shape", type=shape, nargs="+", metavar="TxHxW", help="of the latents, such as 128x64x64 [those "
+                   "of bench/README.md]; height and width are multiples of 8")
     p.add_argument("--diffsynth", metavar="FOLDER", help="an unpacked wheel of DiffSynth, to compare with")
     p.add_argument("--pairs", type=int, default=9, help="how often to run what is timed, at least 2 [9]")
     p.add_argument("--device", choices=("cpu", "cuda"), help="to run on [cpu; of gpu: cuda]")
-    p.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="to run in [exsvd.best_dtype(device)]")
     a = p.parse_args()
-    for task in a.tasks:
-        if task not in TASKS and task != "gpu":
-            p.error(f"unknown task {task}: there are {', '.join([*TASKS, 'gpu'])}")
     if a.diffsynth and not version("diffsynth", a.diffsynth):
         p.error(f"--diffsynth {a.diffsynth}: a folder with diffsynth/ and diffsynth-*.dist-info/ is needed")
     a.device = a.device or ("cuda" if "gpu" in a.tasks else "cpu")
     if a.device == "cuda" and not torch.cuda.is_available():
         sys.exit("compare.py: torch sees no GPU here")
-    a.dtype = getattr(torch, a.dtype) if a.dtype else exsvd.best_dtype(a.device)
+    a.dtype = exsvd.best_dtype(a.device)
     return a
 
 
