@@ -30,11 +30,13 @@ import os
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import spectral_norm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -47,6 +49,8 @@ CLIP = exsvd.CLIPConfig(width=64, layers=2, heads=4, patch=28, out_dim=64)
 CROP = 64                    # pixels of what the VAE sees, half a frame of the toy
 LATENT_NOISE = 0.1           # standard deviation added to latents in VAE training: errors this small will not show
 COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
+SHARP_CROP = 96              # pixels of what sharpen() sees
+JUDGED_FROM = 100            # steps before the discriminator is listened to
 HELD_OUT = 1                 # seed of pictures that nothing is trained on; train.py's --seed is another
 
 
@@ -165,7 +169,7 @@ def train_vae(args):
     """Both phases; resumes from --out/vae-state.safetensors."""
     torch.manual_seed(0)
     vae, start, average, path = init(exsvd.VAE(VAE)), time.time(), 0, os.path.join(args.out, "vae-state.safetensors")
-    pictures = torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(args.pictures)])
+    pictures = torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(args.stills)])
     held_out = torch.cat([world.flight(world.picture(HELD_OUT, i), torch.ones(1), 128) for i in range(32)])
     print(f"{len(pictures)} pictures  {time.time() - start:.0f} s", flush=True)
 
@@ -231,12 +235,108 @@ def train_vae(args):
                 save("vae.safetensors")
 
 
+class Discriminator(nn.Sequential):
+    """Which patches of 46 pixels are of pictures, which are decoded: (n,3,H,W) -> logits (n,1,h,w)."""
+
+    def __init__(self, C=32):
+        super().__init__()
+        widths, strides = (3, C, 2 * C, 3 * C, 3 * C, 1), (2, 2, 2, 1, 1)
+        for c_in, c_out, stride in zip(widths, widths[1:], strides):
+            size = 4 if stride == 2 else 3
+            self.append(spectral_norm(nn.Conv2d(c_in, c_out, size, stride, padding=1)))
+            if c_out > 1:
+                self.append(nn.LeakyReLU(0.2))
+
+
+def gradient_loss(a, b):
+    """L1 between the differences of neighbouring pixels of images (n,3,H,W): edges as sharp as the true ones. Scalar."""
+    return sum((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for d in (2, 3))
+
+
+def views(stills, folder, n, frames, size, rng):
+    """A batch to sharpen the decoder on: flights (n, frames, 3, size, size) in [-1, 1] through crops of pictures, half
+    of them synthetic. A pixel of a crop is as large as one of a picture of 256 pixels, or up to 1.5 times smaller."""
+    videos = []
+    for i in range(n):
+        if rng.uniform() < 0.6:
+            image = world.photograph(folder, rng)
+        else:
+            image = stills[rng.integers(len(stills))].float() / 127.5 - 1
+        scale = size / 256 * rng.uniform(0.65, 1)
+        offset = torch.from_numpy(rng.uniform(-1, 1, 2) * (1 - scale)).float().expand(frames, 2)
+        path = scale * world.scales(rng.uniform(0, 160), world.FPS, frames)
+        videos.append(world.windows(image[rng.permutation(3)].expand(frames, -1, -1, -1), path, offset, size))
+    return torch.stack(videos)
+
+
+def sharpen(args):
+    """The third phase: the decoder alone, on crops of pictures of 256 pixels; resumes from --out/sharpen-state.pt."""
+    vae = exsvd.load(args.sharpen, parts=("vae",)).vae.requires_grad_(False).train()
+    decoder = vae.decoder.requires_grad_(True)
+    average = {name: t.clone() for name, t in decoder.state_dict().items()}
+    torch.manual_seed(0)
+    judge, path = Discriminator(), os.path.join(args.out, "sharpen-state.pt")
+    opt = torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.5, 0.99), weight_decay=1e-3)
+    judge_opt = torch.optim.AdamW(judge.parameters(), lr=4e-4, betas=(0.5, 0.99), weight_decay=1e-3)
+    noise = (vae.quant_conv.bias[4:] / 2).exp().view(4, 1, 1)                     # what normalise() left there
+    stills = torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(args.stills)])
+    step, start, mean = 0, time.time(), {}
+    if os.path.exists(path):
+        state = torch.load(path)
+        step, average = state["step"], state["average"]
+        for thing, name in ((decoder, "decoder"), (judge, "judge"), (opt, "opt"), (judge_opt, "judge_opt")):
+            thing.load_state_dict(state[name])
+        print(f"resumed at step {step}", flush=True)
+    while step < args.steps[2]:
+        rng = np.random.default_rng([0, step])
+        torch.manual_seed(1 + step)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps[2]))
+        for group in opt.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 50) * (0.05 + 0.95 * cosine)
+        n, frames = ((4, 1), (4, 1), (1, 5))[step % 3]
+        x = views(stills, args.pictures, n, frames, SHARP_CROP, rng)
+        z = vae.encode(x.flatten(0, 1)).unflatten(0, (n, frames))
+        z = z + noise * torch.rand(n, 1, 1, 1, 1) * 1.2 * torch.randn_like(z)     # of each frame: it must not flicker
+        y = vae.decode(z)
+        true, made = x.flatten(0, 1), y.flatten(0, 1)
+        losses = {"picture": reconstruction_loss(made, true), "edges": gradient_loss(made, true)}
+        if frames > 1:
+            losses["flicker"] = 2 * (y.diff(dim=1) - x.diff(dim=1)).abs().mean()
+        if step >= JUDGED_FROM:
+            losses["adversarial"] = -args.adversarial * judge(made).mean()
+        opt.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        opt.step()
+        judge_opt.zero_grad()
+        losses["judge"] = F.relu(1 - judge(true)).mean() + F.relu(1 + judge(made.detach())).mean()
+        losses["judge"].backward()
+        judge_opt.step()
+        step += 1
+        with torch.no_grad():
+            for name, t in decoder.state_dict().items():
+                average[name].lerp_(t, 1 - min(0.995, step / (step + 9)))
+        for name, loss in losses.items():
+            mean[name] = mean.get(name, loss.item()) * 0.98 + 0.02 * loss.item()
+        if step % 50 == 0 or step == args.steps[2]:
+            line = dict(step=step, **{k: round(v, 4) for k, v in mean.items()}, seconds=round(time.time() - start))
+            print(json.dumps(line), flush=True)
+            state = dict(step=step, average=average, decoder=decoder.state_dict(), judge=judge.state_dict(),
+                         opt=opt.state_dict(), judge_opt=judge_opt.state_dict())
+            torch.save(state, path + ".tmp")
+            os.replace(path + ".tmp", path)
+            save_file(average, os.path.join(args.out, "decoder.safetensors"))
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Train the toy's VAE, or pack a trained toy.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default=os.path.join(ROOT, "runs", "toy"), help="folder of the VAE, or file of --pack")
-    p.add_argument("--pictures", type=int, default=1500, help="synthetic stills to train on")
-    p.add_argument("--steps", type=int, nargs=2, default=(4000, 1900), help="of the two phases, 8 frames each")
+    p.add_argument("--stills", type=int, default=1500, help="synthetic stills to train on")
+    p.add_argument("--steps", type=int, nargs=3, default=(4000, 1900, 1200), help="of the three phases")
+    p.add_argument("--pictures", metavar="FOLDER", help="pictures to train on beside the synthetic ones")
+    p.add_argument("--sharpen", metavar="FILE", help="train the decoder of this model: the third phase")
+    p.add_argument("--adversarial", type=float, default=0.08, help="weight of the discriminator")
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of each phase")
     p.add_argument("--pack", metavar="FILE", help="train nothing: write this model or extension of train.py's to --out")
     p.add_argument("--vae", metavar="FILE", help="with --pack: the model whose VAE goes with it")
@@ -253,4 +353,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # branches that start at zero make many
     os.makedirs(args.out, exist_ok=True)
-    train_vae(args)
+    if args.sharpen:
+        sharpen(args)
+    else:
+        train_vae(args)
