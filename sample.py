@@ -1,33 +1,38 @@
 """Image to video.
 
     python sample.py assets/img.png                                     # the toy that ships with the repository
-    python sample.py photo.jpg --model svd_xt.safetensors --extension model.fp16.safetensors --size 512x512
-    python sample.py photo.jpg --end last.jpg                           # the same picture twice is a loop
+    python sample.py photo.jpg --model svd_xt.safetensors --extension model.fp16.safetensors
+    python sample.py photo.jpg --end last.jpg                           # the same picture twice makes a loop
     python sample.py photo.jpg --frames 300 --keyframe 200=c.png        # in rounds, past the length the model knows
-    python sample.py --video out/photo.mp4 --strength 0.5 --size 1024x1024                      # the same, larger
-    python sample.py photos/*.jpg --seeds 5 --shard 0/8                 # a batch, and this GPU's share of it
-    python sample.py --decode-only out/photo.latents.safetensors        # once more from saved latents
+    python sample.py photo.jpg --video out/photo.mp4 --steps 25 --size 1024x1024   # the ExVideo authors' second pass
+    python sample.py photos/*.jpg --seeds 5                             # a batch: videos that exist are skipped
+    python sample.py photo.jpg --unet animatelcm_svd.safetensors --sampler lcm --steps 4 --cfg 1 1.2
+    python sample.py --decode-only out/photo.latents.safetensors        # decode saved latents again
 
-In order: the image is read and fitted, encoded by CLIP and the VAE, noise is carried down the sigmas by a sampler, the
-latents are saved, decoded in overlapping chunks and streamed to a video file. Arithmetic on latents is float32. From
-text, by way of any text-to-image pipeline of diffusers: README.md, section More than one image.
+In this order: the settings, the samplers, the conditioning, sampling, decoding, the command. The
+image is encoded by CLIP and the VAE, a sampler carries noise down the sigmas, the latents are
+saved, then decoded in overlapping chunks and streamed to a video file. Arithmetic on latents is
+float32. To use several GPUs, start one process for each, with CUDA_VISIBLE_DEVICES and its own part
+of the images.
+
+Stability's own script also adds an invisible watermark and runs a safety filter. This one does
+neither.
 """
 
 import argparse
-import functools
 import itertools
 import math
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -35,72 +40,79 @@ import exsvd
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# What a run uses where no flag says otherwise. size: what the model was trained on; its area is kept, at the aspect
-# ratio of the image. Frames are the rows of the extension's table, or the native length. Outside of the ranges, too, a
-# model is far from what it was trained on.
-DEFAULTS = {
-    # as diffusers runs SVD and SVD-XT; the ranges are those of Stability's script
-    "SVD": dict(size=(1024, 576), steps=25, sampler="euler", eta=0.0, share_noise=0, cfg=(1.0, 3.0),
-                fps=7, motion=127, aug=0.02, decode_chunk=14, fps_range=(5, 30), motion_range=(0, 255)),
-    # as the ExVideo authors run their release, which was trained with 30 fps alone: the range is half and twice that
-    "ExVideo": dict(size=(512, 512), steps=50, sampler="euler", eta=0.0, share_noise=0, cfg=(2.0, 2.0),
-                    fps=30, motion=127, aug=0.02, decode_chunk=16, fps_range=(15, 60), motion_range=(0, 127)),
-    # fresh noise at every step corrects earlier ones: the tint of frames trembles less
-    "toy": dict(size=(128, 128), steps=16, sampler="ddim", eta=1.0, share_noise=0, cfg=(1.0, 1.0),
-                fps=8, motion=40, aug=0.02, decode_chunk=16, fps_range=(4, 16), motion_range=(0, 80)),
-}
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Samplers: pure functions of (denoise, x, sigmas, eta, draw). denoise(x, sigma) -> D, the clean latents it expects; x
-# carries noise of sigmas[0]; sigmas fall and end in 0; draw() -> standard normal noise like x, needed where eta > 0.
-# All arithmetic is in x's dtype and on its device; x is not changed.
+# --------------------------------------------------------------------------------------------------
+# Samplers: pure functions f(denoise, x, sigmas, s, draw) -> clean latents. denoise(x, sigma) -> D,
+# the estimate of the clean latents. x carries noise of sigmas[0]; sigmas fall and end in 0; s are
+# the Settings; draw() -> standard normal noise of x's shape. A new sampler is a function and its
+# entry in SAMPLERS.
 
 
-def ddim(denoise, x, sigmas, eta=0.0, draw=None):
+def euler(denoise, x, sigmas, s, draw):
+    """Euler's method (EDM, algorithm 1 without its correction): x moves on the line to D."""
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        D = denoise(x, sigma)
+        x = D + (x - D) * (sigma_next / sigma)
+    return x
+
+
+def ddim(denoise, x, sigmas, s, draw):
     """DDIM (Song et al. 2020, eq. 12 and 16) in EDM's variables, alpha-bar = 1/(1 + sigma^2).
 
-    eta 0 is Euler's method (EDM, algorithm 1 without its correction): x moves on the line to D until the noise that is
-    left is the next sigma's. eta 1 replaces as much of it by fresh noise as ancestral sampling does.
+    With s.eta = 0 it is Euler's method. With s.eta = 1 it replaces as much noise by fresh noise as
+    ancestral sampling.
     """
-    for sigma, nxt in zip(sigmas[:-1], sigmas[1:]):
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
         D = denoise(x, sigma)
-        fresh = eta * nxt * (1 - (nxt / sigma) ** 2).sqrt()
-        remaining = (nxt**2 - fresh**2).sqrt()
+        fresh = s.eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
+        remaining = (sigma_next**2 - fresh**2).sqrt()
         x = D + (x - D) * (remaining / sigma)
-        if eta > 0:
+        if s.eta > 0:
             x = x + fresh * draw()
     return x
 
 
-def heun(denoise, x, sigmas, eta=0.0, draw=None):
-    """EDM, algorithm 1 without fresh noise: a second evaluation corrects each step but the last; twice Euler's cost."""
-    for sigma, nxt in zip(sigmas[:-1], sigmas[1:]):
+def heun(denoise, x, sigmas, s, draw):
+    """EDM, algorithm 1 without fresh noise: a second evaluation corrects each step but the last."""
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
         d = (x - denoise(x, sigma)) / sigma
-        x_next = x + (nxt - sigma) * d
-        if nxt > 0:
-            d = (d + (x_next - denoise(x_next, nxt)) / nxt) / 2
-            x_next = x + (nxt - sigma) * d
+        x_next = x + (sigma_next - sigma) * d
+        if sigma_next > 0:
+            d_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
+            x_next = x + (sigma_next - sigma) * (d + d_next) / 2
         x = x_next
     return x
 
 
-def dpm(denoise, x, sigmas, eta=0.0, draw=None):
-    """DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order at Euler's cost, no fresh noise.
+def dpm(denoise, x, sigmas, s, draw):
+    """DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order at the cost of
+    Euler's method.
 
-    Euler's step, but towards D as the line through it and the one before, over ln sigma, has it half a step ahead.
+    It is Euler's step towards another D: the one that a line through the last two D, over ln sigma,
+    has in mid-step.
     """
-    for i, (sigma, nxt) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-        D = target = denoise(x, sigma)
-        if i > 0 and nxt > 0:
-            target = D + (D - D_before) * (sigma / nxt).log() / (sigmas[i - 1] / sigma).log() / 2
-        x = target + (x - target) * (nxt / sigma)
+    D_before = None
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        D = denoise(x, sigma)
+        target = D
+        if D_before is not None and sigma_next > 0:
+            target = D + (D - D_before) * (sigma / sigma_next).log() / (sigmas[i - 1] / sigma).log() / 2
+        x = target + (x - target) * (sigma_next / sigma)
         D_before = D
     return x
 
 
-SAMPLERS = {"euler": ddim, "ddim": ddim, "heun": heun, "dpm++": dpm}
+def lcm(denoise, x, sigmas, s, draw):
+    """Latent consistency sampling (Luo et al. 2023, arXiv:2310.04378): D itself, with fresh noise
+    of the next level."""
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        x = denoise(x, sigma)
+        if sigma_next > 0:
+            x = x + sigma_next * draw()
+    return x
 
-# Align Your Steps (Sabour et al. 2024, arXiv:2404.14507): ten steps for SVD. The last level is 0, as in diffusers.
+
+# Align Your Steps (Sabour et al. 2024, arXiv:2404.14507): ten steps for SVD. The last level is 0,
+# as in diffusers.
 AYS = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
 
 
@@ -114,41 +126,199 @@ def ays_sigmas(steps):
     return sigmas.float()
 
 
-SCHEDULES = {"karras": exsvd.karras_sigmas, "ays": ays_sigmas}
+def lcm_sigmas(steps):
+    """The levels AnimateLCM-SVD was distilled on: evenly spaced entries of the 40 Karras sigmas,
+    then 0: (steps + 1,)"""
+    levels = exsvd.karras_sigmas(40)
+    return torch.cat([levels[[40 * i // steps for i in range(steps)]], levels[-1:]])
 
 
-def shared_noise(noise, block):
-    """Noise (B,T,4,h,w) whose means over block x block latents are those of frame 0 in every frame; block 0: as it was.
-
-    Some of the noise's own tint leaks into a frame, so frames that share it do not tremble against each other. Each
-    frame alone stays standard normal, exactly: the mean of a block and what is left without it are independent. Noise
-    shared by frames: PYoCo (Ge et al. 2023, arXiv:2305.10474, section 4); in low frequencies alone: FreeInit (Wu et al.
-    2023, arXiv:2312.07537).
-    """
-    if block == 0:
-        return noise
-    h, w = noise.shape[-2:]
-    means = F.avg_pool2d(noise.flatten(0, 1), block, ceil_mode=True)  # a last block that sticks out: of what is inside
-    means = means.repeat_interleave(block, -2).repeat_interleave(block, -1)[..., :h, :w].unflatten(0, noise.shape[:2])
-    return noise - means + means[:, :1]
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler, how many passes through the UNet it makes in a number of steps, and its own
+    schedule."""
+    function: Callable
+    passes: Callable = lambda steps: steps
+    schedule: str = "karras"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From an image to latents
+SCHEDULES = {"karras": exsvd.karras_sigmas, "ays": ays_sigmas, "lcm": lcm_sigmas}  # steps -> sigmas (steps + 1,)
+SAMPLERS = {
+    "euler": Sampler(euler),
+    "ddim": Sampler(ddim),
+    "heun": Sampler(heun, passes=lambda steps: 2 * steps - 1),
+    "dpm++": Sampler(dpm),
+    "lcm": Sampler(lcm, schedule="lcm"),
+}
+
+# --------------------------------------------------------------------------------------------------
+# Settings. A setting is one line: name, default, check, help. The flags of sample.py and train.py
+# are made from these lines, and asdict(settings) is what files keep.
+
+
+def number(low, high=math.inf, kind=float):
+    """A check: a number from low to high. Takes a flag's text or a file's value. Raises
+    ArgumentTypeError."""
+    def check(value):
+        try:
+            result = kind(value)
+        except (TypeError, ValueError):
+            result = math.nan
+        if isinstance(value, bool) or not low <= result <= high or not math.isfinite(result):
+            what = "a whole number" if kind is int else "a number"
+            limit = f", at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{value}: must be {what} of at least {low}{limit}")
+        return result
+    return check
+
+
+def whole(low, high=2**63 - 1):
+    return number(low, high, int)
+
+
+def frame_size(value):
+    """A check: WxH, or a pair of numbers in a file -> (W, H), multiples of 64."""
+    try:
+        W, H = (int(n) for n in (value.lower().split("x") if isinstance(value, str) else value))
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{value}: write it as WIDTHxHEIGHT, for example 512x512") from None
+    if min(W, H) < 64 or W % 64 or H % 64:
+        near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
+        raise argparse.ArgumentTypeError(f"{W}x{H}: both must be multiples of 64; the nearest is {near}")
+    return W, H
+
+
+def setting(default, check, help, **flag):
+    """A field of a Settings class. check: a function of the value; a dict or tuple of the names
+    allowed; bool; or str for a path, which is never taken from a model's file. flag: more of
+    argparse's options, such as nargs."""
+    return field(default=default, metadata={"check": check, "help": help, **flag})
+
+
+def add_flags(parser, cls):
+    """A flag for each setting of a class. Settings that are not given are not in the parsed
+    namespace."""
+    for f in fields(cls):
+        options = {key: value for key, value in f.metadata.items() if key != "check"}
+        check = f.metadata["check"]
+        if check is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif callable(check):
+            options["type"] = check
+        else:
+            options["choices"] = tuple(check)
+        if f.default is not None and check is not bool:
+            shown = f.default
+            if isinstance(shown, tuple):
+                shown = ("x" if check is frame_size else " ").join(map(str, shown))
+            options["help"] += f" [{shown}]"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
+
+
+def defaults_in_file(cls, meta, part, path):
+    """The settings that a model's file carries in its metadata, meta["defaults"][part], checked as
+    their flags are: {name: value}. Raises WeightsError for what the class does not have, or a value
+    that its flag would refuse."""
+    known = {f.name: f.metadata for f in fields(cls) if f.metadata["check"] is not str}
+    found = (meta or {}).get("defaults", {}).get(part, {})
+    settings = {}
+    for name, value in found.items():
+        if name not in known:
+            raise exsvd.WeightsError(f"{path}: its defaults name {name}, which is no setting that a file may carry")
+        check = known[name]["check"]
+        try:
+            if not callable(check):
+                good, settings[name] = value in check, value
+            elif check is bool:
+                good, settings[name] = isinstance(value, bool), value
+            elif "nargs" in known[name]:
+                good, settings[name] = len(value) == known[name]["nargs"], tuple(check(v) for v in value)
+            else:
+                good, settings[name] = True, check(value)
+        except (argparse.ArgumentTypeError, TypeError) as e:
+            raise exsvd.WeightsError(f"{path}: its default of {name} is not usable ({e})") from e
+        if not good:
+            raise exsvd.WeightsError(f"{path}: its default of {name} is not usable ({value})")
+    return settings
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What shapes a video. The defaults are those of the ExVideo authors' tool for their
+    release."""
+    frames: int = setting(None, whole(1), "frames to make, in rounds where the model knows fewer [all it knows]", metavar="N")
+    overlap: int = setting(None, whole(1), "frames that a round shares with the one before [an eighth of a round]", metavar="N")
+    size: tuple = setting((512, 512), frame_size, "multiples of 64; by default an area, at the image's aspect ratio", metavar="WxH")
+    steps: int = setting(50, whole(1), "noise levels", metavar="N")
+    sampler: str = setting("euler", SAMPLERS, "heun costs twice, dpm++ needs fewer steps, ddim adds fresh noise (--eta)")
+    schedule: str = setting(None, SCHEDULES, "of noise levels; ays, Align Your Steps, is made for 10 [the sampler's own]")
+    eta: float = setting(0.0, number(0, 1), "share of the noise that ddim replaces by fresh noise at each step")
+    share_mean: bool = setting(False, bool, "noise of the same mean in all frames, against a tint that flickers")
+    cfg: tuple = setting((2.0, 2.0), number(0), "guidance on the first and the last frame; 1 is none", nargs=2)
+    cfg_interval: tuple = setting(None, number(0), "guide only at noise levels in (LOW, HIGH] [all, 0.002 to 700]", nargs=2)
+    fps: float = setting(30.0, number(1, 1000), "frames per second; the UNet is conditioned on it, the file is written with it")
+    motion: float = setting(127.0, number(0), "amount of motion: 0 to 255 for SVD, 0 to 127 for ExVideo's release")
+    aug: float = setting(0.02, number(0), "noise added to the image, which frees the motion from it")
+    seed: int = setting(0, whole(0), "of all noise, which is drawn on the CPU: the same on every device")
+    strength: float = setting(0.5, number(0.01, 1), "of --video: from which noise level on it is made anew; 1 is all")
+    decode_chunk: int = setting(16, whole(1), "frames decoded at once; fewer need less memory", metavar="N")
+    match_stats: bool = setting(False, bool, "give the latents of every frame the mean and deviation of the video")
+    contrast: float = setting(1.0, number(0.01), "factor on the latents before they are decoded")
+    encode_scale: float = setting(exsvd.VAE_SCALE, number(0.01), "factor on latents of --video and --keyframe")
+    native: int = setting(None, whole(1), "frames the base was trained on: 14 for svd.safetensors [as its file says, or 25]")
+    dtype: str = setting(None, DTYPES, "of the networks [what the device is good at: exsvd.best_dtype]")
+
+
+# Published files hold no defaults, so theirs are here. SVD without an extension runs as in
+# diffusers' pipeline, with the chunks of 14 frames of Stability's script (diffusers decodes all
+# frames at once).
+SVD_DEFAULTS = dict(size=(1024, 576), steps=25, cfg=(1.0, 3.0), fps=7.0, decode_chunk=14)
+
+# The authors' tool corrects the latents of their release: every frame gets the statistics of the
+# whole video, and all are multiplied by 1.2. The likely reason was read off their code and is not
+# confirmed: its training targets are scaled by SDXL's 0.13025 instead of 0.18215, so the weights
+# aim at too little contrast. Videos and key frames that are given enter at that scale as well.
+RELEASE_DEFAULTS = dict(match_stats=True, contrast=1.2, encode_scale=exsvd.EXVIDEO_ENCODE_SCALE)
+
+
+def settings_for(svd, given=None, model="the model", extension="the extension"):
+    """Settings of a model: its defaults, then what is given {name: value}. What depends on the
+    image stays open."""
+    published = {}
+    if svd.unet.max_frames is None and not svd.meta:
+        published = SVD_DEFAULTS
+    elif svd.extension == {}:  # an extension without our metadata is the release
+        published = RELEASE_DEFAULTS
+    in_model = defaults_in_file(Settings, svd.meta, "sample", model)
+    in_extension = defaults_in_file(Settings, svd.extension, "sample", extension)
+    s = Settings(**(published | in_model | in_extension | (given or {})))
+    native = s.native or svd.unet.config.native_frames
+    dtype = s.dtype or str(svd.unet.conv_out.weight.dtype).removeprefix("torch.")
+    return replace(s, native=native, dtype=dtype, schedule=s.schedule or SAMPLERS[s.sampler].schedule)
+
+
+# --------------------------------------------------------------------------------------------------
+# Conditioning
 
 
 def condition(svd, img, aug, noise, device):
-    """What the UNet is told about the image (3,H,W) in [-1,1]: image latents (1,1,4,h,w), unscaled, and ctx (1,1,D)."""
+    """Conditioning on an image (3,H,W) in [-1,1]: image latents (1,1,4,h,w), unscaled, and ctx
+    (1,1,D)."""
     img = img[None].to(device)
     ctx = svd.clip(exsvd.preprocess_clip(img, svd.clip.config.image))[:, None]  # CLIP sees the frame at video size
     return svd.vae.encode(img + aug * noise.to(device))[:, None], ctx
 
 
 def guided(unet, image_latents, ctx, ids, cfg, frames, interval=None):
-    """denoise(x, sigma) for the samplers. Guidance goes linearly over the frames, from cfg[0] on the first to cfg[1].
+    """denoise(x, sigma) with guidance, which goes linearly over the frames from cfg[0] on the first
+    to cfg[1].
 
-    A guidance of 1 is none, and where it is 1 on all frames it costs nothing; below 1 it weakens the image's influence.
-    interval: guidance only at noise levels in (low, high] (Kynkaanniemi et al. 2024, section 3); the others cost half.
+    Guidance of 1 on all frames costs nothing; below 1 it weakens the influence of the image.
+    interval: guide only at noise levels in (low, high] (Kynkaanniemi et al. 2024, arXiv:2404.07724,
+    section 3); the other steps cost half.
     """
     scale = torch.linspace(*cfg, frames, device=ctx.device).view(1, -1, 1, 1, 1)
     matters = min(cfg) != 1 or max(cfg) != 1
@@ -165,12 +335,14 @@ def guided(unet, image_latents, ctx, ids, cfg, frames, interval=None):
     return denoise
 
 
-def fused(forward, backward, frames):
-    """denoise(x, sigma) of a video that begins and ends with given images: Time Reversal Fusion (Feng et al. 2024,
-    arXiv:2403.14611) without its extra rounds of noise, which fresh noise (eta) stands for.
+def time_reversal_fusion(forward, backward, frames):
+    """denoise(x, sigma) of a video that begins and ends with given images (Feng et al. 2024,
+    arXiv:2403.14611).
 
-    forward knows the first image; backward knows the last one, and is shown the frames in reverse order. Their
-    estimates are blended: the first frame is forward's alone, the last one backward's.
+    forward is conditioned on the first image; backward on the last one, and sees the frames in
+    reverse order. Their estimates are blended: the first frame is forward's alone, the last one
+    backward's. The authors' code draws one noise for both conditioning images and adds rounds of
+    noise. Here each image has its own, and there are no rounds.
     """
     def denoise(x, sigma):
         weight = torch.linspace(0, 1, frames, device=x.device).view(1, -1, 1, 1, 1)
@@ -179,24 +351,38 @@ def fused(forward, backward, frames):
     return denoise
 
 
-def held(denoise, known, weight):
-    """denoise(x, sigma) that draws frames to known latents (1,T,4,h,w), by weights (T,) from 0 to 1.
+def with_known_frames(denoise, known, weight):
+    """denoise(x, sigma) that draws frames to known latents (1,T,4,h,w), by weights (T,) from 0 to
+    1.
 
-    At weight 1 the estimate is the truth, so samplers keep a frame at known + sigma * noise, as masked frames are in
-    the official ExVideo code, and end with the truth itself.
+    At weight 1 the estimate is the known frame, so samplers keep x at known + sigma * noise, as the
+    official ExVideo code does with masked frames, and end with the known frame itself.
     """
     weight = weight.view(1, -1, 1, 1, 1).to(known.device)
     return lambda x, sigma: torch.lerp(denoise(x, sigma), known, weight)
 
 
-def rounds(frames, length, overlap):
-    """A long video in rounds of `length` frames that begin with `overlap` frames of the one before, the last one with
-    as many as it takes: [(start, stop), ...]
+# --------------------------------------------------------------------------------------------------
+# Sampling
 
-    Two things are not as one might expect. The image that a round is told of is its own first frame, which the one
-    before has made, since that is what SVD was trained on (the same as the last frame made where the overlap is 1).
-    And the common frames are held by weights that fall to 0: held firmly to the last of them, the toy's video jumped by
-    4.0 of 255 at the join, and with weights that fade by 1.7, where 1.2 is the median between frames.
+
+def round_length(unet, s):
+    """Frames of one round: all, or where the model knows fewer, its most. A base makes any number
+    in one round, beyond its native length at lower quality, unless s.overlap asks for rounds."""
+    if unet.max_frames is None and s.overlap is None:
+        return s.frames
+    return min(s.frames, unet.max_frames or s.native)
+
+
+def rounds(frames, length, overlap):
+    """A long video in rounds of `length` frames that begin with `overlap` frames of the one before:
+    [(start, stop), ...]
+
+    The last round overlaps by as many as it takes. A round is conditioned on its own first frame,
+    which the round before has made, since SVD was trained on that. Its overlapping frames are drawn
+    to those of the round before by weights that fall to 0. With weights of 1 on all of them the
+    toy's video jumped by 4.0 of 255 at the join, with falling weights by 1.7; the median between
+    frames is 1.2.
     """
     starts = [0]
     while starts[-1] + length < frames:
@@ -204,40 +390,121 @@ def rounds(frames, length, overlap):
     return [(start, min(start + length, frames)) for start in starts]
 
 
-def adjust(z, s):
-    """What the official tool does to the latents of the released ExVideo weights: (1,T,4,h,w) -> (1,T,4,h,w).
+def noise_levels(s, refine):
+    """Sigmas (n + 1,) on the CPU, so that no step waits for the device to compare them. refine:
+    start from a video.
 
-    s["match_stats"]: every frame gets the mean and deviation of the whole video, but for key frames, whose picture is
-    given. s["contrast"]: a factor, 1.2 there. Both counter a video that greys with time. The likely cause, read off
-    that code and not confirmed: its training targets were scaled by 0.13025, SDXL's constant, instead of 0.18215, so
-    the weights aim at too little contrast. What is given in full contrast is divided by the factor beforehand.
+    The authors' second pass spreads all steps over what s.strength leaves of the Karras ramp
+    (DiffSynth's scheduler). Other schedules keep the last s.strength of their levels.
     """
-    if s["match_stats"]:
+    if not refine:
+        return SCHEDULES[s.schedule](s.steps)
+    if s.schedule == "karras":
+        low, high = exsvd.SIGMA_MIN ** (1 / exsvd.RHO), exsvd.SIGMA_MAX ** (1 / exsvd.RHO)
+        return exsvd.karras_sigmas(s.steps, sigma_max=(s.strength * high + (1 - s.strength) * low) ** exsvd.RHO)
+    return SCHEDULES[s.schedule](s.steps)[-1 - max(1, round(s.strength * s.steps)):]
+
+
+def adjust(z, s, given=()):
+    """Frame statistics and contrast, see RELEASE_DEFAULTS: (1,T,4,h,w) -> (1,T,4,h,w).
+
+    given: numbers of key frames, whose statistics stay as they are."""
+    if s.match_stats:
         mean = z.mean(dim=(2, 3, 4), keepdim=True)
         std = z.std(dim=(2, 3, 4), keepdim=True)
         matched = (z - mean) / std * z.std() + z.mean()
-        given = [number for number in s.get("keyframes", []) if number < z.shape[1]]
+        given = [number for number in given if number < z.shape[1]]
         matched[:, given] = z[:, given]
         z = matched
-    return z * s["contrast"]
+    return z * s.contrast
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From latents to frames
+@torch.inference_mode()
+def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
+    """One image (3,H,W) in [-1,1] to latents, scaled by VAE_SCALE: (1,T,4,H/8,W/8) on the device.
+
+    s: complete Settings, see complete(). video: unscaled latents (1,T,4,H/8,W/8) to start from
+    instead of noise. end: the image (3,H,W) of the last frame. keyframes: {number: image}.
+    """
+    H, W = img.shape[1:]
+    generator = torch.Generator().manual_seed(s.seed)
+    length = round_length(svd.unet, s)
+    sigmas = noise_levels(s, video is not None)
+    parts = rounds(s.frames, length, s.overlap or 1)
+    sampler = SAMPLERS[s.sampler]
+    ids = exsvd.unet_ids(svd.unet.config.ids, asdict(s), device)
+
+    def draw():  # on the CPU: a seed gives the same video on every device
+        noise = torch.randn(1, length, 4, H // 8, W // 8, generator=generator)
+        if s.share_mean:  # each frame stays standard normal: the mean and what is left without it are independent
+            mean = noise.mean(dim=(3, 4), keepdim=True)
+            noise = noise - mean + mean[:, :1]
+        return noise.to(device)
+
+    def conditioned(img, own_latents=None):
+        image_noise = torch.randn(1, 3, H, W, generator=generator)
+        image_latents, ctx = condition(svd, img, s.aug, image_noise, device)
+        if own_latents is not None:  # decoded and encoded again they would lose contrast, round by round
+            image_latents = own_latents
+        return guided(svd.unet, image_latents, ctx, ids, s.cfg, length, s.cfg_interval)
+
+    z = torch.zeros(1, s.frames, 4, H // 8, W // 8, device=device)
+    if video is not None:
+        z = video.to(device) * s.encode_scale
+    known = torch.zeros(s.frames)  # 1 for key frames, whose latents z holds
+    made = 0                       # frames that earlier rounds have made
+    with tqdm(total=len(parts) * sampler.passes(len(sigmas) - 1), desc="sampling", unit="pass") as bar:
+        for start, stop in parts:
+            noise = draw()
+            with on_device(device, svd.clip, svd.vae):
+                if start == 0:
+                    for number, frame in keyframes.items():
+                        z[:, number] = svd.vae.encode(frame[None].to(device)) * s.encode_scale
+                        known[number] = 1
+                    denoise = conditioned(img)
+                else:  # the round's own first frame as a viewer sees it, without noise, though the third id says s.aug
+                    shown = adjust(z[:, :made], s, keyframes)
+                    img = decoded_frame(svd.vae, shown, start, s.decode_chunk)
+                    denoise = conditioned(img, shown[:, start:start + 1] / exsvd.VAE_SCALE)
+                if end is not None and stop == s.frames:
+                    denoise = time_reversal_fusion(denoise, conditioned(end), length)
+            weight = known[start:stop].clone()
+            ramp = torch.linspace(1, 0, max(0, made - start) + 1)[:-1]  # falls to 0: see rounds()
+            weight[:len(ramp)] = torch.maximum(weight[:len(ramp)], ramp)
+            if weight.any():
+                denoise = with_known_frames(denoise, z[:, start:stop].clone(), weight)
+
+            def counted(x, sigma):
+                D = denoise(x, sigma)
+                bar.update()
+                return D
+
+            level = (sigmas[0] ** 2 + 1).sqrt() if video is None else sigmas[0]  # latents have a variance of about 1
+            with on_device(device, svd.unet):
+                x = z[:, start:stop] + level * noise
+                z[:, start:stop] = sampler.function(counted, x, sigmas, s, draw)
+            made = stop
+    return z
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding
 
 
 def is_out_of_memory(error):
-    """Of any device: only CUDA's allocator has an exception type, neither the CPU's nor those of cuDNN and cuBLAS."""
+    """Of any device: only CUDA's allocator has an exception type, neither the CPU's nor those of
+    cuDNN and cuBLAS."""
     words = ("allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def decode(vae, z, chunk):
-    """Decode in time: unscaled latents (1,T,4,h,w) -> yields float32 (n,3,8h,8w) on the CPU, T frames in all.
+    """Decode in time: unscaled latents (1,T,4,h,w) -> yields float32 (n,3,8h,8w) on the CPU, T
+    frames in all.
 
-    Chunks of `chunk` frames overlap by a quarter (at least 4) and are blended by a linear ramp, so memory does not grow
-    with T. It is not the same as VAE.decode of everything, whose norms see all frames. Out of memory halves the chunk
-    and goes on.
+    Chunks of `chunk` frames overlap by a quarter (at least 4) and are blended by a linear ramp, so
+    memory does not grow with T. It is not the same as VAE.decode of everything, whose norms see all
+    frames. Out of memory halves the chunk and goes on.
     """
     T, start, tail = z.shape[1], 0, None
     while start < T:
@@ -272,14 +539,20 @@ def decode(vae, z, chunk):
 def blending(n):
     """Weights of the later of two chunks in the n frames that both have decoded: (n,).
 
-    A chunk's outermost frame saw zero padding in every temporal convolution where its neighbour should be, so it gets
-    weight 0. Of one or two common frames each is at an edge, and the errors of both chunks partly cancel. With random
-    weights (full size; measured on a CPU) it makes little difference: the largest error is 18.7 of 255, and 18.9 with
-    weights of i / (n + 1).
+    A chunk's outermost frame saw zero padding in every temporal convolution where its neighbour
+    should be, so it gets weight 0. Of one or two common frames each is at an edge, and the errors
+    of both chunks partly cancel.
     """
     if n < 3:
         return torch.arange(1, n + 1) / (n + 1)
     return torch.linspace(0, 1, n)
+
+
+def decoded_frame(vae, z, number, chunk):
+    """One frame (3,H,W) of scaled latents (1,T,4,h,w), decoded with its neighbours."""
+    first = max(0, number - chunk // 2)
+    nearby = z[:, first:first + chunk] / exsvd.VAE_SCALE
+    return torch.cat(list(decode(vae, nearby, chunk)))[number - first].clamp(-1, 1)
 
 
 def to_pixels(frames):
@@ -287,215 +560,25 @@ def to_pixels(frames):
     return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-
-
-def at_least(low, most=2**63 - 1, kind=float):
-    """An argparse type: a number of low to most, nan not among them."""
-    what = "a whole number" if kind is int else "a number"
-    limit = "below 2^63" if most == 2**63 - 1 else f"at most {most}"
-
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text}: must be {what} of at least {low}, and {limit}")
-        return value
-    return convert
-
-
-def frame_size(text):
-    """An argparse type: WxH -> (W, H), multiples of 64."""
-    W, H = data.frame_size(text)
-    if W < 64 or H < 64 or W % 64 or H % 64:
-        near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
-        raise argparse.ArgumentTypeError(f"{text}: both must be multiples of 64; the nearest is {near}")
-    return W, H
-
-
-def keyframe(text):
-    """An argparse type: NUMBER=IMAGE -> (number, path)."""
-    number, _, path = text.partition("=")
-    if not number.isdigit() or not path:
-        raise argparse.ArgumentTypeError(f"{text}: write it as NUMBER=IMAGE, for example 64=photo.png")
-    return int(number), path
-
-
-def shard(text):
-    """An argparse type: I/N -> (i, n)."""
-    i, _, n = text.partition("/")
-    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
-        raise argparse.ArgumentTypeError(f"{text}: write it as I/N with I from 0 to N - 1, for example 0/8")
-    return int(i), int(n)
-
-
-def parse(argv):
-    p = argparse.ArgumentParser(
-        usage="sample.py IMAGE... [options], --help lists them",
-        description="Image to video with SVD and ExVideo. Defaults depend on the model: SVD / ExVideo / toy.",
-        epilog="One line warns where --size (of a picture), --fps, --motion or --frames are far from the training. "
-               "Out of memory: --dtype bfloat16, --offload, fewer --frames, a smaller --size, in this order. README.md "
-               "has real weights (section Weights) and text to video (More than one image).")
-    add = p.add_argument
-
-    def shown(key):
-        return "[" + " / ".join(str(default[key]) for default in DEFAULTS.values()) + "]"
-
-    add("images", nargs="*", metavar="IMAGE",
-        help="pictures (PNG, JPEG, WebP, GIF, ...) or videos, whose first frame is used")
-    add("--model", help="single .safetensors file or diffusers folder [weights/svd_xt.safetensors, or the toy]")
-    add("--extension", help="ExVideo release or own extension "
-                            "[with the default model: weights/exvideo.safetensors if there; the toy: its own]")
-    add("--native", type=at_least(1, kind=int), metavar="N",
-        help="frames the base was trained on [25, or what the model's files say; 14 for svd.safetensors]")
-    add("--frames", type=at_least(1, kind=int), metavar="N",
-        help="frames to make, in rounds where an extension has fewer [all rows of its table, or the native length]")
-    add("--overlap", type=at_least(1, kind=int), metavar="N",
-        help="frames that a round shares with the one before [an eighth of a round; without extension no rounds]")
-    add("--end", metavar="IMAGE", help="what the video ends with; the first IMAGE again makes a loop. Twice the time")
-    add("--keyframe", type=keyframe, action="append", default=[], metavar="NUMBER=IMAGE",
-        help="what the frame of that number shows, counted from 0; may be given more than once")
-    add("--video", metavar="FILE",
-        help="refine a video, or *.latents.safetensors of the same size, instead of making one from noise. Where they "
-             "are not given, IMAGE is its first frame, and --size, --frames and --fps are its own. It is encoded whole")
-    add("--strength", type=at_least(0, 1), default=0.5,
-        help="of the refinement: the share of the steps that are made; 0.5 keeps structure and motion [0.5]")
-    add("--size", type=frame_size, metavar="WxH",
-        help="multiples of 64 [the family's area at the image's own aspect ratio]")
-    add("--steps", type=at_least(1, kind=int), metavar="N", help=f"noise levels {shown('steps')}")
-    add("--schedule", choices=tuple(SCHEDULES), default="karras",
-        help="ays: Align Your Steps, made for 10 steps of SVD [karras]")
-    add("--sampler", choices=tuple(SAMPLERS),
-        help=f"euler and ddim are the same, heun costs twice, dpm++ needs fewer steps {shown('sampler')}")
-    add("--eta", type=at_least(0, 1), help="share of the noise that euler and ddim replace by fresh noise at each step "
-                                           f"{shown('eta')}, 0 where --sampler is given")
-    add("--share-noise", type=at_least(0, kind=int), metavar="BLOCK",
-        help="noise whose means over BLOCK x BLOCK latents are the same in all frames, against tints that tremble; "
-             f"0: off {shown('share_noise')}")
-    add("--cfg", type=at_least(0), nargs=2, metavar=("FIRST", "LAST"),
-        help=f"guidance on the first and the last frame, 1 is none {shown('cfg')}")
-    add("--cfg-interval", type=at_least(0), nargs=2, metavar=("LOW", "HIGH"),
-        help="guide only where the noise level lies in (LOW, HIGH]; the other steps cost half "
-             "[all; noise falls from 700 to 0.002]")
-    add("--fps", type=at_least(1), help=f"frames per second, told to the model and written to the file {shown('fps')}")
-    add("--motion", type=at_least(0), help="amount of motion. SVD's scale is 0..255; ExVideo's release was trained on "
-                                           f"0..127, the toy on 0..80 {shown('motion')}")
-    add("--aug", type=at_least(0), help=f"noise added to the image, which frees the motion from it {shown('aug')}")
-    add("--seed", type=at_least(0, kind=int), default=0,
-        help="of all noise, drawn on the CPU: the same on every device [0]")
-    add("--seeds", type=at_least(1, kind=int), default=1, metavar="N",
-        help="videos of each image, with seeds from --seed on: <name>-0.mp4, <name>-1.mp4, ... [1]")
-    add("--shard", type=shard, default=(0, 1), metavar="I/N",
-        help="make every N-th video of the list alone, from the I-th on (0 to N - 1): one shard for each GPU, which "
-             "CUDA_VISIBLE_DEVICES or --device cuda:I chooses")
-    add("--overwrite", action="store_true", help="make videos again that are there; [of several they are skipped]")
-    add("--decode-chunk", type=at_least(1, kind=int), metavar="N",
-        help=f"frames decoded at once; fewer need less memory {shown('decode_chunk')}")
-    add("--match-stats", action=argparse.BooleanOptionalAction,
-        help="give every frame's latents the mean and deviation of the video's [only with published ExVideo weights]")
-    add("--contrast", type=at_least(0.01),
-        help="factor on the latents [1.2 with the published ExVideo weights, else 1]")
-    add("--decode-only", metavar="FILE",
-        help="decode latents saved by an earlier run, instead of sampling. --fps, --decode-chunk, --match-stats, "
-             "--contrast and --dtype may differ from that run's")
-    add("--out", help=".mp4, .webm, .gif or a folder of PNGs; {name} is the image's name and {seed} the seed "
-                      "[out/{name}.mp4; with --video out/{name}-refined.mp4]")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one, else cpu]")
-    add("--offload", action="store_true", help="for small cards: CLIP and VAE, then the UNet, then the VAE are on the "
-                                               "device (the UNet two blocks at a time), the others wait in CPU memory")
-    add("--compile", action="store_true",
-        help="torch.compile of the UNet's blocks; the first step takes minutes, and a compiler is needed")
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="of the networks [bfloat16; the toy on the CPU: float32]")
-    a = p.parse_args(argv)
-
-    if bool(a.images or a.video) == bool(a.decode_only):
-        p.error("give at least one image, such as assets/img.png, or --decode-only FILE, and not both")
-    if a.video and len(a.images) > 1:
-        p.error("--video refines one video: give one IMAGE, or none")
-    if a.cfg_interval and a.cfg_interval[0] >= a.cfg_interval[1]:
-        p.error(f"--cfg-interval {a.cfg_interval[0]:g} {a.cfg_interval[1]:g}: LOW must be below HIGH")
-    if len(dict(a.keyframe)) < len(a.keyframe):
-        p.error("--keyframe: two images for the same frame")
-    if a.eta and SAMPLERS[a.sampler or "ddim"] is not ddim:
-        p.error(f"--eta {a.eta:g}: {a.sampler} adds no fresh noise; use --sampler ddim, or leave --eta out")
-    try:
-        torch.zeros(1, device=a.device).cpu()
-    except (RuntimeError, AssertionError) as e:
-        p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
-    decoding = ("decode_only", "images", "model", "out", "device", "fps", "decode_chunk", "match_stats", "contrast",
-                "dtype")
-    given = [flag for flag, value in vars(a).items() if value is not None and value != p.get_default(flag)]
-    idle = [flag for flag in given if flag not in decoding]
-    if a.decode_only and idle:
-        p.error(f"--decode-only samples nothing: leave out --{', --'.join(idle).replace('_', '-')}")
-    if not a.video and "strength" in given:
-        p.error("--strength: only with --video")
-    jobs = jobs_of(a)
-    a.batch = len(jobs) > 1
-    a.jobs = jobs[a.shard[0]::a.shard[1]]
-    outs = [out for _, _, out in jobs]
-    if len(set(outs)) < len(outs):
-        p.error("two images would be written to the same file: put {name} into --out, and give images of other names")
-    read = [*a.images, *(path for _, path in a.keyframe), *filter(None, (a.video, a.end, a.decode_only))]
-    if a.video:
-        read.append(latents_path(a.video))  # an hour's work too
-    written = outs if a.decode_only else outs + [latents_path(out) for out in outs]
-    written = {Path(out).resolve() for out in written}
-    for path in map(Path, read):
-        if not written.isdisjoint([path.resolve(), *path.resolve().parents]):  # an output may be a folder of PNGs
-            p.error(f"{path} would be overwritten: choose another --out")
-    return a
-
-
-def jobs_of(a):
-    """What is to be made, one video after the other: [(image, seed, output)]."""
-    out = a.out or ("out/{name}-refined.mp4" if a.video else "out/{name}.mp4")
-    if a.seeds > 1 and "{seed}" not in out:
-        stem, extension = (out.rstrip("/"), "/") if out.endswith("/") else os.path.splitext(out)
-        out = stem + "-{seed}" + extension
-    jobs = []
-    for image in a.images or [a.video or a.decode_only]:
-        name = os.path.splitext(os.path.basename(image.rstrip(os.sep)))[0].removesuffix(".latents")
-        for seed in range(a.seed, a.seed + a.seeds):
-            jobs.append((image, seed, out.replace("{name}", name).replace("{seed}", str(seed))))
-    return jobs
-
-
-def default_model(a):
-    """--model and --extension where they are not given; one line says so when it is the toy."""
-    if a.model:
-        return a.model, a.extension
-    weights = os.path.join(HERE, "weights")
-    model, extension = (os.path.join(weights, name) for name in ("svd_xt.safetensors", "exvideo.safetensors"))
-    if os.path.exists(model):
-        return model, a.extension or (extension if os.path.exists(extension) else None)
-    toy, tuned = (os.path.join(HERE, "assets", name) for name in ("toy.safetensors", "toy-exvideo.safetensors"))
-    print("no weights/svd_xt.safetensors: using the toy model in assets/. For the real one, put stabilityai/"
-          "stable-video-diffusion-img2vid-xt's svd_xt.safetensors (its own licence; 1.1 is gated) and ECNU-CILab/"
-          "ExVideo-SVD-128f-v1's model.fp16.safetensors (as exvideo.safetensors), both on Hugging Face, into weights/",
-          file=sys.stderr)
-    return toy, a.extension or tuned
-
-
-def peak_memory(device):
-    """Peak memory, for the closing line: what torch allocated on a GPU, or what the process held."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return "memory not measured"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
+@torch.inference_mode()
+def write_video(vae, latents, s, out, keyframes=()):
+    """Scaled latents (1,T,4,h,w) to a video file, chunk by chunk. Raises FloatingPointError if
+    frames are not finite."""
+    z = adjust(latents, s, keyframes) / exsvd.VAE_SCALE
+    with (on_device(latents.device, vae), data.VideoWriter(out, s.fps, asdict(s)) as video,
+          tqdm(total=z.shape[1], desc="decoding", unit="frame") as bar):
+        for frames in decode(vae, z, s.decode_chunk):
+            if not frames.isfinite().all():
+                raise FloatingPointError(f"{out}: the decoder overflows in {s.dtype}: decode the saved latents with "
+                                         f"--decode-only {latents_path(out)} --dtype float32")
+            video.write(to_pixels(frames))
+            bar.update(len(frames))
 
 
 @contextmanager
 def on_device(device, *networks):
-    """Networks on the device for a while, then back where they wait. Nothing moves where that is the same place."""
+    """Networks on the device for a while, then back where they wait. Nothing moves where that is
+    the same place."""
     networks = [network for network in networks if getattr(network, "stream", None) is None]  # else it moves by itself
     homes = [next(network.parameters()).device for network in networks]
     with torch.inference_mode(False):  # parameters that moved in inference mode could never be trained again
@@ -511,163 +594,95 @@ def on_device(device, *networks):
             torch.cuda.empty_cache()  # or the memory stays reserved in blocks that the next network does not fit
 
 
-@torch.inference_mode()
-def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
-    """One image (3,H,W) in [-1,1] to scaled latents (1,T,4,H/8,W/8) on the device. s: the settings, all of them.
-
-    video: scaled latents to start from instead of noise, like the result. end, keyframes {number: image}: images that
-    the last frame and others show.
-    """
-    H, W = img.shape[1:]
-    generator = torch.Generator().manual_seed(s["seed"])
-    length = min(s["round"], s["frames"])
-    sigmas = SCHEDULES[s["schedule"]](s["steps"])  # on the CPU, so that no step waits for the device to compare them
-    if video is not None:
-        sigmas = sigmas[-1 - max(1, round(s["strength"] * s["steps"])):]
-    parts = rounds(s["frames"], length, s["overlap"])
-    steps = len(sigmas) - 1
-    passes = len(parts) * (2 * steps - 1 if s["sampler"] == "heun" else steps)
-    ids = torch.tensor([[s["fps"] - 1, s["motion"], s["aug"]]], device=device)
-
-    def draw():  # on the CPU: a seed means one video, whatever the device
-        noise = torch.randn(1, length, 4, H // 8, W // 8, generator=generator)
-        return shared_noise(noise, s["share_noise"]).to(device)
-
-    def told(img, own_latents=None):  # a denoiser that knows the image
-        image_noise = torch.randn(1, 3, H, W, generator=generator)
-        image_latents, ctx = condition(svd, img, s["aug"], image_noise, device)
-        if own_latents is not None:  # decoded and encoded again they would lose contrast, round by round
-            image_latents = own_latents
-        return guided(svd.unet, image_latents, ctx, ids, s["cfg"], length, s["cfg_interval"])
-
-    z = torch.zeros(1, s["frames"], 4, H // 8, W // 8, device=device) if video is None else video.clone()
-    fixed = torch.zeros(s["frames"])  # 1 for key frames, whose latents z holds
-    made = 0                          # frames that earlier rounds have made
-    with tqdm(total=passes, desc="sampling", unit="pass") as bar:
-        for start, stop in parts:
-            noise = draw()
-            with on_device(device, svd.clip, svd.vae):
-                if start == 0:
-                    for number, frame in keyframes.items():
-                        shown = svd.vae.encode(frame[None].to(device)) * exsvd.VAE_SCALE
-                        z[:, number] = shown / s["contrast"]  # adjust() puts it back
-                        fixed[number] = 1
-                    denoise = told(img)
-                else:  # told of its own first frame, as a viewer sees it, not of the last one made: see rounds()
-                    shown = adjust(z[:, :made], s)
-                    img = decoded_frame(svd.vae, shown, start, s["decode_chunk"])
-                    denoise = told(img, shown[:, start:start + 1] / exsvd.VAE_SCALE)
-                if end is not None and stop == s["frames"]:
-                    denoise = fused(denoise, told(end), length)
-            weight = fixed[start:stop].clone()
-            ramp = torch.linspace(1, 0, max(0, made - start) + 1)[:-1]  # fades out: see rounds()
-            weight[:len(ramp)] = torch.maximum(weight[:len(ramp)], ramp)
-            if weight.any():
-                denoise = held(denoise, z[:, start:stop].clone(), weight)
-
-            def counted(x, sigma):
-                D = denoise(x, sigma)
-                bar.update()
-                return D
-
-            level = (sigmas[0] ** 2 + 1).sqrt() if video is None else sigmas[0]  # latents have a variance of about 1
-            with on_device(device, svd.unet):
-                x = z[:, start:stop] + level * noise
-                z[:, start:stop] = SAMPLERS[s["sampler"]](counted, x, sigmas, s["eta"], draw)
-            made = stop
-    return z
+# --------------------------------------------------------------------------------------------------
+# The command
 
 
-def decoded_frame(vae, z, number, chunk):
-    """One frame (3,H,W) of scaled latents (1,T,4,h,w), decoded with its neighbours."""
-    first = max(0, number - chunk // 2)
-    nearby = z[:, first:first + chunk] / exsvd.VAE_SCALE
-    return torch.cat(list(decode(vae, nearby, chunk)))[number - first].clamp(-1, 1)
+def keyframe(text):
+    """A check: NUMBER=IMAGE -> (number, path)."""
+    number, _, path = text.partition("=")
+    if not number.isdigit() or not path:
+        raise argparse.ArgumentTypeError(f"{text}: write it as NUMBER=IMAGE, for example 64=photo.png")
+    return int(number), path
 
 
-@torch.inference_mode()
-def write_video(vae, latents, s, out):
-    """Scaled latents (1,T,4,h,w) to a video file, chunk by chunk."""
-    z = adjust(latents, s) / exsvd.VAE_SCALE
-    with (on_device(latents.device, vae), data.VideoWriter(out, s["fps"], s) as video,
-          tqdm(total=z.shape[1], desc="decoding", unit="frame") as bar):
-        for frames in decode(vae, z, s["decode_chunk"]):
-            video.write(to_pixels(frames))
-            bar.update(len(frames))
+def parse(argv):
+    """-> (arguments, {name: value} of the settings that were given)"""
+    p = argparse.ArgumentParser(
+        usage="sample.py IMAGE... [options], --help lists them", argument_default=None,
+        description="Image to video with SVD and ExVideo. In [brackets]: the default; a model's file may hold others.")
+    add = p.add_argument_group("what").add_argument
+    add("images", nargs="*", metavar="IMAGE", help="pictures (PNG, JPEG, WebP, ...), or videos, of which the first frame")
+    add("--model", help="single .safetensors file or diffusers folder [weights/svd_xt.safetensors, or else the toy]")
+    add("--extension", help="ExVideo release or own extension [the default model: weights/exvideo.safetensors or "
+                            "model.fp16.safetensors; the toy: its own]")
+    add("--unet", metavar="FILE", help="a UNet by itself, in place of the model's: AnimateLCM-SVD, say")
+    add("--end", metavar="IMAGE", help="how the video ends; the first IMAGE again makes a loop. Takes twice the time")
+    add("--keyframe", type=keyframe, action="append", default=[], metavar="NUMBER=IMAGE",
+        help="what a frame shows, counted from 0; may be given several times")
+    add("--video", metavar="FILE",
+        help="refine a video, or its *.latents.safetensors, instead of making one from noise. IMAGE is by default its "
+             "first frame; --size, --frames and --fps are by default its own")
+    add("--decode-only", metavar="FILE", help="decode the latents of an earlier run again, instead of sampling")
+    add("--out", help="a .mp4, .webm or .gif file, or with a final slash a folder of PNGs. {name} is the image's name, "
+                      "{seed} the seed [out/{name}.mp4; with --video out/{name}-refined.mp4]")
+    add("--seeds", type=whole(1), default=1, metavar="N", help="videos of each image, from --seed on [1]")
+    add("--overwrite", action="store_true", help="of several videos, make those again that exist [they are skipped]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one, else cpu]")
+    add("--offload", action="store_true", help="for small GPUs: what is not at work waits in CPU memory")
+    add("--compile", action="store_true", help="torch.compile of the UNet's blocks; the first step takes minutes")
+    add_flags(p.add_argument_group("settings"), Settings)
+    a = p.parse_args(argv)
+    given = {f.name: getattr(a, f.name) for f in fields(Settings) if hasattr(a, f.name)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+    if bool(a.images or a.video) == bool(a.decode_only):
+        p.error("give at least one image, such as assets/img.png, or --decode-only FILE, and not both")
+    if a.video and len(a.images) > 1:
+        p.error("--video refines one video: give one IMAGE, or none")
+    try:
+        torch.zeros(1, device=a.device).cpu()
+    except (RuntimeError, AssertionError) as e:
+        p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
+    a.jobs = jobs_of(a, given.get("seed", Settings.seed))
+    outs = [out for _, _, out in a.jobs]
+    if len(set(outs)) < len(outs):
+        p.error("two images would be written to the same file: put {name} into --out, and give images of other names")
+    read = [*a.images, *(path for _, path in a.keyframe), a.video, a.end, a.decode_only]
+    read = {Path(path).resolve() for path in read if path}
+    for out in outs:
+        written = [out] if a.decode_only else [out, latents_path(out)]
+        if not read.isdisjoint(Path(path).resolve() for path in written):
+            p.error(f"{out}: would overwrite what is read: choose another --out")
+    return a, given
 
 
-@functools.cache
-def warn(text):
-    """Once per text, however many videos are made."""
-    print(f"warning: {text}", file=sys.stderr)
+def jobs_of(a, first_seed):
+    """What is to be made, one video after the other: [(image, seed, output)]."""
+    out = a.out or ("out/{name}-refined.mp4" if a.video else "out/{name}.mp4")
+    if a.seeds > 1 and "{seed}" not in out:
+        stem, extension = (out.rstrip("/"), "/") if out.endswith("/") else os.path.splitext(out)
+        out = stem + "-{seed}" + extension
+    jobs = []
+    for image in a.images or [a.video or a.decode_only]:
+        name = os.path.splitext(os.path.basename(image.rstrip(os.sep)))[0].removesuffix(".latents")
+        for seed in range(first_seed, first_seed + a.seeds):
+            jobs.append((image, seed, out.replace("{name}", name).replace("{seed}", str(seed))))
+    return jobs
 
 
-def settings_of(a, family, svd, img, seed, video=None):
-    """Every number that shapes the video: flags, and the family's defaults where there are none. No paths, no times.
-
-    img (H,W,3); video: a Video to refine. Warns of what the model was not trained on.
-    """
-    chosen = DEFAULTS[family] | {flag: value for flag, value in vars(a).items() if value is not None}
-    if a.sampler and a.eta is None:
-        chosen["eta"] = 0.0  # the default belongs to the default sampler
-    native = a.native or svd.unet.config.native_frames
-    length = svd.unet.max_frames or native
-    frames = a.frames or (len(video.latents) if video else length)
-    if frames > length and not svd.unet.max_frames and not a.overlap:
-        warn(f"{frames} frames, but this model without extension knows {native}: expect motion that jitters or fades "
-             "after those (--extension for longer videos, --overlap for rounds, --native N if the model's is another)")
-        length = frames
-    overlap = a.overlap or max(1, length // 8)
-    if frames > length and overlap >= length:
-        raise data.MediaError(f"--overlap {overlap}: must be less than a round, which is {length} frames")
-    for number, _ in a.keyframe:
-        if number >= frames:
-            raise data.MediaError(f"--keyframe {number}: the video has the frames 0 to {frames - 1}")
-    if video and a.fps is None:
-        chosen["fps"] = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
-    trained = DEFAULTS[family]["size"]
-    area = math.prod(trained)
-    if video:
-        height, width = (8 * n for n in video.latents.shape[2:])
-    else:
-        width, height = a.size or data.default_size(img.shape[1], img.shape[0], area)
-    if a.offload and a.decode_chunk is None:  # about 3 GB: 4 frames of 1024x1024 at once, 16 of 512x512
-        chosen["decode_chunk"] = max(4, min(chosen["decode_chunk"], 2**22 // (width * height)))
-    longest = max(width / height, height / width)
-    if not video and not (area / 2 <= width * height <= area * 2 and longest <= 2):
-        warn(f"{width}x{height}, but {family} was trained on {trained[0]}x{trained[1]}: expect repetition or blur "
-             "(make it at that size, and then larger: --video FILE --size WxH)")
-    for key in ("fps", "motion"):
-        low, high = chosen[f"{key}_range"]
-        if not low <= chosen[key] <= high:
-            warn(f"{key} {chosen[key]:g}, but {family} was trained on {low} to {high}: expect artefacts")
-    published = svd.extension == {}  # names of the ExVideo release and none of our metadata: only that is corrected
-    return dict(
-        family=family,
-        frames=frames,
-        round=length,
-        overlap=overlap,
-        width=width,
-        height=height,
-        steps=chosen["steps"],
-        schedule=a.schedule,
-        sampler=chosen["sampler"],
-        eta=chosen["eta"],
-        share_noise=chosen["share_noise"],
-        cfg=list(chosen["cfg"]),
-        cfg_interval=a.cfg_interval,
-        fps=chosen["fps"],
-        motion=chosen["motion"],
-        aug=chosen["aug"],
-        seed=seed,
-        strength=a.strength if video else None,
-        end=bool(a.end),
-        keyframes=[number for number, _ in a.keyframe],
-        dtype=a.dtype,
-        decode_chunk=chosen["decode_chunk"],
-        match_stats=chosen.get("match_stats", published),
-        contrast=chosen.get("contrast", 1.2 if published else 1.0),
-    )
+def default_model(a):
+    """--model and --extension where they are not given; one line says so when it is the toy."""
+    if a.model:
+        return a.model, a.extension
+    model, *extensions = (os.path.join(HERE, "weights", name) for name in
+                          ("svd_xt.safetensors", "exvideo.safetensors", "model.fp16.safetensors"))
+    if os.path.exists(model):
+        return model, a.extension or next(filter(os.path.exists, extensions), None)
+    print("no weights/svd_xt.safetensors: using the toy in assets/. README.md says how to get the real weights",
+          file=sys.stderr)
+    toy, tuned = (os.path.join(HERE, "assets", name) for name in ("toy.safetensors", "toy-exvideo.safetensors"))
+    return toy, a.extension or tuned
 
 
 def latents_path(out):
@@ -677,192 +692,208 @@ def latents_path(out):
 
 
 def check_writable(out, fps):
-    """Better to fail now than after an hour: tried out in the output's folder, or where that is going to be made."""
-    data.VideoWriter(out, fps)  # writes nothing yet, but refuses names it can't write
-    folder = os.path.dirname(os.path.abspath(out))
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
+    """Raises MediaError before the work of an hour, not after it. Makes the output's folder."""
+    data.VideoWriter(out, fps)  # writes nothing yet, but refuses what it can't write
+    probe = f"{latents_path(out)}.{os.getpid()}.tmp"  # the longest name that will be written
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        os.makedirs(os.path.dirname(probe) or ".", exist_ok=True)
+        open(probe, "x").close()
+        os.remove(probe)
     except OSError as e:
-        raise data.MediaError(f"{out}: {folder} cannot be written to ({e.strerror}); choose another --out") from None
+        raise data.MediaError(f"{out}: cannot be written ({e.strerror}); choose another --out") from e
 
 
-def saved_latents(path, toy):
-    """What an earlier run saved: scaled latents (1,T,4,h,w) and the settings they were made with. toy: whether the
-    model is one now, whose latents are no other's."""
+def saved_latents(path):
+    """What an earlier run saved: scaled latents (1,T,4,h,w), their Settings, the numbers of key
+    frames. WeightsError."""
     file = exsvd.Tensors(path)
-    s = file.meta.get("settings")
-    shape = tuple(file.shape("latents")) if "latents" in file.names else None
-    needed = {"family", "frames", "width", "height", "fps", "dtype", "decode_chunk", "match_stats", "contrast"}
-    if not isinstance(s, dict) or needed - s.keys() or shape != (1, s["frames"], 4, s["height"] // 8, s["width"] // 8):
-        raise exsvd.WeightsError(f"{path} holds no latents saved by sample.py, whose names end in .latents.safetensors")
-    if toy != (s["family"] == "toy"):
-        raise exsvd.WeightsError(f"{path} was made by a model of the {s['family']} family: give its --model")
+    wanted = f"{path} holds no latents saved by sample.py, whose names end in .latents.safetensors"
+    if "latents" not in file.names or not isinstance(file.meta.get("settings"), dict):
+        raise exsvd.WeightsError(wanted)
+    found = {name: value for name, value in file.meta["settings"].items() if value is not None}
+    s = Settings(**defaults_in_file(Settings, {"defaults": {"sample": found}}, "sample", path))
     latents = file.get("latents")
+    if s.frames is None or latents.shape != (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8):
+        raise exsvd.WeightsError(wanted)
     if not latents.isfinite().all():
-        raise exsvd.WeightsError(f"{path}: the latents are not finite; sample again, with --dtype bfloat16 or float32")
-    return latents, s
+        raise exsvd.WeightsError(f"{path}: the latents are not finite; sample again, with another --dtype")
+    return latents, s, file.meta.get("keyframes", [])
 
 
-def decode_again(a, model, toy, device):
+def decode_again(a, given, model, device):
     """--decode-only: a video from the latents that an earlier run saved."""
-    latents, s = saved_latents(a.decode_only, toy)
-    out = a.jobs[0][2]
-    if a.contrast:
-        latents[:, s.get("keyframes", [])] *= s["contrast"] / a.contrast  # their pictures stay as they are given
-    for flag in ("fps", "decode_chunk", "match_stats", "contrast", "dtype"):
-        if getattr(a, flag) is not None:
-            s[flag] = getattr(a, flag)
-    vae = exsvd.load(model, None, getattr(torch, s["dtype"]), device, parts=("vae",)).vae
-    write_video(vae, latents.to(device), s, out)
-    print(f"{out}: {s['frames']} frames of {s['width']}x{s['height']} at {s['fps']:g} fps, "
-          f"{peak_memory(device)} at the peak")
+    latents, s, keyframes = saved_latents(a.decode_only)
+    s = replace(s, **given)
+    [(_, _, out)] = a.jobs
+    vae = exsvd.load(model, None, getattr(torch, s.dtype), device, parts=("vae",)).vae
+    write_video(vae, latents.to(device), s, out, keyframes)
+    print(f"{out}: {s.frames} frames at {s.fps:g} fps, {peak_memory(device)} at the peak")
 
 
-# A video to refine, as it is seen. latents: scaled (n,4,h,w), on the CPU; first: its first frame, uint8 (H,W,3)
+# A video to refine: unscaled latents (n,4,h,w) on the CPU, its first frame, uint8 (H,W,3), as it is
+# seen.
 Video = namedtuple("Video", "latents fps first")
 
 
 @torch.inference_mode()
-def open_video(a, saved, vae, device):
-    """--video, at --size or its own. saved: what check_video() gave."""
-    if saved:
-        latents, s = saved
-        shown = adjust(latents, s)
+def open_video(path, size, vae, device):
+    """--video at `size`, or at its own where that is None. Latents that sample.py saved have one
+    size only."""
+    if path.endswith(".safetensors"):
+        latents, s, keyframes = saved_latents(path)
+        if size and size != s.size:
+            raise data.MediaError(f"{path}: the latents are of {s.size[0]}x{s.size[1]}; give the video itself to "
+                                  "--video, or leave --size out")
+        shown = adjust(latents, s, keyframes)
         with on_device(device, vae):
-            first = decoded_frame(vae, shown.to(device), 0, s["decode_chunk"])
-        return Video(shown[0], s["fps"], to_pixels(first[None])[0])
+            first = decoded_frame(vae, shown.to(device), 0, s.decode_chunk)
+        return Video(shown[0] / exsvd.VAE_SCALE, s.fps, to_pixels(first[None])[0])
     latents, times, first = [], [], None
     with on_device(device, vae), tqdm(desc="encoding", unit="frame") as bar:
-        for frame, seconds, declared in data.video_frames(a.video):  # one by one: the whole of it may not fit memory
+        for frame, seconds, declared in data.video_frames(path):  # one by one: the whole of it may not fit memory
             if first is None:
                 H, W = frame.shape[:2]
-                first, size = frame, a.size or data.default_size(W, H, W * H)
-            fitted = data.fit_image(frame, *size)[None].to(device)
-            latents.append(vae.encode(fitted)[0].float().cpu() * exsvd.VAE_SCALE)
+                first, size = frame, size or data.default_size(W, H, W * H)
+            latents.append(vae.encode(data.fit_image(frame, *size)[None].to(device))[0].float().cpu())
             times.append(seconds)
             bar.update()
     return Video(torch.stack(latents), data.frame_rate(times, declared), first)
 
 
-def check_video(a, toy):
-    """Before the networks are loaded: whether --video can be read, and has the --size if it is latents. -> these and
-    their settings, None of a video itself"""
-    if not a.video.endswith(".safetensors"):
-        if len(list(itertools.islice(data.video_frames(a.video), 2))) < 2:
-            raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE, without --video")
-        return None
-    latents, s = saved_latents(a.video, toy)
-    width, height = a.size or (s["width"], s["height"])
-    if (width, height) != (s["width"], s["height"]):
-        raise data.MediaError(f"--size {width}x{height}: the latents are of {s['width']}x{s['height']}; give the "
-                              "video itself to --video, or leave --size out")
-    return latents, s
-
-
 def resampled(latents, frames):
-    """So many of a video's latents (n,4,h,w), evenly spaced: (1,frames,4,h,w)."""
+    """Latents (n,4,h,w) of evenly spaced frames: (1,frames,4,h,w)."""
     return latents[torch.linspace(0, len(latents) - 1, frames).round().long()][None]
 
 
-def load(a, model, extension, toy, device):
-    """The three networks, ready to sample, and the family they belong to."""
-    a.dtype = a.dtype or ("float32" if toy and device.type == "cpu" else "bfloat16")
-    svd = exsvd.load(model, extension, getattr(torch, a.dtype), "cpu" if a.offload else device)
+def load(a, given, model, extension, device):
+    """The three networks, ready to sample, and their Settings."""
+    dtype = getattr(torch, given["dtype"]) if "dtype" in given else exsvd.best_dtype(device)
+    svd = exsvd.load(model, extension, dtype, "cpu" if a.offload else device, unet=a.unet)
+    s = settings_for(svd, given, model, extension)
     if a.offload:
         svd.unet.stream = exsvd.Stream(svd.unet, device)
     if a.compile:
         exsvd.compile_blocks(svd.unet)
-    family = "toy"
-    if not toy:
-        family = "ExVideo" if svd.unet.max_frames else "SVD"
     parameters = sum(p.numel() for p in svd.unet.parameters())
-    print(f"{family}: {parameters / 1e6:.1f} M parameters in the UNet, {a.dtype} on {device}")
-    return svd, family
+    print(f"{os.path.basename(model.rstrip('/'))}: {parameters / 1e6:.1f} M parameters in the UNet, "
+          f"{svd.unet.max_frames or s.native} frames, {s.dtype} on {device}")
+    return svd, s
+
+
+def complete(s, a, given, svd, img, seed, video=None):
+    """Settings for one image (H,W,3): what was left open is filled in. video: a Video to refine."""
+    known = svd.unet.max_frames or s.native
+    frames = s.frames or (len(video.latents) if video else known)
+    size, fps = s.size, s.fps
+    if video:
+        H, W = video.latents.shape[2:]
+        size = (8 * W, 8 * H)
+        if "fps" not in given:
+            fps = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
+    elif "size" not in given:
+        size = data.default_size(img.shape[1], img.shape[0], math.prod(s.size))
+    chunk = s.decode_chunk
+    if a.offload and "decode_chunk" not in given:  # about 3 GB: 4 frames of 1024x1024 at once, 16 of 512x512
+        chunk = max(4, min(chunk, 2**22 // math.prod(size)))
+    overlap = s.overlap
+    if overlap is None and svd.unet.max_frames:
+        overlap = max(1, known // 8)
+    if frames > known and overlap is None:
+        print(f"warning: {frames} frames, but this model without extension knows {known}: expect motion that jitters or "
+              "fades after those (--extension for longer videos, --overlap for rounds)", file=sys.stderr)
+    elif frames > known and overlap >= known:
+        raise data.MediaError(f"--overlap {overlap}: must be less than a round, which is {known} frames")
+    for number, _ in a.keyframe:
+        if number >= frames:
+            raise data.MediaError(f"--keyframe {number}: the video has the frames 0 to {frames - 1}")
+    return replace(s, frames=frames, size=size, fps=fps, decode_chunk=chunk, overlap=overlap, seed=seed)
 
 
 def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
-    """One image (H,W,3), uint8, to a video file, and its latents to a file beside it. The rest as in make_latents().
+    """One image (H,W,3), uint8, to a video file, and its latents to a file beside it. The rest as
+    in make_latents().
 
-    Raises FloatingPointError if the latents are not finite.
+    Raises FloatingPointError if the latents or the frames are not finite.
     """
     def fit(picture):
-        return data.fit_image(picture, s["width"], s["height"])
+        return data.fit_image(picture, *s.size)
 
     begin = time.perf_counter()
-    start = video and resampled(video.latents, s["frames"]).to(device) / s["contrast"]  # adjust() puts it back
-    latents = make_latents(svd, fit(img), s, device, start,
-                           None if end is None else fit(end), {i: fit(frame) for i, frame in keyframes.items()})
+    start = None if video is None else resampled(video.latents, s.frames)
+    latents = make_latents(svd, fit(img), s, device, start, None if end is None else fit(end),
+                           {number: fit(frame) for number, frame in keyframes.items()})
     sampled = time.perf_counter()
     if not latents.isfinite().all():
-        raise FloatingPointError(f"{out}: the latents are not finite; try another --dtype than {s['dtype']}")
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    exsvd.save(latents_path(out), {"latents": latents}, {"settings": s})  # an hour's work, should the decoder fail
+        raise FloatingPointError(f"{out}: the latents are not finite; try another --dtype than {s.dtype}")
+    meta = {"settings": asdict(s), "keyframes": list(keyframes)}
+    exsvd.save(latents_path(out), {"latents": latents}, meta)  # an hour's work, should the decoder fail
     try:
-        write_video(svd.vae, latents, s, out)
+        write_video(svd.vae, latents, s, out, keyframes)
     except BaseException:
-        print(f"the latents are safe: go on with --decode-only '{latents_path(out)}'", file=sys.stderr)
+        print(f"the latents are saved: go on with --decode-only '{latents_path(out)}'", file=sys.stderr)
         raise
-    print(f"{out}: {s['frames']} frames of {s['width']}x{s['height']} at {s['fps']:g} fps, "
+    print(f"{out}: {s.frames} frames of {s.size[0]}x{s.size[1]} at {s.fps:g} fps, "
           f"{sampled - begin:.1f} s to sample, {time.perf_counter() - sampled:.1f} s to decode, "
           f"{peak_memory(device)} at the peak")
 
 
+def peak_memory(device):
+    """Peak memory, for the closing line: what torch allocated on a GPU, or what the process
+    held."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return "memory not measured"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
+
+
 def main(argv=None):
-    """The command. Raises WeightsError, MediaError, FloatingPointError and OSError for what the caller can mend."""
-    a = parse(argv)
-    warn.cache_clear()
+    """The command. Raises WeightsError, MediaError, FloatingPointError and OSError for what the
+    caller can mend."""
+    a, given = parse(argv)
     for _, _, out in a.jobs:
-        check_writable(out, a.fps or 1)
+        check_writable(out, given.get("fps", 1))
     device = torch.device(a.device)
     model, extension = default_model(a)
-    toy = exsvd.open_model(model)[0]["unet"].meta.get("family") == "toy"
-    if toy and device.type == "cpu":
-        torch.set_num_threads(1)  # networks this small lose more to threads that wait for each other than they gain
     if a.decode_only:
-        decode_again(a, model, toy, device)
+        decode_again(a, given, model, device)
         return
 
-    saved = check_video(a, toy) if a.video else None
+    # what can't be read is to be known before the networks are loaded
+    if a.video and not a.video.endswith(".safetensors") and len(list(itertools.islice(data.video_frames(a.video), 2))) < 2:
+        raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE, without --video")
     end = data.read_image(a.end) if a.end else None
     keyframes = {number: data.read_image(path) for number, path in a.keyframe}
-    svd, video, failed = None, None, []
-
-    def fail(out, error):  # the others of a batch are made all the same
-        if not a.batch:
-            raise error
-        print(f"sample.py: {error}", file=sys.stderr)
-        failed.append(out)
-
+    batch, svd, video, failed = len(a.jobs) > 1, None, None, []
     for image, seed, out in a.jobs:
-        if a.batch and os.path.exists(out) and not a.overwrite:
-            print(f"{out}: is there, and skipped (--overwrite makes it again)")
+        if batch and os.path.exists(out) and not a.overwrite:
+            print(f"{out}: exists and is skipped (--overwrite makes it again)")
             continue
         try:
             img = data.read_image(image) if a.images else None
-        except data.MediaError as e:
-            fail(out, e)
-            continue
-        if svd is None:
-            svd, family = load(a, model, extension, toy, device)
-        if a.video and video is None:
-            video = open_video(a, saved, svd.vae, device)
-        if img is None:
-            img = video.first
-        s = settings_of(a, family, svd, img, seed, video)
-        check_writable(out, s["fps"])  # once more: a video to refine may be too fast for a GIF
-        try:
-            make_video(svd, img, s, device, out, video, end, keyframes)
-        except FloatingPointError as e:
-            fail(out, e)
+            if svd is None:
+                svd, s = load(a, given, model, extension, device)
+            if a.video and video is None:
+                video = open_video(a.video, given.get("size"), svd.vae, device)
+            if img is None:
+                img = video.first
+            ready = complete(s, a, given, svd, img, seed, video)
+            check_writable(out, ready.fps)  # a video to refine may be too fast for a GIF
+            make_video(svd, img, ready, device, out, video, end, keyframes)
+        except (data.MediaError, FloatingPointError) as e:
+            if not batch:
+                raise
+            print(f"sample.py: {e}", file=sys.stderr)  # the others are made all the same
+            failed.append(out)
     if failed:
         raise data.MediaError(f"{len(failed)} of {len(a.jobs)} videos were not made: {', '.join(failed)}")
 
 
-# What to try where memory runs out, cheapest first.
 OUT_OF_MEMORY = """out of memory. While sampling, from what costs least to what costs most:
-    --dtype bfloat16    half of what --dtype float32 takes
+    --dtype float16     half of what --dtype float32 takes
     --offload           only the network at work is on the device: some seconds more per video
     --frames 64         fewer frames: a shorter video
     --size 512x320      fewer pixels: less detail
@@ -871,7 +902,7 @@ While decoding, which went down to one frame at a time by itself: --decode-only 
 
 def command(argv=None):
     """main(), for a shell: what the user can mend is one line and exit code 1."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("sample.py: terminated"))  # an exception, which leaves no rubbish
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("sample.py: terminated"))  # an exception removes temporary files
     try:
         main(argv)
     except (exsvd.WeightsError, data.MediaError, FloatingPointError, OSError) as e:
