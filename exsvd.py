@@ -23,11 +23,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,7 @@ class UNetConfig:
     context_dim: int = 1024         # D, width of the CLIP image embedding
     groups: int = 32                # of every GroupNorm
     native_frames: int = 25         # what the base was trained on: SVD-XT 25, SVD 14. Not visible in the weights
+    ids: tuple = ("fps", "motion", "aug")  # numbers that the UNet is conditioned on, see unet_ids()
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ EPS_VAE = 1e-6               # every VAE norm ...
 EPS_VAE_TEMPORAL = 1e-5      # ... but the decoder's temporal residual blocks
 
 VAE_SCALE = 0.18215  # the UNet's video latents are VAE latents times this (unit variance); its image latents are not
-ID_DIM = 256         # sinusoid width of each added id (fps - 1, motion bucket, noise augmentation)
+EXVIDEO_ENCODE_SCALE = 0.13025  # what DiffSynth, with which the ExVideo release was made, has there: that of SDXL
+ID_DIM = 256         # width of the sinusoid of each of UNetConfig.ids
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Primitives. Tokens are (batch, length, C).
@@ -112,17 +116,19 @@ def best_dtype(device, training=False):
 
 
 def flash_fits(q):
-    """Whether flash-attn can take q (b, n, h, d): installed, CUDA half precision, a head size it has kernels for."""
-    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    """Whether flash-attn can take q (b, n, h, d): it has kernels for half precision on compute capability >= 8.0."""
+    if flash_attn_func is None or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
     head_size = q.shape[-1]  # 64 in the UNet, 80 in CLIP; the VAE's 512 does not fit
-    return flash_attn_func is not None and half and head_size <= 256 and head_size % 8 == 0
+    return head_size <= 256 and head_size % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def attention(q, k, v, heads):
     """softmax(q k^T / sqrt(d)) v in every head: q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d)."""
     q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=heads) for x in (q, k, v))
     if flash_fits(q):
-        return rearrange(flash_attn_func(q, k, v), "b n h d -> b n (h d)")
+        deterministic = torch.are_deterministic_algorithms_enabled()  # of its gradients
+        return rearrange(flash_attn_func(q, k, v, deterministic=deterministic), "b n h d -> b n (h d)")
     q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
@@ -150,6 +156,20 @@ class ContextAttention(nn.Module):
 
     def forward(self, ctx):
         return self.to_out(self.to_v(ctx))  # (B, 1, D) -> (B, 1, C)
+
+
+def no_idle_autograd(method):
+    """Makes a method of a network run without autograd if no parameter and no input needs a gradient.
+
+    So a caller who forgets torch.no_grad() gets the results in slices and the small memory all the same.
+    """
+    @wraps(method)
+    def run(self, *inputs, **named):
+        tensors = [t for t in (*inputs, *named.values(), *self.parameters()) if torch.is_tensor(t)]
+        needed = any(t.requires_grad for t in tensors)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needed):
+            return method(self, *inputs, **named)
+    return run
 
 
 class FeedForward(nn.Module):
@@ -386,6 +406,11 @@ class SpatialBlock(nn.Module):
 #    trainable table of frame positions in place of the sinusoid, and a 3D convolution that starts as the identity.
 #    The table starts by walking the positions the base knows to and fro, so that neighbouring frames always have
 #    neighbouring positions, and an extended model computes exactly what the base did on up to native_frames frames.
+#
+#    To try another extension, change this section: what extend() adds is trained, saved and loaded with the rest if
+#    is_extension_parameter() says so. It may hold parameters but no buffers, as load() builds networks without storage.
+
+ARCHITECTURE = "exvideo"  # names the code of this section in extension files: rename it when you change the block
 
 
 class TemporalBlock(nn.Module):
@@ -480,22 +505,24 @@ def fold_positions(native, num_frames):
 
 @torch.no_grad()
 def extend(unet, num_frames=128):
-    """Extend a UNet to num_frames frames, in place (ExVideo section 3.2); returns it. ValueError below one frame.
+    """Extend a UNet to num_frames frames, in place (ExVideo section 3.2), and return it.
 
-    Works from a sinusoidal base (native length: unet.config.native_frames) and from a learned table, that of a model
-    which was extended before (native length: its rows). Up to the native length the output stays bit for bit the same
-    (on CUDA in fp32 only with TF32 switched off, which would round what the identity convolution passes on).
+    The native length is unet.config.native_frames for a base, and the present length for a UNet that was extended
+    before. Up to it the output stays bit-identical (on CUDA in float32 only without TF32, which would round what the
+    identity convolution passes on). New parameters have the device, dtype and requires_grad of their neighbours.
+    Raises ValueError if num_frames is below 1.
     """
     if num_frames < 1:
         raise ValueError(f"extend() to {num_frames} frames: it takes at least one")
+    positions = torch.tensor(fold_positions(unet.max_frames or unet.config.native_frames, num_frames))
     for block in unet.temporal_blocks():
         like = block.norm_in.weight
-        native = unet.config.native_frames if block.frame_table is None else len(block.frame_table)
-        positions = torch.tensor(fold_positions(native, num_frames), device=like.device)
-        rows = sinusoid(positions, len(like)) if block.frame_table is None else block.frame_table[positions]
-        block.frame_table = nn.Parameter(rows.to(like.dtype))
+        where = positions.to(like.device)
+        rows = sinusoid(where, len(like)) if block.frame_table is None else block.frame_table[where]
+        block.frame_table = nn.Parameter(rows.to(like.dtype), requires_grad=like.requires_grad)
         if block.frame_conv is None:
-            block.frame_conv = FrameConv(len(like), like.device, like.dtype)
+            block.frame_conv = FrameConv(len(like), like.device, like.dtype).requires_grad_(like.requires_grad)
+    unet.max_frames = num_frames
     return unet
 
 
@@ -503,10 +530,16 @@ def extend(unet, num_frames=128):
 IDLE = re.compile(r"\.attn\.(spatial|temporal)\.(attn2\.to_[qk]|norm2)\.")
 
 
+def is_extension_parameter(name):
+    """Whether a parameter (named as in unet.named_parameters()) is one that the paper trains, that of a temporal
+    transformer block. These, and no others, are in an extension file."""
+    return ".attn.temporal." in name
+
+
 def freeze(unet):
     """Freeze all but the temporal transformer blocks (section 3.3, "parameter freezing"); returns what is trainable."""
     for name, p in unet.named_parameters():
-        p.requires_grad_(".attn.temporal." in name)
+        p.requires_grad_(is_extension_parameter(name))
     return [name for name, p in unet.named_parameters() if p.requires_grad]
 
 
@@ -584,15 +617,16 @@ class UNet(nn.Module):
     def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
+        self.max_frames = None  # set by extend(): the most frames the UNet can make. None for a base
         self.checkpointing = "memory"
         self.slice_size = Slices.size
         self.stream = None
         C, emb_dim = config.channels, 4 * config.channels[0]
         res = partial(SpatioTemporalRes, emb_dim=emb_dim, groups=config.groups)
         attn = partial(SpatioTemporalTransformer, context_dim=config.context_dim, groups=config.groups)
-        # of the noise level, and of fps - 1, motion bucket, noise augmentation
+        ids_dim = len(config.ids) * ID_DIM
         self.time_embed = nn.Sequential(nn.Linear(C[0], emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.cond_embed = nn.Sequential(nn.Linear(3 * ID_DIM, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        self.cond_embed = nn.Sequential(nn.Linear(ids_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         last = len(C) - 1  # the coarsest level has no transformers
 
         self.down = nn.ModuleList([Block(conv=nn.Conv2d(8, C[0], 3, padding=1))])
@@ -623,19 +657,14 @@ class UNet(nn.Module):
         """The 16 temporal transformer blocks, in forward order."""
         return [m for m in self.modules() if isinstance(m, TemporalBlock)]
 
-    @property
-    def max_frames(self):
-        """Rows of the frame table, the most frames the model can make; None for a base, whose sinusoid has no end."""
-        table = self.temporal_blocks()[0].frame_table
-        return None if table is None else len(table)
-
+    @no_idle_autograd
     def forward(self, x, c_noise, ctx, ids):
         """F of EDM's preconditioning (section 8).
 
         x (B,T,8,H,W): 4 noisy latents times c_in, then 4 image latents; H and W multiples of 8.
         c_noise (B,): ln(sigma)/4. ctx (B,1,D): CLIP image embedding, zeros when unconditional.
-        ids (B,3): fps - 1, motion bucket, noise augmentation. Returns (B,T,4,H,W) in x's dtype.
-        Raises ValueError where shapes do not fit or T exceeds the frame table.
+        ids (B,3): see unet_ids(). Returns (B,T,4,H,W) in x's dtype.
+        Raises ValueError where shapes do not fit, or if T exceeds max_frames.
         """
         B, T, _, H, W = x.shape
         if H % 8 or W % 8 or ctx.shape[:2] != (B, 1):
@@ -685,6 +714,21 @@ class UNet(nn.Module):
             return self.conv_out(F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled()))
 
         return slices(out, h).unflatten(0, (B, T)).to(x.dtype)                            # (B, T, 4, H, W)
+
+
+def unet_ids(names, values, device=None):
+    """The UNet's input `ids`, (B, len(names)) float32. names: those of unet.config.ids.
+
+    values: a mapping with a number, or a tensor (B,), for each name; it may hold more. fps is in frames per second:
+    this is the one place that knows that SVD is given fps - 1. Raises ValueError if a name is missing.
+    """
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(f"the UNet is conditioned on {', '.join(names)}, but there is no {' and no '.join(missing)}")
+    ids = {name: torch.as_tensor(values[name], dtype=torch.float32, device=device).reshape(-1) for name in names}
+    if "fps" in ids:
+        ids["fps"] = ids["fps"] - 1
+    return torch.stack(torch.broadcast_tensors(*ids.values()), dim=1)
 
 
 class Resident:
@@ -899,11 +943,13 @@ class VAE(nn.Module):
         self.config = config
         self.encoder, self.quant_conv, self.decoder = Encoder(config), nn.Conv2d(8, 8, 1), Decoder(config)
 
+    @no_idle_autograd
     def encode(self, img):
         """Mean latents of images, unscaled: (N,3,H,W) in [-1,1], H and W multiples of 8 -> (N,4,H/8,W/8)."""
         h = self.quant_conv(self.encoder(img.to(self.quant_conv.weight.dtype)))
         return h[:, :4].to(img.dtype)
 
+    @no_idle_autograd
     def decode(self, z):
         """Video of unscaled latents, the whole clip at once: (B,T,4,h,w) -> (B,T,3,8h,8w), about [-1,1], not clamped.
 
@@ -972,6 +1018,7 @@ class ImageEncoder(nn.Module):
         self.ln_post = LayerNorm(width)
         self.proj = random(width, config.out_dim)
 
+    @no_idle_autograd
     def forward(self, img):
         """Embedding of preprocessed images: (N,3,224,224) -> (N,out_dim), in img's dtype."""
         x = rearrange(self.conv1(img.to(self.proj.dtype)), "n c h w -> n (h w) c")
@@ -1000,7 +1047,7 @@ def denoise(unet, x, sigma, image_latents, ctx, ids):
     """D(x; sigma), the estimate of the clean latents (EDM eq. 7): (B,T,4,H,W) -> (B,T,4,H,W).
 
     image_latents (B,1 or T,4,H,W): unscaled VAE latents of the conditioning image, zeros when unconditional.
-    sigma (B,) > 0, ctx (B,1,D), ids (B,3) as in UNet.forward.
+    sigma (B,) > 0, ctx (B,1,D), ids as in UNet.forward.
     """
     s = sigma.float().view(-1, 1, 1, 1, 1)
     c_skip = 1 / (s**2 + 1)
@@ -1011,30 +1058,46 @@ def denoise(unet, x, sigma, image_latents, ctx, ids):
     return c_skip * x + c_out * unet(inputs, c_noise, ctx, ids)
 
 
-def edm_loss(unet, x, sigma, noise, image_latents, ctx, ids):
-    """Training loss of each video, (B,): lambda(sigma) |D(x + sigma*noise; sigma) - x|^2, averaged over its elements.
+class Loss(NamedTuple):
+    """Which noise levels are trained on, and how much each of them counts."""
+    draw: Callable       # draw(n, T, generator) -> n noise levels sigma, (n,), to train on videos of T frames
+    weight: Callable     # weight(sigma, T) -> weight of |D - target * x|^2, of sigma's shape
+    target: float = 1.0  # factor on the clean latents
 
-    lambda = (sigma^2 + 1) / sigma^2, EDM's weight for sigma_data = 1: it makes the loss of an untrained F about 1 at
-    every noise level. x and noise (B,T,4,H,W), the rest as in denoise().
+
+def edm_draw(n, T, generator):
+    """ln sigma ~ N(0.7, 1.6^2)."""
+    return (0.7 + 1.6 * torch.randn(n, generator=generator)).exp()
+
+
+def edm_weight(sigma, T):
+    """EDM's lambda for sigma_data = 1. The loss of an untrained F is then about 1 at every noise level."""
+    return (sigma**2 + 1) / sigma**2
+
+
+def exvideo_draw(n, T, generator):
+    """Uniform on the 1000 Karras sigmas, as in ExVideo's released training script."""
+    return karras_sigmas(1000)[torch.randint(1000, (n,), generator=generator)]
+
+
+def exvideo_weight(sigma, T):
+    return (sigma**2 + 1).sqrt() / sigma
+
+
+LOSSES = {
+    "edm": Loss(edm_draw, edm_weight),
+    "exvideo": Loss(exvideo_draw, exvideo_weight, target=1.01),  # against videos that turn grey
+}
+
+
+def training_loss(unet, loss, x, sigma, noise, image_latents, ctx, ids):
+    """The training loss of each video, (B,): weight * |D(x + sigma*noise; sigma) - target*x|^2, averaged over elements.
+
+    loss: a Loss. x, noise (B,T,4,H,W); the rest as in denoise().
     """
     s = sigma.float().view(-1, 1, 1, 1, 1)
     D = denoise(unet, x + s * noise, sigma, image_latents, ctx, ids)
-    return ((s**2 + 1) / s**2 * (D - x) ** 2).mean(dim=(1, 2, 3, 4))
-
-
-def exvideo_loss(unet, x, sigma, noise, image_latents, ctx, ids):
-    """The loss of ExVideo's released training script instead, (B,): the weight is sqrt(sigma^2 + 1) / sigma and the
-    target 1.01 x, against videos that turn grey. Its sigmas are draw_sigmas("exvideo", ...)."""
-    s = sigma.float().view(-1, 1, 1, 1, 1)
-    D = denoise(unet, x + s * noise, sigma, image_latents, ctx, ids)
-    return ((s**2 + 1).sqrt() / s * (D - 1.01 * x) ** 2).mean(dim=(1, 2, 3, 4))
-
-
-def draw_sigmas(kind, n, generator):
-    """Noise levels to train on, (n,): "edm", ln sigma ~ N(0.7, 1.6^2), or "exvideo", uniform on 1000 Karras sigmas."""
-    if kind == "edm":
-        return (0.7 + 1.6 * torch.randn(n, generator=generator)).exp()
-    return karras_sigmas(1000)[torch.randint(1000, (n,), generator=generator)]
+    return (loss.weight(s, x.shape[1]) * (D - loss.target * x) ** 2).mean(dim=(1, 2, 3, 4))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1123,13 +1186,14 @@ EXVIDEO = [  # names inside one temporal block of the ExVideo release
 # The release numbers the blocks of a flat list in which pushes and pops count too; these are its temporal ones.
 EXVIDEO_BLOCKS = (7, 17, 29, 39, 51, 61, 83, 113, 123, 133, 144, 154, 164, 175, 185, 195)
 
-# In svd_xt.safetensors but part of no network of ours: a second encoder, a second decoder, CLIP's text side.
-SGM_IGNORED = re.compile(
+# In published files but part of no network of ours: a second encoder, a second decoder, CLIP's text side, numbers 0..256.
+IGNORED = (
     r"first_stage_model\.encoder\.|conditioner\.embedders\.3\.encoder\.(decoder|post_quant_conv)\.|"
     r"conditioner\.embedders\.0\.open_clip\.model\."
-    r"(logit_scale|token_embedding|positional_embedding|text_projection|ln_final)")
+    r"(logit_scale|token_embedding|positional_embedding|text_projection|ln_final)|"
+    r"vision_model\.embeddings\.position_ids$")
 
-# What belongs to each network in the single file; together with SGM_IGNORED, all of it.
+# What belongs to each network in the single file; together with IGNORED, all of it.
 SGM_PART = {
     UNet: r"model\.diffusion_model\.",
     ImageEncoder: r"conditioner\.embedders\.0\.open_clip\.model\.visual\.",
@@ -1142,17 +1206,22 @@ RULES = {"sgm": {UNet: UNET_SGM, VAE: VAE_SGM, ImageEncoder: CLIP_SGM},
 def file_names(module, layout):
     """Where a layout keeps each parameter of a module: {our name: [name in the file]}, three where it splits q, k, v.
 
-    layout: "ours" (state_dict), "sgm" (the published single file), "diffusers" (its folders), or "exvideo" (UNet only:
-    the 33 tensors of each temporal block).
+    layout: "ours" (named_parameters), "sgm" (the published single file), "diffusers" (its folders), or "exvideo" (an
+    extension file: the parameters of a UNet for which is_extension_parameter() holds).
     """
+    parameters = [name for name, _ in module.named_parameters()]
     if layout == "ours":
-        return {name: [name] for name in module.state_dict()}
-    if layout == "exvideo":
-        blocks = [(n, m) for n, m in module.named_modules() if isinstance(m, TemporalBlock)]
-        return {f"{block}.{name}": [f"blocks.{number}.{rename(name, EXVIDEO)}"]
-                for number, (block, m) in zip(EXVIDEO_BLOCKS, blocks) for name in m.state_dict()}
+        return {ours: [ours] for ours in parameters}
+    if layout == "exvideo":  # parameters outside the temporal transformer blocks, which the release lacks, keep our names
+        blocks = [name.removesuffix(".temporal") for name, m in module.named_modules() if isinstance(m, TemporalBlock)]
+        numbers = dict(zip(blocks, EXVIDEO_BLOCKS))
+        names = {}
+        for ours in filter(is_extension_parameter, parameters):
+            block, _, name = ours.partition(".temporal.")
+            names[ours] = [f"blocks.{numbers[block]}.{rename(name, EXVIDEO)}" if block in numbers else ours]
+        return names
     names = {}
-    for ours in module.state_dict():
+    for ours in parameters:
         name = rename(ours, RULES[layout][type(module)])
         names[ours] = [name.replace("{qkv}", c) for c in "qkv"] if "{qkv}" in name else [name]
     return names
@@ -1167,69 +1236,105 @@ def rename(name, rules):
 def convert(names, tensors, shape):
     """The tensors a file keeps under these names, as one parameter of ours."""
     t = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # CLIP's q, k, v, split in diffusers
-    if names == ["visual_projection.weight"]:
+    if names == ["visual_projection.weight"] and t.ndim == 2:
         t = t.T                                                 # diffusers has a Linear there, the single file a matrix
     return t.view(shape) if tuple(t.shape) + (1, 1) == shape else t  # 1x1 convolutions of the VAE, Linear in diffusers
 
 
 class Tensors:
-    """Names, shapes and tensors of a safetensors file (memory-mapped, read on demand) or of a dict of tensors."""
+    """Names, shapes and tensors of a safetensors file (memory-mapped, read on demand) or of a dict of tensors.
+
+    names: without what training tools put before all of them: module. _orig_mod. unet. model., or several of these.
+    meta: what save() was given, {} for files that are not ours.
+    """
 
     def __init__(self, source):
         if isinstance(source, Mapping):
-            self.source, self.label, self.meta, self.names = source, "the given tensors", {}, set(source)
-            return
-        self.label = os.fspath(source)
-        if not os.path.isfile(source):
-            raise WeightsError(f"{self.label}: no such weight file")
-        try:
-            self.source = safe_open(source, framework="pt")
-            self.meta = dict(json.loads((self.source.metadata() or {}).get("exsvd", "{}")))
-        except (SafetensorError, ValueError, TypeError) as e:
-            with open(source, "rb") as f:  # only now: the length a good file begins with can look like either
-                is_pickle = re.match(rb"PK\x03\x04|\x80\x02[^\0]", f.read(4))  # or zip: runs any code when loaded
-            if is_pickle:
-                raise WeightsError(f"{self.label} is a pickled checkpoint, which is never opened: "
-                                   "use its .safetensors version") from None
-            raise WeightsError(f"{self.label} is not a complete safetensors file ({e}): "
-                               "download or save it again") from None
-        self.names = set(self.source.keys())
+            self.source, self.label, self.meta = source, "the given tensors", {}
+        else:
+            self.label = os.fspath(source)
+            self.source, self.meta = open_safetensors(self.label)
+        names = list(self.source.keys())
+        common = os.path.commonprefix(names) if len(names) > 1 else ""
+        self.prefix = re.match(r"(module\.|_orig_mod\.|unet\.|model\.(?!diffusion_model\.))*", common)[0]
+        self.names = {name.removeprefix(self.prefix) for name in names}
+        # A file of ours holds a whole model, with its configuration, or an extension.
+        blocks = any(name.startswith("blocks.") for name in self.names)
+        self.is_extension = blocks or ("architecture" in self.meta and "config" not in self.meta)
 
     def get(self, name):
         if isinstance(self.source, Mapping):
-            return self.source[name]
-        return self.source.get_tensor(name)
+            return self.source[self.prefix + name]
+        return self.source.get_tensor(self.prefix + name)
 
     def shape(self, name):
         if isinstance(self.source, Mapping):
-            return self.source[name].shape
-        return self.source.get_slice(name).get_shape()
+            return self.source[self.prefix + name].shape
+        return self.source.get_slice(self.prefix + name).get_shape()
 
-    def table_rows(self):
-        """Frames that the file's frame tables hold; None where it has none."""
+    def frames(self):
+        """Frames that the weights are extended to, None for a base. Files without our note of it have frame tables."""
+        noted = self.meta.get("frames")
+        if isinstance(noted, int) and noted > 0:
+            return noted
         tables = sorted(n for n in self.names if n.endswith(("positional_embedding.embeddings", "frame_table")))
         shape = self.shape(tables[0]) if tables else ()
         return shape[0] if len(shape) > 0 and shape[0] > 0 else None
+
+    def native_frames(self):
+        """{"native_frames": those of the base} if the file says so."""
+        return {key: value for key, value in self.meta.items() if key == "native_frames"}
+
+
+def open_safetensors(path):
+    """-> the opened file, our metadata in it (a dict). Raises WeightsError, which says what the file is instead."""
+    if not os.path.isfile(path):
+        raise WeightsError(f"{path}: no such weight file")
+    try:
+        file = safe_open(path, framework="pt")
+        meta = json.loads((file.metadata() or {}).get("exsvd", "{}"))
+    except (SafetensorError, ValueError) as e:
+        with open(path, "rb") as f:  # only now: the length that a good file begins with can look like a pickle
+            begin = f.read(20)
+        if re.match(rb"PK\x03\x04|\x80\x02[^\0]", begin):  # a zip or a pickle, which runs any code when it is loaded
+            raise WeightsError(f"{path} is a pickled checkpoint, which is never opened: "
+                               "use its .safetensors version") from e
+        if begin.startswith(b"version https://git-"):
+            raise WeightsError(f"{path} is a Git LFS pointer in place of the file: fetch it with git lfs pull") from e
+        raise WeightsError(f"{path} is not a complete safetensors file ({e}): download or save it again") from e
+    if not isinstance(meta, dict):
+        raise WeightsError(f"{path}: metadata not understood; was it written by a newer version?")
+    return file, meta
 
 
 def locate(module, tensors):
     """Where `tensors` keeps each parameter of the module: {our name: (tensors, names)}. Nothing is read yet.
 
-    Raises WeightsError with examples if anything is missing, mis-shaped or left over.
+    Raises WeightsError with examples if anything is missing, mis-shaped or left over. Only an extension file of ours
+    may lack parameters: it may hold a part of the release's, and others besides.
     """
     names = choose_layout(module, tensors)
+    if tensors.is_extension and tensors.meta:
+        names = {ours: group for ours, group in names.items() if tensors.names.issuperset(group)}
     expected = {n for group in names.values() for n in group}
-    ignored = [SGM_IGNORED.pattern] + [part for network, part in SGM_PART.items() if not isinstance(module, network)]
+    others = [IGNORED] + [part for network, part in SGM_PART.items() if not isinstance(module, network)]
     missing = sorted(expected - tensors.names)
-    unexpected = sorted(n for n in tensors.names - expected if not re.match("|".join(ignored), n))
-    misshaped = [complaint for ours, group in names.items() if tensors.names.issuperset(group)
-                 if (complaint := compare_shapes(group, tensors, tuple(module.get_parameter(ours).shape)))]
+    unexpected = sorted(n for n in tensors.names - expected if not re.match("|".join(others), n))
+    misshaped = []
+    for ours, group in names.items():
+        if tensors.names.issuperset(group):
+            complaint = compare_shapes(group, tensors, tuple(module.get_parameter(ours).shape))
+            if complaint:
+                misshaped.append(complaint)
 
-    problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
-    problems = [f"{len(found)} {what}, such as {'; '.join(found[:3])}" for what, found in problems.items() if found]
+    problems = []
+    for what, found in {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}.items():
+        if found:
+            problems.append(f"{len(found)} {what}, such as {'; '.join(found[:3])}")
     if problems:
-        raise WeightsError(f"{tensors.label} does not fit {type(module).__name__} ({len(expected)} tensors): "
-                           f"{'. '.join(problems)}")
+        holds = ", ".join(sorted(tensors.names)[:3]) or "nothing"
+        raise WeightsError(f"{tensors.label} (which holds {holds}, ...) does not fit {type(module).__name__} "
+                           f"({len(expected)} tensors): {'. '.join(problems)}")
     return {ours: (tensors, group) for ours, group in names.items()}
 
 
@@ -1241,54 +1346,66 @@ def choose_layout(module, tensors):
     if isinstance(module, VAE) and any(n.startswith("first_stage_model.post_quant_conv") for n in tensors.names):
         raise WeightsError(f"{tensors.label} is the image-decoder variant, whose VAE decoder has no temporal layers: "
                            "use svd_xt.safetensors (or svd.safetensors) instead of svd_xt_image_decoder.safetensors")
-    is_extension = isinstance(module, UNet) and any(n.startswith("blocks.") for n in tensors.names)
-    rows = tensors.table_rows()
-    if isinstance(module, UNet) and rows and rows != module.max_frames:
+    if not isinstance(module, UNet):
+        return best_layout(module, tensors)
+    frames = tensors.frames()
+    if frames and frames != module.max_frames:
         now = f"to {module.max_frames}" if module.max_frames else "is not"
-        raise WeightsError(f"{tensors.label} is extended to {rows} frames, but the UNet {now}: "
-                           f"call extend(unet, {rows}) before loading it")
-
-    layouts = [file_names(module, layout) for layout in (["exvideo"] if is_extension else ["ours", "sgm", "diffusers"])]
-    names = max(layouts, key=lambda names: sum(n in tensors.names for group in names.values() for n in group))
-    if rows or is_extension:
+        raise WeightsError(f"{tensors.label} is extended to {frames} frames, but the UNet {now}: "
+                           f"call extend(unet, {frames}) before loading it")
+    architecture = tensors.meta.get("architecture", ARCHITECTURE)
+    if architecture != ARCHITECTURE:
+        raise WeightsError(f"{tensors.label} holds the extension {architecture!r}, but this code has {ARCHITECTURE!r}")
+    if tensors.is_extension:
+        return file_names(module, "exvideo")
+    names = best_layout(module, tensors)
+    if frames or not module.max_frames:
         return names
-    # a base file leaves what extend() added as it is
-    return {ours: group for ours, group in names.items() if not re.search("frame_(table|conv)", ours)}
+    with torch.device("meta"):  # a base file leaves what extend() added as it is
+        base = dict(UNet(module.config).named_parameters())
+    return {ours: group for ours, group in names.items() if ours in base}
+
+
+def best_layout(module, tensors):
+    def known(names):
+        return sum(n in tensors.names for group in names.values() for n in group)
+
+    return max((file_names(module, layout) for layout in ("ours", "sgm", "diffusers")), key=known)
 
 
 def compare_shapes(group, tensors, want):
     """What is wrong with the shapes of tensors that together make one parameter; None if nothing is."""
     shapes = [tuple(tensors.shape(n)) for n in group]
-    try:
-        if convert(group, [torch.empty(s, device="meta") for s in shapes], want).shape == want:
-            return None
-    except (RuntimeError, IndexError):  # q, k, v that can't be joined
-        pass
+    can_be_joined = len(group) == 1 or all(len(s) == len(want) and s[1:] == want[1:] for s in shapes)
+    if can_be_joined and convert(group, [torch.empty(s, device="meta") for s in shapes], want).shape == want:
+        return None
     in_all = " in all" if len(group) > 1 else ""
     return f"{', '.join(group)} {', '.join(map(str, shapes))} instead of {want}{in_all}"
 
 
 @torch.no_grad()
-def read_into(module, located, dtype=None, device=None):
-    """Read what locate() found, tensor by tensor, into a module. Parameters on the meta device become real ones."""
+def read_into(module, located, dtype_of=None, device=None):
+    """Read what locate() found, tensor by tensor, into a module. Parameters on the meta device become real ones, of
+    dtype_of(our name) and on the given device."""
     for ours, (tensors, names) in located.items():
         path, _, leaf = ours.rpartition(".")
         parent = module.get_submodule(path)
         p = getattr(parent, leaf)
         t = convert(names, [tensors.get(n) for n in names], tuple(p.shape))
         if p.is_meta:  # copied even where nothing is converted: the model must not change or die with the file
-            t = torch.empty(p.shape, dtype=dtype or p.dtype, device=device or "cpu").copy_(t)
+            dtype = dtype_of(ours) if dtype_of else p.dtype
+            t = torch.empty(p.shape, dtype=dtype, device=device or "cpu").copy_(t)
             setattr(parent, leaf, nn.Parameter(t, requires_grad=p.requires_grad))
         else:
             p.copy_(t)
 
 
 def load_weights(module, tensors_or_path):
-    """Load a UNet, VAE or ImageEncoder, in place, from a .safetensors file or dict of tensors in any published naming:
-    the single file (other networks in it are passed over), diffusers, ours, and, if extended, the ExVideo release.
+    """Load a UNet, VAE or ImageEncoder, in place, from a .safetensors file or a dict of tensors; returns the module.
 
-    A base file leaves the layers that extend() added as they are. Returns the module. Raises WeightsError if any tensor
-    is missing, unexpected or mis-shaped, and has then changed nothing.
+    The names may be those of the published single file (other networks in it are passed over), of diffusers, of our
+    parameters, and for an extended UNet those of the ExVideo release. A base file leaves the layers that extend() added
+    as they are. Raises WeightsError if any tensor is missing, unexpected or mis-shaped, and has then changed nothing.
     """
     read_into(module, locate(module, Tensors(tensors_or_path)))
     return module
@@ -1320,79 +1437,132 @@ def open_model(path):
     path as in load(). Only names and configurations are read. Raises WeightsError.
     """
     if os.path.isdir(path):
-        files, config = open_folder(path)
+        opened = {part: open_part(path, stem, FOLDER_CONFIG[part]) for part, stem in FOLDER.items()}
+        files = {part: tensors for part, (tensors, _) in opened.items()}
+        config = {part: values for part, (_, values) in opened.items()}
     else:
         tensors = Tensors(path)
         files, config = dict.fromkeys(FOLDER, tensors), tensors.meta.get("config", {})
+    defaults = {"unet": UNetConfig(), "vae": VAEConfig(), "clip": CLIPConfig()}
+    return files, tuple(configure(default, config, part, path) for part, default in defaults.items())
 
-    def settings(part):  # JSON has no tuples
-        return {key: tuple(v) if isinstance(v, list) else v for key, v in config.get(part, {}).items()}
 
+def open_unet(path, config):
+    """A UNet by itself: (Tensors, UNetConfig). What it does not say of its configuration is as in `config`."""
+    if os.path.isdir(path):
+        tensors, values = open_part(path, os.path.basename(FOLDER["unet"]), FOLDER_CONFIG["unet"])
+        return tensors, configure(config, {"unet": values}, "unet", path)
+    tensors = Tensors(path)
+    return tensors, configure(config, tensors.meta.get("config", {}), "unet", path)
+
+
+def open_part(folder, stem, config_names):
+    """A network in diffusers' layout: (Tensors, {our name of a setting: value}), the full precision if both are there.
+
+    stem: where in the folder its weights are, without .safetensors or .fp16.safetensors.
+    """
+    found = [f"{os.path.join(folder, stem)}{kind}.safetensors" for kind in ("", ".fp16")]
+    found = [path for path in found if os.path.isfile(path)]
+    if not found:
+        alone = os.path.isfile(os.path.join(folder, os.path.basename(stem) + ".safetensors"))
+        hint = "it holds a UNet alone: give it as --unet beside --model" if alone else "a diffusers folder of SVD has one"
+        raise WeightsError(f"{folder}: no {stem}.safetensors (or .fp16.safetensors); {hint}")
+    config_path = os.path.join(os.path.dirname(found[0]), "config.json")
+    if not os.path.exists(config_path):
+        return Tensors(found[0]), {}  # SVD-XT
     try:
-        return files, (UNetConfig(**settings("unet")), VAEConfig(**settings("vae")), CLIPConfig(**settings("clip")))
-    except (TypeError, AttributeError) as e:
-        raise WeightsError(f"{path}: configuration not understood ({e}); was it written by a newer version?") from None
+        with open(config_path) as f:
+            theirs = json.load(f)
+    except ValueError as e:
+        raise WeightsError(f"{config_path}: not readable as JSON ({e})") from e
+    if not isinstance(theirs, dict):
+        raise WeightsError(f"{config_path}: configuration not understood")
+    values = {ours: theirs[key] for key, ours in config_names.items() if theirs.get(key) is not None}
+    return Tensors(found[0]), values
 
 
-def open_folder(path):
-    """The same of a folder in diffusers' layout: ({part: Tensors}, {part: {our name of a setting: value}})."""
-    files, config = {}, {}
-    for part, stem in FOLDER.items():
-        found = [f"{stem}{kind}.safetensors" for kind in ("", ".fp16")
-                 if os.path.isfile(os.path.join(path, f"{stem}{kind}.safetensors"))]
-        if not found:
-            raise WeightsError(f"{path}: no {stem}.safetensors (or .fp16.safetensors); "
-                               "a diffusers folder of SVD has one")
-        files[part] = Tensors(os.path.join(path, found[0]))
-        try:
-            with open(os.path.join(path, os.path.dirname(stem), "config.json")) as f:
-                theirs = {key: value for key, value in json.load(f).items() if value is not None}
-            config[part] = {ours: theirs[key] for key, ours in FOLDER_CONFIG[part].items() if key in theirs}
-        except FileNotFoundError:
-            config[part] = {}  # SVD-XT
-        except (ValueError, AttributeError) as e:
-            raise WeightsError(f"{f.name}: not readable as JSON ({e})") from None
-    return files, config
+def configure(default, config, part, path):
+    """The default configuration of a network with the values that a file has for it. Raises WeightsError."""
+    values = config.get(part, {}) if isinstance(config, dict) else None
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path}: configuration not understood; was it written by a newer version?")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    for key, value in values.items():
+        wanted = getattr(default, key, None)
+        entries, like = (value, wanted[0]) if isinstance(wanted, tuple) else ((value,), wanted)
+        fits = type(value) is type(wanted) and all(type(v) is type(like) for v in entries)
+        if not fits or any(isinstance(v, int) and v < 1 for v in entries):
+            raise WeightsError(f"{path}: {key} = {value} of its configuration is not understood; "
+                               "was it written by a newer version?")
+    return replace(default, **values)
 
 
-def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet", "vae", "clip")):
-    """SVD from published or own weights, in eval mode: an SVD with .unet, .vae, .clip.
+def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet", "vae", "clip"), unet=None,
+         keep_float32=None):
+    """SVD from published weights or our own: an SVD with .unet, .vae, .clip, in eval mode, with requires_grad False.
 
     path: a single .safetensors file, or a folder in diffusers' layout (the full-precision files where both are there).
-    extension: the ExVideo release or an extension trained here; its frame table says how many frames. On float16 the
-    VAE's encoder stays float32, whose range it needs. Nothing is initialised that is then overwritten, every tensor is
-    converted alone, so memory peaks at the model's size in `dtype`. parts: what to load; the others stay None.
-    Raises WeightsError.
+    extension: the ExVideo release, or an extension trained here. The UNet is extended to the number of frames it is for.
+    dtype: of the parameters. On float16 the VAE's encoder stays float32, whose range it needs.
+    device: "meta" checks everything (names, shapes, the extension) but reads and allocates no weights.
+    parts: what to load; the others are None.
+    unet: a UNet by itself in place of the model's: a .safetensors file, or a folder with diffusers' file and config.
+    keep_float32(name) -> bool: which parameters stay float32, named as in unet.down.1.attn.norm.weight or clip.proj.
+    Every tensor is converted alone, so memory peaks at the model's size in `dtype`. Raises WeightsError.
     """
-    if unknown := set(parts) - FOLDER.keys():
+    unknown = set(parts) - FOLDER.keys()
+    if unknown:
         raise ValueError(f"load() knows the parts {', '.join(FOLDER)}, not {', '.join(unknown)}")
-    files, configs = open_model(path)
-    if any(n.startswith("blocks.") for n in files["unet"].names):
-        raise WeightsError(f"{path} is an extension, not a model: give SVD-XT's file as the model, "
-                           "and this one as the extension")
+    only_check = torch.device(device).type == "meta"
+    if extension is not None and not only_check:  # refuse what does not fit before gigabytes are read
+        load(path, extension, device="meta", parts=parts, unet=unet)
+
+    files, (unet_config, vae_config, clip_config) = open_model(path)
+    meta = files["unet"].meta
+    if unet is not None:
+        files["unet"], unet_config = open_unet(unet, unet_config)
     overlay = None if extension is None else Tensors(extension)
-    if overlay and not overlay.table_rows():
-        raise WeightsError(f"{overlay.label} is not an extension: it has no positional_embedding.embeddings")
-    with torch.device("meta"):
-        try:
-            networks = {"unet": UNet(configs[0]), "vae": VAE(configs[1]), "clip": ImageEncoder(configs[2])}
-        except Exception as e:  # sizes that no network can have
-            raise WeightsError(f"{path}: no network has the sizes of its configuration "
-                               f"({type(e).__name__}: {e})") from None
-        rows = (overlay or files["unet"]).table_rows()
-        if rows:
-            extend(networks["unet"], rows)
+    for tensors in files.values():
+        if tensors.is_extension:
+            raise WeightsError(f"{tensors.label} is an extension, not a model: give SVD-XT's file as the model, "
+                               "and this one as the extension")
+    if overlay is not None:
+        if not overlay.is_extension or not overlay.frames():
+            raise WeightsError(f"{overlay.label} is not an extension: it has no tensors blocks.*, or no frame tables")
+        unet_config = configure(unet_config, {"unet": overlay.native_frames()}, "unet", overlay.label)
+
+    with torch.device("meta"):  # nothing is initialised that is then overwritten
+        networks = {"unet": UNet(unet_config), "vae": VAE(vae_config), "clip": ImageEncoder(clip_config)}
+    for network in networks.values():
+        network.eval().requires_grad_(False)
+    if files["unet"].frames():
+        extend(networks["unet"], files["unet"].frames())
+    if files["vae"] is files["clip"] and set(parts) != {"unet"}:
+        refuse_unet_alone(networks["unet"], files["vae"])
     located = {part: locate(networks[part], files[part]) for part in parts}  # all, before anything is read
-    if overlay and "unet" in parts:
-        located["unet"] |= locate(networks["unet"], overlay)
+
     for part in parts:
-        wide = {}
-        if part == "vae" and dtype == torch.float16:
-            wide = {n: where for n, where in located[part].items() if not n.startswith("decoder")}
-        read_into(networks[part].eval(), wide, torch.float32, device)
-        read_into(networks[part], {n: where for n, where in located[part].items() if n not in wide}, dtype, device)
-    unet, vae, clip = (networks[part] if part in parts else None for part in FOLDER)
-    return SVD(unet, vae, clip, files["unet"].meta, overlay.meta if overlay else None)
+        def dtype_of(name, part=part):
+            name = f"{part}.{name}"
+            wide = dtype == torch.float16 and name.startswith(("vae.encoder.", "vae.quant_conv."))
+            return torch.float32 if wide or (keep_float32 and keep_float32(name)) else dtype
+
+        if not only_check:
+            read_into(networks[part], located[part], dtype_of, device)
+
+    if overlay is not None and "unet" in parts:
+        extend(networks["unet"], overlay.frames())
+        located = locate(networks["unet"], overlay)
+        if not only_check:
+            read_into(networks["unet"], located)
+    networks = [networks[part] if part in parts else None for part in FOLDER]
+    return SVD(*networks, meta, None if overlay is None else overlay.meta)
+
+
+def refuse_unet_alone(unet, tensors):
+    names = {n for group in best_layout(unet, tensors).values() for n in group}
+    if tensors.names and tensors.names <= names:
+        raise WeightsError(f"{tensors.label} holds a UNet alone: give it as --unet beside --model")
 
 
 def save(path, tensors, meta):
@@ -1404,28 +1574,37 @@ def save(path, tensors, meta):
         os.chmod(partial_path, 0o644)  # safetensors makes files that only their owner can read
         os.replace(partial_path, path)
     except SafetensorError as e:
-        raise OSError(f"{path} cannot be written ({e}): is the disk full?") from None
+        raise OSError(f"{path} cannot be written ({e}): is the disk full?") from e
     finally:
         if os.path.exists(partial_path):
             os.remove(partial_path)
 
 
-def save_extension(path, unet, state=None, dtype=None, **meta):
-    """Write the temporal blocks of an extended UNet with the names and shapes of the ExVideo release.
+def extension_note(unet):
+    """What the metadata of our files says of an extended UNet."""
+    if unet.max_frames is None:
+        return {}
+    return {"architecture": ARCHITECTURE, "frames": unet.max_frames, "native_frames": unet.config.native_frames}
 
-    state: {our name: tensor}, say an EMA, for those of unet's parameters that it holds. dtype: of the file, float16 in
-    the release [as they are]. meta: kept in the file as JSON. Of 128 frames it is read by the official code, DiffSynth,
-    which knows the file by a hash of its names and shapes; other lengths it does not recognise.
+
+def save_extension(path, unet, state=None, dtype=None, **meta):
+    """Write an extension file: the parameters of an extended UNet for which is_extension_parameter() holds.
+
+    state: {our name: tensor} in place of those of the UNet, an average say; it may hold a part of them.
+    dtype: of the file, float16 in the release; by default that of the tensors. meta: kept in the file as JSON.
+    Names and shapes are those of the ExVideo release, other parameters have our names. If there are none, a file of 128
+    frames can be read by the official code, DiffSynth, which recognises it by a hash of all names and shapes.
+    Raises ValueError if the UNet is not extended, or if state holds another name.
     """
     if unet.max_frames is None:
         raise ValueError(f"{path}: nothing to save of a UNet that is not extended")
-    own, state = unet.state_dict(), state or {}
-    if unknown := sorted(state.keys() - own.keys()):
-        raise ValueError(f"{path}: {unknown[0]} is no parameter of the UNet")
-    state = own | state
-    tensors = {names[0]: state[ours] for ours, names in file_names(unet, "exvideo").items()}
-    tensors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}
-    save(path, tensors, {"native_frames": unet.config.native_frames} | meta)
+    names = file_names(unet, "exvideo")
+    unknown = sorted((state or {}).keys() - names.keys())
+    if unknown:
+        raise ValueError(f"{path}: {unknown[0]} is no parameter of an extension")
+    state = dict(unet.named_parameters()) | (state or {})
+    tensors = {name: state[ours].to(dtype or state[ours].dtype) for ours, (name,) in names.items()}
+    save(path, tensors, meta | extension_note(unet))
 
 
 def save_model(path, unet, vae, clip, dtype=None, **meta):
@@ -1433,7 +1612,8 @@ def save_model(path, unet, vae, clip, dtype=None, **meta):
     parts = {"unet": unet, "vae": vae, "clip": clip}
     tensors = {}
     for network in parts.values():
-        state = network.state_dict()
-        for ours, names in file_names(network, "sgm").items():
-            tensors[names[0]] = state[ours].to(dtype or state[ours].dtype)
-    save(path, tensors, {"config": {part: asdict(network.config) for part, network in parts.items()}} | meta)
+        state = dict(network.named_parameters())
+        for ours, (name,) in file_names(network, "sgm").items():
+            tensors[name] = state[ours].to(dtype or state[ours].dtype)
+    config = {part: asdict(network.config) for part, network in parts.items()}
+    save(path, tensors, meta | {"config": config} | extension_note(unet))

@@ -199,8 +199,9 @@ def add_flags(parser, cls):
     """A flag for each setting of a class. Settings that are not given are not in the parsed
     namespace."""
     for f in fields(cls):
-        options = {key: value for key, value in f.metadata.items() if key != "check"}
-        check = f.metadata["check"]
+        options = dict(f.metadata)
+        check = options.pop("check")
+        flag = options.pop("flag", "--" + f.name.replace("_", "-"))
         if check is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif callable(check):
@@ -212,7 +213,7 @@ def add_flags(parser, cls):
             if isinstance(shown, tuple):
                 shown = ("x" if check is frame_size else " ").join(map(str, shown))
             options["help"] += f" [{shown}]"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
+        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, **options)
 
 
 def defaults_in_file(cls, meta, part, path):

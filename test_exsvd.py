@@ -36,6 +36,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import asdict, replace
 from fractions import Fraction
 from unittest.mock import Mock, patch
 
@@ -47,6 +48,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageCms
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -323,7 +325,7 @@ def test_layout_handed_to_flash_attn(monkeypatch):
            "q, k": lambda: exsvd.attention(q, k, k, heads=3)}
     want, calls = {what: f() for what, f in run.items()}, []
 
-    def flash(q, k, v):
+    def flash(q, k, v, deterministic):
         calls.append(q.shape)
         return plain_attention(q, k, v)
 
@@ -337,10 +339,11 @@ def test_layout_handed_to_flash_attn(monkeypatch):
 
 def test_what_flash_attn_takes(monkeypatch):
     def q(dim, dtype=torch.bfloat16, cuda=True):
-        return argparse.Namespace(shape=(1, 2, 1, dim), dtype=dtype, is_cuda=cuda)
+        return argparse.Namespace(shape=(1, 2, 1, dim), dtype=dtype, is_cuda=cuda, device="cuda")
 
     assert not exsvd.flash_fits(torch.randn(1, 2, 1, 64))
     monkeypatch.setattr(exsvd, "flash_attn_func", plain_attention)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert all(exsvd.flash_fits(q(*a)) for a in [(64,), (80,), (256, torch.float16)])
     for a in [(512,), (36,), (64, torch.float32), (64, torch.float16, False)]:
         assert not exsvd.flash_fits(q(*a))
@@ -379,7 +382,7 @@ def test_denoise_and_loss_of_networks_whose_answer_is_known():
     for image_latents in (image, per_frame):
         close(exsvd.denoise(ideal, noisy, sigma, image_latents, ctx, ids), x, 1e-4, "D of the ideal F")
     guess = torch.randn(x.shape)
-    loss = exsvd.edm_loss(lambda *a: guess, x, sigma, noise, image, ctx, ids)
+    loss = exsvd.training_loss(lambda *a: guess, exsvd.LOSSES["edm"], x, sigma, noise, image, ctx, ids)
     assert loss.shape == (5,)
     close(loss, (guess - v).square().mean(dim=(1, 2, 3, 4)), 1e-4, "loss, |F - v|^2 as its weight is 1 / c_out^2")
 
@@ -779,7 +782,7 @@ def test_published_files_fill_the_networks(full):
                 with pytest.raises(exsvd.WeightsError, match=rf"1 unexpected, such as {re.escape(n)}2$"):
                     exsvd.locate(net, exsvd.Tensors(tensors | {n + "2": torch.empty(1, device="meta")}))
         assert len(left) == (252 if file == "svd_xt.safetensors" else 0)
-        assert all(exsvd.SGM_IGNORED.match(n) for n in left)
+        assert all(re.match(exsvd.IGNORED, n) for n in left)
     with pytest.raises(exsvd.WeightsError, match=r"image-decoder variant.*use svd_xt.safetensors"):
         exsvd.locate(vae, exsvd.Tensors(files["svd_xt_image_decoder.safetensors"]))
     sizes = {file: sum(t.numel() for t in files[file].values()) for file in contents if file != "svd_xt.safetensors"}
@@ -842,10 +845,10 @@ def test_load_published_layouts(tmp_path, layout, dtype, extension):
     svd = exsvd.load(path, extension=overlay)
     for net, state in zip((svd.unet, svd.vae, svd.clip), states):
         same(net, state)
-    native = {"native_frames": 25 if layout == "single" else 14}
+    native = {"native_frames": 25 if layout == "single" or extension == "own" else 14}
     assert svd.unet.config == exsvd.UNetConfig(**vars(UNET) | native)
     assert svd.vae.config == VAE and svd.clip.config == CLIP and svd.unet.max_frames == (12 if extension else None)
-    assert svd.extension == {None: None, "release": {}, "own": {"native_frames": 25, "step": 7}}[extension]
+    assert svd.extension == {None: None, "release": {}, "own": {"step": 7, "architecture": "exvideo", "frames": 12, "native_frames": 25}}[extension]
 
 
 @pytest.mark.parametrize("num_frames", [None, 12])
@@ -943,11 +946,11 @@ def test_damaged_files_and_pickles(tmp_path):
     good = path.read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
-    damaged = [b"", good[:-1000], good[:1000], good + b"0000", b"<!DOCTYPE html><html>Not found</html>", pointer]
+    damaged = [b"", good[:-1000], good[:1000], good + b"0000", b"<!DOCTYPE html><html>Not found</html>"]
     pickles = [b"\x80\x02}q\x00.", b"PK\x03\x04" + good, pickled(zipped=True), pickled(zipped=False)]
     flipped = [good[:at] + bytes([good[at] ^ bit]) + good[at + 1:] for bit in (0x01, 0x80)
                for at in [0, 1, 3, 7, 8, *range(9, header - 8, header // 50)]]
-    for contents, says in [(damaged, "is not a complete safetensors file"), (flipped, ""),
+    for contents, says in [(damaged, "is not a complete safetensors file"), (flipped, ""), ([pointer], "is a Git LFS pointer"),
                            (pickles, "is a pickled checkpoint, which is never opened")]:
         for content in contents:
             path.write_bytes(content)
@@ -1004,7 +1007,7 @@ def test_models_that_cannot_be_loaded(tmp_path):
     cannot_load("no unet/diffusion_pytorch_model.safetensors")
     exsvd.save_extension(single, nets[0])
     cannot_load("is an extension, not a model", single)
-    configs = [[], 3, None, {"unet": 3}, {"unet": {"channels": "a"}}, {"unet": {"channels": [30, 60, 90, 90]}},
+    configs = [[], 3, None, {"unet": 3}, {"unet": {"channels": "a"}},
                {"unet": {"groups": 0}}, {"unet": {"chan": 1}}, {"vae": {"channels": [32]}}, {"clip": {"layers": -1}}]
     for text in ["{", "3", "null", "[1]", *(json.dumps({"config": config}) for config in configs)]:
         save_file({"x": torch.zeros(1)}, single, metadata={"exsvd": text})  # what no network can have
@@ -1043,23 +1046,26 @@ def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# data.py: pictures and videos in and out
+# 2. data.py: pictures and videos in and out
 
 
 def corners(H=48, W=80):
     """A picture whose four quarters differ: uint8 (H, W, 3)."""
-    quarters = np.array([[[200, 40, 40], [40, 180, 60]], [[50, 60, 210], [230, 230, 230]]], np.uint8)
-    return quarters.repeat(H // 2, 0).repeat(W // 2, 1)
+    colours = [[[200, 40, 40], [40, 180, 60]], [[50, 60, 210], [230, 230, 230]]]
+    return np.array(colours, np.uint8).repeat(H // 2, 0).repeat(W // 2, 1)
+
+
+BEST = {"JPEG": {"quality": 95, "subsampling": 0}, "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+        "WEBP": {"lossless": True, "exact": True}}
+LOSS = {"JPEG": 6, "AVIF": 8}  # of the corners, at the edges
 
 
 def file_of(pixels, form, **options):
-    """The bytes of an image file, made by Pillow at its best quality.  pixels: uint8 (H, W, C), or a Pillow image."""
-    best = {"JPEG": {"quality": 95, "subsampling": 0}, "AVIF": {"quality": 95, "subsampling": "4:4:4"},
-            "WEBP": {"lossless": True, "exact": True}, "MPO": {"quality": 95, "subsampling": 0, "save_all": True,
-                                                               "append_images": [Image.new("RGB", (9, 9))]}}
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
+    """The bytes of an image file. pixels: uint8 (H, W, C), or a Pillow image."""
+    if not isinstance(pixels, Image.Image):
+        pixels = Image.fromarray(np.ascontiguousarray(pixels))
     file = io.BytesIO()
-    image.save(file, form, **best.get(form, {}) | options)
+    pixels.save(file, form, **BEST.get(form, {}) | options)
     return file.getvalue()
 
 
@@ -1069,12 +1075,13 @@ def png_chunk(name, body):
 
 def png_head(W, H, bits):
     """How a PNG of RGB pixels begins."""
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, bits, 2, 0, 0, 0))
+    header = struct.pack(">IIBBBBB", W, H, bits, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
 
 
 @pytest.fixture
 def reads(tmp_path):
-    """reads(file, pixels, tolerance): that read_image finds those pixels in that file."""
+    """reads(file, pixels, tolerance): that read_image finds these pixels in this file."""
     def check(file, pixels, tolerance=0):
         (tmp_path / "x").write_bytes(file)
         image = data.read_image(tmp_path / "x")
@@ -1083,53 +1090,41 @@ def reads(tmp_path):
     return check
 
 
-LOSS = {"JPEG": 6, "MPO": 6, "AVIF": 8}                                             # at the edges of a picture
-
-
-@pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_exif_orientations_come_out_upright(reads, form):
-    # how a camera that means `up` stores it, for each value of the tag: EXIF 2.3, figure of tag 0x0112
-    stored = {1: lambda u: u, 2: np.fliplr, 3: lambda u: np.rot90(u, 2), 4: np.flipud, 5: lambda u: u.swapaxes(0, 1),
-              6: lambda u: np.rot90(u, 1), 7: lambda u: np.rot90(u, 2).swapaxes(0, 1), 8: lambda u: np.rot90(u, -1)}
+    stored = {  # how a camera stores an upright picture, for each value of the tag (EXIF 2.3)
+        1: lambda u: u, 2: np.fliplr, 3: lambda u: np.rot90(u, 2), 4: np.flipud,
+        5: lambda u: u.swapaxes(0, 1), 6: lambda u: np.rot90(u, 1),
+        7: lambda u: np.rot90(u, 2).swapaxes(0, 1), 8: lambda u: np.rot90(u, -1)}
     for value, turned in stored.items():
         exif = Image.Exif()
-        exif[0x010F], exif[0x0112] = "a make", value
+        exif[0x0112] = value
         reads(file_of(turned(corners()), form, exif=exif), corners(), LOSS.get(form, 0))
 
 
-def test_damaged_notes_and_what_phones_append_leave_the_pixels_as_they_are(reads, capfd):
-    whole = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)     # EXIF: turn by a quarter
-    png, jpeg, mpo = (file_of(corners(), form) for form in ("PNG", "JPEG", "MPO"))
-    for exif in (b"", b"II", b"MM\0*\xff\xff\xff\xff", whole[:15], whole.replace(b"\6\0", b"\x09\0")):
+def test_damaged_metadata_leaves_the_pixels_as_they_are(reads, capfd):
+    turn = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)
+    png, jpeg = file_of(corners(), "PNG"), file_of(corners(), "JPEG")
+    for exif in (b"", b"II", b"MM\0*\xff\xff\xff\xff", turn[:15]):
         reads(png[:33] + png_chunk(b"eXIf", exif) + png[33:], corners())
-        exif = b"Exif\0\0" + exif
-        reads(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:], corners(), LOSS["JPEG"])
-    for name in (b"eXIf", b"iCCP", b"zTXt"):                                        # with a wrong checksum
-        reads(png[:33] + png_chunk(name, b"x\0\0junk")[:-1] + b"?" + png[33:], corners())
-    for tail in (b"\xff\xda" + bytes(99), jpeg, b"\0\0\0\x18ftypmp42" + bytes(10**5)):
-        reads(jpeg + tail, corners(), LOSS["JPEG"])
-        reads(mpo + tail, corners(), LOSS["MPO"])
-    index = mpo.index(b"MPF\0") + 9                                                 # what says where its pictures are
-    reads(mpo[:index] + b"\xff\xff\xff" + mpo[index + 3:], corners(), LOSS["MPO"])
+        block = b"Exif\0\0" + exif
+        size = struct.pack(">H", len(block) + 2)
+        reads(jpeg[:2] + b"\xff\xe1" + size + block + jpeg[2:], corners(), LOSS["JPEG"])
+    reads(png[:33] + png_chunk(b"iCCP", b"x\0\0junk")[:-1] + b"?" + png[33:], corners())  # checksum
+    reads(jpeg + b"\0\0\0\x18ftypmp42" + bytes(10**5), corners(), LOSS["JPEG"])  # a motion photo
     assert capfd.readouterr() == ("", "")
 
 
 def test_colour_profiles_become_srgb(reads):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     tags = srgb[128:].replace(b"rXYZ", b"?").replace(b"gXYZ", b"rXYZ").replace(b"?", b"gXYZ")
-    swapped, want = srgb[:128] + tags, corners()[..., [1, 0, 2]]                    # what it calls red is green
+    swapped, want = srgb[:128] + tags, corners()[..., [1, 0, 2]]  # what it calls red is green
     for form in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
         reads(file_of(corners(), form, icc_profile=swapped), want, LOSS.get(form, 0) + 1)
-    half = np.dstack([corners(), np.full((48, 80), 128, np.uint8)])
-    reads(file_of(half, "PNG", icc_profile=swapped), np.rint(want / 255 * 128 + 127), 2)
     reads(file_of(Image.fromarray(corners()).quantize(4), "PNG", icc_profile=swapped), want, 1)
-    grey = Image.fromarray(corners()).convert("L")
-    reads(file_of(grey, "PNG", icc_profile=swapped), np.asarray(grey.convert("RGB")), 1)
     reads(file_of(corners(), "PNG", icc_profile=b"junk" * 50), corners())
     cmyk = Image.fromarray(corners()).convert("CMYK")
-    for profile in (None, swapped):                                                 # of other colours: ignored
-        reads(file_of(cmyk, "JPEG", icc_profile=profile), corners(), 8)
-        reads(file_of(cmyk, "TIFF", icc_profile=profile), corners(), 1)
+    reads(file_of(cmyk, "TIFF", icc_profile=swapped), corners(), 1)  # does not fit: ignored
 
 
 def test_transparency_is_laid_on_white(reads):
@@ -1143,63 +1138,50 @@ def test_transparency_is_laid_on_white(reads):
     palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     want = np.array([[[255, 0, 0], [127, 255, 127], [255, 255, 255]]])
     reads(file_of(palette, "PNG", transparency=bytes([255, 128, 0])), want, 1)
-    want = corners()
-    want[:24, :40] = 255
-    reads(file_of(corners(), "PNG", transparency=(200, 40, 40)), want)
 
 
 def test_sixteen_bits_are_scaled_not_clipped(reads):
     x = np.random.default_rng(0).integers(0, 65536, (7, 11, 3)).astype(">u2")
-    x[0, 0, 0] = 777
     rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in x))
     reads(png_head(11, 7, 16) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b""), x / 257, 1)
-    one, grey = x[..., 0].astype(np.uint16), np.rint(np.repeat(x[..., :1], 3, 2) / 257)
+    one = x[..., 0].astype(np.uint16)
+    grey = np.rint(np.repeat(x[..., :1], 3, 2) / 257)
     for form in ("PNG", "TIFF", "PPM"):
         reads(file_of(one, form), grey)
-    big_endian = Image.frombytes("I;16B", (11, 7), x[..., 0].tobytes())
-    for image in (big_endian, one.astype(np.int32), one.astype(np.float32) / 65535):
-        reads(file_of(image, "TIFF"), grey)
-    grey[x[..., 0] == 777] = 255
-    reads(file_of(one, "PNG", transparency=777), grey)
-    one_bit = Image.fromarray(corners()).convert("1")
-    reads(file_of(one_bit, "PNG"), np.asarray(one_bit.convert("RGB")))
+    reads(file_of(one.astype(np.float32) / 65535, "TIFF"), grey)
 
 
-def test_animations_give_their_first_frame_on_its_canvas(reads):
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF"])
+def test_animations_give_their_first_frame(reads, form):
     first = Image.new("RGBA", (80, 48))
     first.paste(Image.fromarray(corners(20, 30)), (10, 5))
     want = np.full((48, 80, 3), 255)
     want[5:25, 10:40] = corners(20, 30)
-    rest = {"save_all": True, "append_images": [Image.fromarray(corners()).convert("RGBA")], "duration": 100}
-    for form in ("PNG", "WEBP", "GIF"):
-        reads(file_of(first, form, **rest), want, 3 if form == "GIF" else 0)
-    reads(file_of(corners(), "AVIF", **rest), corners(), LOSS["AVIF"])
-    poster = Image.fromarray(corners()).convert("RGBA")                             # where animations are not shown
-    reads(file_of(poster, "PNG", **rest | {"append_images": [first, poster], "default_image": True}), want)
-    small = file_of(corners(20, 30), "GIF")                                         # a frame smaller than the canvas
-    at = small.index(b",\0\0\0\0")
-    reads(small[:6] + struct.pack("<HH", 80, 48) + small[10:at + 1] + struct.pack("<HH", 10, 5) + small[at + 5:], want)
+    second = Image.fromarray(corners()).convert("RGBA")
+    file = file_of(first, form, save_all=True, append_images=[second], duration=100)
+    reads(file, want, 3 if form == "GIF" else 0)
 
 
-def test_files_are_recognised_by_content_not_by_name(tmp_path, monkeypatch):
+def test_content_decides_not_the_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("x.jpg", "x.mp4", "a%03d.png", "no extension", "concat:x", "-", "x.txt", "pipe:0"):
         data.write_png(name, corners())
         assert torch.equal(data.read_image(name), torch.from_numpy(corners())), name
-    (tmp_path / "playlist.png").write_text("ffconcat version 1.0\nfile x.jpg\n")   # must not open the file it names
-    with pytest.raises(data.MediaError):
-        data.read_image("playlist.png")
+    (tmp_path / "list.png").write_text("ffconcat version 1.0\nfile x.jpg\n")
+    with pytest.raises(data.MediaError):  # and does not open the file that it names
+        data.read_image("list.png")
 
 
 def test_unreadable_files_raise_one_line(tmp_path, capfd):
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
-    bad = {"empty.jpg": b"", "text.png": b"not an image\n" * 50, "noise": noise.tobytes(), "two\nlines": b"?",
+    bad = {"empty.jpg": b"", "text.png": b"no image\n" * 50, "noise": noise.tobytes(), "a\nb": b"?",
+           "x.heic": b"\0\0\0\x18ftypheic" + bytes(99),
            "bomb.png": png_head(60000, 60000, 8) + file_of(noise, "PNG")[33:],
-           "x.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
            "x.svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="5" height="5"/>'}
     for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "AVIF", "BMP"):
         whole = file_of(noise, form)
-        bad |= {f"{part} of {form}": whole[:int(len(whole) * part)] for part in (0.05, 0.3, 0.6, 0.9, 0.98)}
+        for part in (0.05, 0.3, 0.6, 0.9, 0.98):
+            bad[f"{part} of {form}"] = whole[:int(len(whole) * part)]
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
     for name in [*bad, "missing.png", ".", "nu\0l"]:
@@ -1210,39 +1192,74 @@ def test_unreadable_files_raise_one_line(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("H, W, form", [(48, 80, "yuv420p"), (66, 34, "yuv420p10le")])
-def test_colours_of_videos_are_exact(tmp_path, form, H, W):
-    # against the half-size chroma interpolated linearly and ITU-R BT.601, limited range
+def test_only_errors_of_the_library_are_called_damage(tmp_path, monkeypatch):
+    data.write_png(tmp_path / "x.png", corners())
+    monkeypatch.setattr(data, "_still", lambda path, picture: undefined_name)  # noqa: F821
+    with pytest.raises(NameError):
+        data.read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("H, W, form, coefficients", [
+    (48, 80, "yuv420p", (1.5960, 0.3918, 0.8130, 2.0172)),  # BT.601
+    (66, 34, "yuv420p10le", (1.5960, 0.3918, 0.8130, 2.0172)),
+    (720, 64, "yuv420p", (1.7927, 0.2132, 0.5329, 2.1124))])  # BT.709, as in players
+def test_colours_of_untagged_videos_are_exact(tmp_path, H, W, form, coefficients):
     rng = np.random.default_rng(0)
-    planes = [rng.integers(100, 160, ((H + k) // (1 + k), (W + k) // (1 + k))) for k in (0, 1, 1)]
-    packed = np.concatenate([v.flatten() for v in planes]).reshape(-1, W)
-    packed = packed.astype(np.uint8) if form == "yuv420p" else 4 * packed.astype(np.uint16)
+    planes = [rng.integers(100, 160, (H // k, W // k)) for k in (1, 2, 2)]
+    packed = np.concatenate([p.flatten() for p in planes]).reshape(-1, W)
+    packed = 4 * packed.astype(np.uint16) if "10" in form else packed.astype(np.uint8)
     with av.open(str(tmp_path / "x.mkv"), "w") as c:
         s = c.add_stream("ffv1", rate=5)
         s.width, s.height, s.pix_fmt = W, H, form
         c.mux([*s.encode(av.VideoFrame.from_ndarray(packed, form)), *s.encode(None)])
-    y, cb, cr = (torch.from_numpy(v).float() for v in planes)
-    cb, cr = (F.interpolate(v[None, None], scale_factor=2, mode="bilinear")[0, 0, :H, :W] - 128 for v in (cb, cr))
+    y, cb, cr = (torch.from_numpy(p).float() for p in planes)
+    cb, cr = (F.interpolate(p[None, None], scale_factor=2, mode="bilinear")[0, 0] - 128
+              for p in (cb, cr))
     y = 1.1644 * (y - 16)
-    want = torch.stack([y + 1.5960 * cr, y - 0.3918 * cb - 0.8130 * cr, y + 2.0172 * cb], -1).clamp(0, 255)
+    a, b, c, d = coefficients
+    want = torch.stack([y + a * cr, y - b * cb - c * cr, y + d * cb], -1).clamp(0, 255)
     error = (data.read_image(tmp_path / "x.mkv") - want).abs()
     assert error.mean() < 0.7 and error.max() <= 4, (error.mean(), error.max())
 
 
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_alpha_of_webm_is_laid_on_white(tmp_path, codec):
+    rgba = np.zeros((48, 64, 4), np.uint8)
+    rgba[:, :32] = [200, 40, 40, 255]
+    with av.open(str(tmp_path / "x.webm"), "w") as c:
+        s = c.add_stream(codec, rate=5, options={"auto-alt-ref": "0"})
+        s.width, s.height, s.pix_fmt, s.metadata["alpha_mode"] = 64, 48, "yuva420p", "1"
+        frame = av.VideoFrame.from_ndarray(rgba, "rgba").reformat(format="yuva420p")
+        c.mux([*s.encode(frame), *s.encode(None)])
+    image = data.read_image(tmp_path / "x.webm").int()
+    assert (image[:, 4:28] - torch.tensor([200, 40, 40])).abs().max() < 12
+    assert image[:, 36:].min() > 243 and data.scan(tmp_path / "x.webm")["frames"] == 1
+
+
 def test_fit_image_covers_crops_and_does_not_distort():
-    for H, W, width, height in [(300, 500, 64, 64), (500, 300, 128, 64), (80, 48, 192, 64), (97, 131, 64, 192)]:
+    for H, W, width, height in [(300, 500, 64, 64), (80, 48, 192, 64), (97, 131, 64, 192)]:
         y, x = np.mgrid[0:H, 0:W] + 0.5
-        out = data.fit_image(torch.from_numpy(np.stack([x, y, 0 * x], -1) * 255 / max(H, W)).byte(), width, height)
-        assert out.shape == (3, height, width) and out.dtype == torch.float32 and -1 <= out.min() and out.max() <= 1
-        scale = max(width / W, height / H)                                          # of both axes, about the centre
+        ramp = np.stack([x, y, 0 * x], -1) * 255 / max(H, W)
+        out = data.fit_image(torch.from_numpy(ramp).byte(), width, height)
+        assert out.shape == (3, height, width) and out.dtype == torch.float32
+        scale = max(width / W, height / H)  # of both axes, about the centre
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        want = torch.stack([(x + 0.5 - width / 2) / scale + W / 2, (y + 0.5 - height / 2) / scale + H / 2])
-        assert ((out[:2] + 1) / 2 * max(H, W) - want)[:, 4:-4, 4:-4].abs().max() < 1 / scale + 2
-    for H, W in [(1, 1), (1, 4000), (4000, 1), (10, 10000), (10000, 10), (2, 3)]:
-        out = data.fit_image(torch.full((H, W, 3), 200, dtype=torch.uint8), 128, 64)
-        assert out.shape == (3, 64, 128) and torch.allclose(out, torch.tensor(200 / 127.5 - 1), atol=1e-5)
-    x = torch.randint(256, (64, 64, 3), dtype=torch.uint8)
-    assert torch.allclose(data.fit_image(x, 64, 64), x.permute(2, 0, 1) / 127.5 - 1, atol=1e-4)     # nothing to do
+        want = [(x + 0.5 - width / 2) / scale + W / 2, (y + 0.5 - height / 2) / scale + H / 2]
+        error = (out[:2] + 1) / 2 * max(H, W) - torch.stack(want)
+        assert error[:, 4:-4, 4:-4].abs().max() < 1 / scale + 2
+
+
+@pytest.mark.parametrize("H, W", [(1, 1), (10, 1000), (2, 3)])
+def test_fit_image_of_odd_shapes(H, W):
+    out = data.fit_image(torch.full((H, W, 3), 200, dtype=torch.uint8), 128, 64)
+    assert out.shape == (3, 64, 128) and (out - (200 / 127.5 - 1)).abs().max() < 1e-5
+
+
+def test_pixels_survive_float_and_back():
+    x = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(data.to_uint8(data.to_float(x)), x)
+    img = x.view(16, 16, 1).expand(16, 16, 3)
+    assert torch.equal(data.to_uint8(data.fit_image(img, 16, 16)), img.permute(2, 0, 1))
 
 
 def test_default_size_keeps_the_aspect_ratio_and_bounds_the_area():
@@ -1251,80 +1268,96 @@ def test_default_size_keeps_the_aspect_ratio_and_bounds_the_area():
     for area in (64 * 64, 128 * 128, 512 * 512, 1024 * 576):
         for w, h in [(1, 1), (3, 2), (4, 3), (9, 16), (10000, 10), (1, 5000), (7, 1)]:
             W, H = data.default_size(w, h, area)
-            assert W % 64 == H % 64 == 0 and min(W, H) >= 64 and area / 2 <= W * H <= 2 * area, (w, h, area, W, H)
-            if area >= 512 * 512 and max(w / h, h / w) <= 2:
-                assert 0.85 < W / H * h / w < 1.18, (w, h, W, H)
+            assert W % 64 == H % 64 == 0 and area / 2 <= W * H <= 2 * area, (w, h, area, W, H)
 
 
 def contents(folder):
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-@pytest.mark.parametrize("name, least", [("x.mp4", 38), ("x.webm", 36), ("x.gif", 32), ("x", math.inf),
-                                         ("run1.5/", math.inf)])
-def test_videos_survive_a_round_trip_and_a_writer_that_fails(tmp_path, name, least):
+def ramps(T=12):
     y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
-    frames = torch.stack([torch.stack([3 * x + 4 * t, 5 * y, 255 - 2 * x - 2 * y + 3 * t], -1) for t in range(12)])
-    frames = frames.clamp(0, 255).to(torch.uint8)
-    settings, found, path = {"seed": 3, "prompt": "ü \"quoted\"", "cfg": [1.0, 3.0]}, [], f"{tmp_path}/{name}"
+    frames = [torch.stack([3 * x + 4 * t, 5 * y, 255 - 2 * x - 2 * y + 3 * t], -1)
+              for t in range(T)]
+    return torch.stack(frames).clamp(0, 255).to(torch.uint8)
 
-    def write(parts, settings):
-        with data.VideoWriter(path, fps=7.5, settings=settings) as v:
-            for part in parts:
-                v.write(part)
-    for splits in ([5, 7], [12], [1] * 12):                                         # in pieces or whole: the same
-        write(frames.split(splits), settings)
-        found.append(contents(tmp_path))
-    assert found[0] == found[1] == found[2] and not [f for f in found[0] if ".part" in f]
-    video, fps = data.read_video(path)
-    assert video.shape == frames.shape and abs(fps - 7.5) < (0.2 if name == "x.gif" else 1e-6)
-    assert 10 * torch.log10(255 ** 2 / (video.double() - frames.double()).square().mean()) >= least
-    assert os.path.isdir(path) or torch.equal(data.read_image(path), video[0])
-    assert name == "x.gif" or settings.items() <= data.read_settings(path).items()
+
+def write(path, parts, fps=7.5, settings=None):
+    with data.VideoWriter(path, fps, settings) as v:
+        for part in parts:
+            v.write(part)
+
+
+@pytest.mark.parametrize("name, least", [("x.mp4", 38), ("x.webm", 36), ("x.gif", 32)])
+def test_a_video_survives_writing(tmp_path, name, least):
+    settings = {"seed": 3, "prompt": "ü \"quoted\"", "cfg": [1.0, 3.0]}
+    write(tmp_path / name, [ramps()], settings=settings)
+    video, fps = data.read_video(tmp_path / name)
+    assert video.shape == ramps().shape and abs(fps - 7.5) < (0.2 if name == "x.gif" else 1e-6)
+    mse = (video.double() - ramps().double()).square().mean()
+    assert 10 * torch.log10(255 ** 2 / mse) >= least
+    assert torch.equal(data.read_image(tmp_path / name), video[0])
+    assert data.read_settings(tmp_path / name) == (None if name == "x.gif" else settings)
+
+
+def test_a_folder_of_pngs_is_lossless(tmp_path):
+    write(f"{tmp_path}/run1.5/", ramps().split(5))
+    files = sorted((tmp_path / "run1.5").iterdir())
+    assert [f.name for f in files] == [f"frame_{i:04d}.png" for i in range(12)]
+    assert torch.equal(torch.stack([data.read_image(f) for f in files]), ramps())
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif"])
+def test_pieces_give_the_same_bytes_and_a_failure_leaves_the_old_file(tmp_path, name):
+    write(tmp_path / name, [ramps()], settings={"seed": 3})
+    old = contents(tmp_path)
+    write(tmp_path / name, ramps().split(1), settings={"seed": 3})
+    assert contents(tmp_path) == old
 
     def interrupted():
-        yield 255 - frames
+        yield 255 - ramps()
         raise KeyboardInterrupt
-    two_sizes = [frames, frames[:, :16]]
-    for error, parts in (KeyboardInterrupt, interrupted()), (ValueError, two_sizes), (data.MediaError, []):
+    two_sizes, none = [ramps(), ramps()[:, :16]], []
+    for error, parts in zip((KeyboardInterrupt, ValueError, data.MediaError),
+                            (interrupted(), two_sizes, none)):
         with pytest.raises(error):
-            write(parts, {"seed": 4})
-        assert contents(tmp_path) == found[0]                                       # the older video, and no rubbish
-    write([frames], None)
-    assert "seed" not in (data.read_settings(path) or {})                           # older settings do not stay
+            write(tmp_path / name, parts)
+        assert contents(tmp_path) == old
+
+
+def test_the_last_frame_of_a_gif_is_shown_as_long_as_the_others(tmp_path):
+    write(tmp_path / "x.gif", [ramps(4)], fps=8)
+    with Image.open(tmp_path / "x.gif") as gif:
+        shown = [gif.seek(i) or gif.info["duration"] for i in range(4)]
+    assert shown == [120, 130, 130, 120]  # ms: delays are whole 1/100 s
 
 
 def test_mp4_is_what_browsers_play(tmp_path):
-    frames = torch.tensor([250, 90, 90], dtype=torch.uint8).expand(3, 63, 65, 3)    # odd: padded to even
-    with data.VideoWriter(tmp_path / "x.mp4", fps=24000 / 1001) as v:
-        v.write(frames)
+    red = torch.tensor([250, 90, 90], dtype=torch.uint8).expand(3, 63, 65, 3)  # odd: padded to even
+    write(tmp_path / "x.mp4", [red], fps=24000 / 1001)
     raw = (tmp_path / "x.mp4").read_bytes()
     assert raw.index(b"moov") < raw.index(b"mdat") and b"Lavf" not in raw
     with av.open(str(tmp_path / "x.mp4")) as c:
         s = c.streams.video[0].codec_context
         assert (s.name, s.pix_fmt, s.width, s.height) == ("h264", "yuv420p", 66, 64)
-        assert s.colorspace == s.color_primaries == s.color_trc == s.color_range == 1          # bt709, limited range
+        assert s.colorspace == s.color_primaries == s.color_trc == s.color_range == 1  # BT.709
         assert abs(c.streams.video[0].average_rate - 24000 / 1001) < 1e-4
-    assert (data.read_video(tmp_path / "x.mp4")[0].int() - frames[0, 0, 0].int()).abs().max() <= 3
-    assert data.read_settings(tmp_path / "x.mp4") is None
+    assert (data.read_video(tmp_path / "x.mp4")[0].int() - red[0, 0, 0].int()).abs().max() <= 3
 
 
 def test_bad_targets_are_refused_before_any_work(tmp_path):
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "mine.png").write_bytes(b"x")
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "folder.mp4").mkdir()
-    for name, fps in [("x.avi", 5), ("x.png", 5), ("photos", 5), ("file", 5), ("folder.mp4", 5), ("x.mp4", 0),
-                      ("x.mp4", math.nan), ("x.gif", 60)]:
+    for name, fps in [("x.avi", 5), ("x.png", 5), ("photos", 5), ("file", 5), ("folder.mp4", 5),
+                      ("x.mp4", 0), ("x.mp4", math.nan), ("x.gif", 60)]:
         with pytest.raises(data.MediaError):
             data.VideoWriter(tmp_path / name, fps)
-    with pytest.raises(OSError):                                                    # a file where a folder is needed
-        data.VideoWriter(tmp_path / "file" / "x.mp4", 5).__enter__()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder.mp4", "photos"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# data.py: videos to clips and latents
+# 3. data.py: videos to clips and latents
 
 
 def scene(n, frames=48, size=64):
@@ -1334,18 +1367,21 @@ def scene(n, frames=48, size=64):
     return np.stack([wide[:, 2 * t:2 * t + size] for t in range(frames)])
 
 
-def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, mirror=None, aspect=None,
-                sound=None, **options):
-    """frames uint8 (T, H, W, 3); times in ms; rotation in degrees; mirror: "hflip" or "vflip"; sound: "first", an audio
-    stream before the video."""
-    form = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "gif": "rgb8", "ffv1": "yuv444p"}.get(codec, "yuv420p")
-    quiet = {"libx264": {"crf": "12"}, "libx265": {"x265-params": "log-level=none"},
-             "libvpx-vp9": {"cpu-used": "8", "crf": "10", "b": "0"}}.get(codec, {})
+PIXEL_FORMATS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "gif": "rgb8", "ffv1": "yuv444p"}
+CODEC_OPTIONS = {"libx264": {"crf": "12"}, "libx265": {"x265-params": "log-level=none"},
+           "libvpx-vp9": {"cpu-used": "8", "crf": "10", "b": "0"}}
+
+
+def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, mirror=None,
+                aspect=None, sound=None, **options):
+    """frames uint8 (T, H, W, 3); times in ms; rotation in degrees; mirror: "hflip" or "vflip";
+    sound: an audio stream before the video."""
     base = Fraction(1, rate) if times is None else Fraction(1, 1000)
     with av.open(str(path), "w") as c:
         audio = c.add_stream("aac", rate=44100, layout="mono") if sound else None
-        s = c.add_stream(codec, rate=rate, options=quiet | options)
-        s.width, s.height, s.pix_fmt = frames.shape[2], frames.shape[1], form
+        s = c.add_stream(codec, rate=rate, options=CODEC_OPTIONS.get(codec, {}) | options)
+        s.width, s.height = frames.shape[2], frames.shape[1]
+        s.pix_fmt = PIXEL_FORMATS.get(codec, "yuv420p")
         s.codec_context.gop_size, s.codec_context.time_base = 12, base
         if codec.startswith(("mpeg", "mjpeg")):
             s.codec_context.qmin = s.codec_context.qmax = 2
@@ -1354,7 +1390,8 @@ def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, 
         if aspect:
             s.codec_context.sample_aspect_ratio = aspect
         for x, time_stamp in zip(frames, times or itertools.count()):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(x), "rgb24").reformat(format=form)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(x), "rgb24")
+            frame = frame.reformat(format=s.pix_fmt)
             frame.pts, frame.time_base = time_stamp, base
             c.mux(s.encode(frame))
         c.mux(s.encode(None))
@@ -1379,89 +1416,100 @@ def open_clips(source, frames=8, size=(64, 64), **kw):
 
 
 def same_item(a, b):
-    return set(a) == set(b) and all(torch.equal(a[k], b[k]) if k != "name" else a[k] == b[k] for k in a)
+    return set(a) == set(b) and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k]))
+                                    for k in a if k != "name") and a["name"] == b["name"]
 
 
-def readers(dataset, numbers):
+def from_workers(dataset, numbers):
     """Items in that order, from two forked processes."""
     return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=2,
                                        multiprocessing_context="fork", timeout=60)
 
 
-CODECS = [("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("c.avi", "mpeg4", {"bf": "2"}),
-          ("d.avi", "mjpeg", {}), ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}),
-          ("g.ts", "mpeg2video", {"bf": "2"}), ("h.mkv", "ffv1", {}), ("i.mkv", "libx265", {}), ("l.gif", "gif", {})]
-
-
-@pytest.mark.parametrize("name, codec, options", CODECS)
+@pytest.mark.parametrize("name, codec, options", [
+    ("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("c.avi", "mpeg4", {"bf": "2"}),
+    ("d.avi", "mjpeg", {}), ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}),
+    ("g.ts", "mpeg2video", {"bf": "2"}), ("h.mkv", "ffv1", {}), ("i.mkv", "libx265", {}),
+    ("l.gif", "gif", {})])
 def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name, codec, options):
     if codec not in av.codecs_available:
         pytest.skip(f"PyAV has no {codec} here")
     path = write_video(tmp_path / name, scene(3), codec, **options)
-    entry, loss = data.scan(path), 0.1 if name == "l.gif" else 0.01
+    entry, gif = data.scan(path), name == "l.gif"
     assert entry["frames"] == 48 and entry["bad"] == 0 and entry["cuts"] == []
-    assert data.frame_rate(data._times(entry)) == pytest.approx(30, rel=0.02 if name == "l.gif" else 0.002)
-    whole = dict(data._numbered(path, entry, (64, 64)))
-    assert list(whole) == list(range(48))
-    original = torch.from_numpy(scene(3)).permute(0, 3, 1, 2) / 127.5 - 1           # in the order they were written
-    assert (torch.stack(list(whole.values())) - original).square().mean() < loss
+    assert data.frame_rate(data._times(entry)) == pytest.approx(30, rel=0.02 if gif else 0.002)
+    every = dict(data._numbered(path, entry, (64, 64)))
+    assert list(every) == list(range(48))
+    original = data.to_float(torch.from_numpy(scene(3))).permute(0, 3, 1, 2)
+    error = data.to_float(torch.stack(list(every.values()))) - original
+    assert error.square().mean() < (0.1 if gif else 0.01)
     for first in (0, 5, 11, 12, 13, 30, 40):
         clip = data.read_clip(path, entry, np.arange(first, first + 8), (64, 64))
-        assert torch.equal(clip, torch.stack([whole[i] for i in range(first, first + 8)]))
+        assert torch.equal(clip, torch.stack([every[i] for i in range(first, first + 8)]))
 
 
-def test_stride_rate_and_variable_frame_rate_go_by_presentation_time(tmp_path):
-    times = np.cumsum([0] + [20, 25, 75] * 20).tolist()                            # 61 frames, 25 per second on average
-    levels = 4 * np.arange(61, dtype=np.uint8)[:, None, None, None]               # the grey of a frame is its number
+@pytest.fixture
+def variable(tmp_path):
+    """61 numbered frames, 25 per second on average, and their times in ms."""
+    times = np.cumsum([0] + [20, 25, 75] * 20).tolist()
+    levels = 4 * np.arange(61, dtype=np.uint8)[:, None, None, None]  # grey = number
     write_video(tmp_path / "v.mkv", np.broadcast_to(levels, (61, 64, 64, 3)), times=times)
+    return tmp_path, times
 
-    def numbers(item):
-        found = ((item["video"].mean((1, 2, 3)) + 1) * 127.5 / 4).round().long().tolist()
-        assert item["name"] == f"v.mkv@{found[0]}"
-        return found
-    every = open_clips(tmp_path, frames=6, stride=3)[0]
-    assert np.diff(numbers(every)).tolist() == [3] * 5 and every["fps"].item() == pytest.approx(25 / 3, rel=1e-4)
-    timed = open_clips(tmp_path, frames=6, fps=12.5)
-    assert sum(map(len, timed.usable["v.mkv"])) == sum(t + 400 <= times[-1] + 37.5 for t in times)
+
+def numbers_in(item):
+    found = (item["video"].float().mean((1, 2, 3)) / 4).round().long().tolist()
+    assert item["name"] == f"v.mkv@{found[0]}"
+    return found
+
+
+def test_stride_takes_every_k_th_frame(variable):
+    item = open_clips(variable[0], frames=6, stride=3)[0]
+    assert np.diff(numbers_in(item)).tolist() == [3] * 5
+    assert item["fps"] == pytest.approx(25 / 3, rel=1e-4)
+
+
+def test_fps_takes_the_frames_nearest_in_time(variable):
+    folder, times = variable
+    timed = open_clips(folder, frames=6, fps=12.5)
+    assert len(timed.starts("v.mkv")) == sum(t + 400 <= times[-1] + 37.5 for t in times)
     for n in range(5):
-        found = numbers(timed[n])
+        found = numbers_in(timed[n])
         first, last = times[found[0]], times[found[-1]]
         assert found == [int(np.argmin([abs(t - first - 80 * k) for t in times])) for k in range(6)]
-        assert timed[n]["fps"].item() == pytest.approx(5000 / (last - first), rel=1e-4)
-    assert open_clips(tmp_path, frames=20, fps=50)[0]["fps"].item() == pytest.approx(50, rel=0.1)       # some repeated
+        assert timed[n]["fps"] == pytest.approx(5000 / (last - first), rel=1e-4)
 
 
-def test_the_picture_comes_out_upright_square_and_from_the_right_stream(tmp_path):
-    x = np.broadcast_to(corners(64, 64), (10, 64, 64, 3))
+def first_frame(path):
+    return data.read_clip(path, data.scan(path), [0], (64, 64))[0]
 
-    def read(path):
-        return data.read_clip(path, data.scan(path), [3], (64, 64))[0]
-    upright = read(write_video(tmp_path / "0.mp4", x))
+
+def test_rotated_and_mirrored_videos_come_out_upright(tmp_path):
+    x = np.broadcast_to(corners(64, 64), (4, 64, 64, 3))
+    upright = first_frame(write_video(tmp_path / "0.mp4", x))
     axis = {"hflip": [2], "vflip": [1], None: []}
     for degrees, mirror in itertools.product((0, 90, 180, 270), axis):
-        want = upright.rot90(degrees // 90, (1, 2)).flip(axis[mirror])              # to the left, then mirrored
+        want = upright.rot90(degrees // 90, (1, 2)).flip(axis[mirror])  # to the left, then mirrored
         path = write_video(tmp_path / f"{degrees}{mirror}.mp4", x, rotation=degrees, mirror=mirror)
-        for image in (data.read_image(path), data.read_video(path)[0][0]):
-            assert torch.allclose(image.permute(2, 0, 1) / 127.5 - 1, want, atol=0.15), (degrees, mirror)
-        assert torch.allclose(read(path), want, atol=0.15)
-    assert torch.equal(read(write_video(tmp_path / "sound.mp4", x, sound="first")), upright)
-    bar = np.full((10, 64, 64, 3), 230, np.uint8)
-    bar[:, :, 20:24] = 0                                                            # shown 128 wide, the sides cropped
+        for image in (data.read_image(path).permute(2, 0, 1), first_frame(path)):
+            assert (image.int() - want.int()).abs().max() < 20, (degrees, mirror)
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    bar = np.full((4, 64, 64, 3), 230, np.uint8)
+    bar[:, :, 20:24] = 0  # shown 128 wide, the sides cropped
     wide = write_video(tmp_path / "wide.mp4", bar, aspect=Fraction(2))
     assert data.scan(wide)["size"] == [128, 64]
-    assert (read(wide).mean((0, 1)) < 0).nonzero().flatten().tolist() == list(range(8, 16))
-    assert data.scan(write_video(tmp_path / "tall.mp4", x, aspect=Fraction(2), rotation=90))["size"] == [64, 128]
-    with av.open(str(tmp_path / "cover.mp4"), "w") as c, av.open(str(tmp_path / "0.mp4")) as film:
-        cover = c.add_stream("mjpeg", rate=1)
-        cover.width, cover.height, cover.pix_fmt = 256, 256, "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
-        video = c.add_stream_from_template(film.streams.video[0])
-        c.mux(cover.encode(av.VideoFrame(256, 256, "yuvj420p")))
-        for packet in film.demux(film.streams.video[0]):
-            if packet.size:
-                packet.stream = video
-                c.mux(packet)
-    assert torch.equal(read(tmp_path / "cover.mp4"), upright)
+    dark = (first_frame(wide).float().mean((0, 1)) < 128).nonzero().flatten()
+    assert dark.tolist() == list(range(8, 16))
+    tall = write_video(tmp_path / "tall.mp4", bar, aspect=Fraction(2), rotation=90)
+    assert data.scan(tall)["size"] == [64, 128]
+
+
+def test_sound_is_passed_over(tmp_path):
+    x = np.broadcast_to(corners(64, 64), (4, 64, 64, 3))
+    alone = first_frame(write_video(tmp_path / "0.mp4", x))
+    assert torch.equal(first_frame(write_video(tmp_path / "sound.mp4", x, sound="first")), alone)
 
 
 def test_clips_lie_between_hard_cuts_and_fast_motion_is_no_cut(tmp_path):
@@ -1470,251 +1518,386 @@ def test_clips_lie_between_hard_cuts_and_fast_motion_is_no_cut(tmp_path):
     flash[15] = 255
     write_video(tmp_path / "cut.mp4", np.concatenate([a, b]))
     write_video(tmp_path / "flash.mp4", flash)
-    write_video(tmp_path / "fast.mp4", np.stack([np.roll(a[0], 9 * k, 1) for k in range(30)]))
-    write_video(tmp_path / "drawn.mp4", np.stack([np.roll(a[0], 5 * (k // 3), 1) for k in range(30)]))  # in threes
+    drawn = np.repeat(range(0, 50, 5), 3)  # changes every third frame
+    for name, shifts in ("fast.mp4", range(0, 270, 9)), ("drawn.mp4", drawn):
+        write_video(tmp_path / name, np.stack([np.roll(a[0], shift, 1) for shift in shifts]))
     dataset = open_clips(tmp_path, frames=10)
     cuts = {name: entry["cuts"] for name, entry in dataset.index.items()}
     assert cuts == {"cut.mp4": [30], "drawn.mp4": [], "fast.mp4": [], "flash.mp4": []}
-    assert dataset.usable["cut.mp4"] == [range(21), range(30, 47)]
-    starts = {start for name, start in (dataset._where(n, 0) for n in range(3000)) if name == "cut.mp4"}
-    assert starts == {*range(21), *range(30, 47)}                                   # every start, none across the cut
+    starts = [*range(21), *range(30, 47)]
+    assert dataset.starts("cut.mp4") == starts
+    drawn = [dataset._draw(n, 0) for n in range(3000)]
+    assert {row for name, row in drawn if name == "cut.mp4"} == set(range(len(starts)))
+
+
+def test_a_duplicate_time_stamp_costs_one_frame(tmp_path):
+    times = [33 * t for t in range(48)]
+    times[20] = times[19]
+    path = write_video(tmp_path / "x.mkv", scene(0), "ffv1", times=times)
+    entry = data.scan(path)
+    assert entry["frames"] == 47
+    clip = data.read_clip(path, entry, np.arange(18, 22), (64, 64))
+    want = torch.from_numpy(scene(0)[[18, 19, 21, 22]]).permute(0, 3, 1, 2)
+    assert (clip.int() - want.int()).abs().max() <= 4
+
+
+def test_a_clock_that_jumps_back_is_named(tmp_path):
+    one = write_video(tmp_path / "one.ts", scene(0), "mpeg2video").read_bytes()
+    (tmp_path / "joined.ts").write_bytes(one + one)
+    error = data.scan(tmp_path / "joined.ts")["error"]
+    assert re.match(r'clock jumps back: after frame 4\d, .* ffmpeg -i "joined.ts"', error), error
+
+
+def test_an_avi_without_usable_time_stamps_is_named(tmp_path):
+    path = write_video(tmp_path / "x.avi", scene(3), bf="3")
+    assert data.scan(path)["error"].startswith("no time stamps: ")
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A folder as people have them; 24 frames in one piece are asked of it."""
+    """A folder as people have them; clips of 24 frames are wanted of it."""
     folder = tmp_path / "videos"
     (folder / "deep").mkdir(parents=True)
     write_video(folder / "good.mp4", scene(0))
     write_video(folder / "deep" / "vp9.webm", scene(1, 30), "libvpx-vp9")
-    damage(write_video(folder / "broken.mp4", scene(2)), 24, keep=20)
     damage(write_video(folder / "broken.avi", scene(2), "mjpeg"), 24)
     write_video(folder / "short.mp4", scene(3, 12))
     write_video(folder / "still.mp4", np.repeat(scene(4, 1), 30, 0))
-    write_video(folder / "no stamps.avi", scene(3), bf="3")
     write_video(folder / "bare.h264", scene(3))
     (folder / "junk.mp4").write_bytes(b"no video at all" * 99)
-    (folder / "empty.mov").write_bytes(b"")
     (folder / "notes.doc").write_text("not looked at")
-    whole = write_video(tmp_path / "whole.ts", scene(5), "mpeg2video").read_bytes()
-    (folder / "cut off.ts").write_bytes(whole[:len(whole) * 2 // 3])
+    cut_off = write_video(tmp_path / "whole.ts", scene(5), "mpeg2video").read_bytes()
+    (folder / "cut off.ts").write_bytes(cut_off[:len(cut_off) * 2 // 3])
     return folder
 
 
-def test_what_cannot_be_used_is_left_out_counted_and_named(mixed, tmp_path, capsys, monkeypatch):
-    dataset = open_clips(mixed, frames=24, skip_static=0.002, log=tmp_path / "data.log")
-    assert dataset.names == ["broken.avi", "broken.mp4", "cut off.ts", "deep/vp9.webm", "good.mp4"]
-    avi, mp4 = dataset.index["broken.avi"], dataset.index["broken.mp4"]             # only a packet of theirs is lost
-    assert avi["frames"] == 47 and avi["bad"] == 1 and 46 <= mp4["frames"] <= 47 and mp4["bad"] >= 1
-    assert 26 <= dataset.index["cut off.ts"]["frames"] < 40
-    lines = dict(line.split("\t") for line in (tmp_path / "data.log").read_text().splitlines())
-    assert set(lines) == {"short.mp4", "still.mp4", "junk.mp4", "empty.mov", "no stamps.avi", "bare.h264"}
-    assert lines["short.mp4"] == "too short: 12 frames, 12 of them without a cut"
-    assert "ffmpeg -i \"no stamps.avi\" -crf 16 out.mp4" in lines["no stamps.avi"]
-    for n in range(10):                                                             # all of them can really be read
-        assert dataset[n]["video"].shape == (24, 3, 64, 64)
-    check = ["data.py", "check", str(mixed), "--frames"]
-    monkeypatch.setattr(sys, "argv", [*check, "24", "--skip-static", "0.002", "--size", "96x64"])
-    assert data.main() == 0
+def run_data(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
+    return data.main()
+
+
+def test_what_cannot_be_used_is_left_out_and_named(mixed, capsys, monkeypatch):
+    flags = ["--frames", 24, "--size", "96x64", "--skip-static", 0.002]
+    assert run_data(monkeypatch, "check", mixed, *flags) == 0
     out = capsys.readouterr().out
-    for words in (*dataset.left_out.values(), "5 of 11 files", "2 with damaged packets", "5 smaller than 96x64",
-                  "at stride 1, 1 static, 1 too short, 2 unreadable, 2 unstamped", ", 0 cuts"):
+    for words in ("4 of 8 files", "1 with damaged packets", "4 smaller than 96x64", ", 0 cuts",
+                  "stride 1, 1 cannot be read, 1 no time stamps, 1 static, 1 too short",
+                  "short.mp4: too short: 12 frames, 12 without a cut",
+                  'bare.h264: no time stamps: ', 'ffmpeg -i "bare.h264" -crf 16 out.mp4'):
         assert words in out, out
-    monkeypatch.setattr(sys, "argv", [*check, "500"])
-    assert data.main() == 1
-    with pytest.raises(data.MediaError, match="7 too short.*nothing is left"):
+    dataset = open_clips(mixed, frames=24, skip_static=0.002)
+    assert dataset.names == ["broken.avi", "cut off.ts", "deep/vp9.webm", "good.mp4"]
+    assert dataset.index["broken.avi"]["frames"] == 47 and dataset.index["broken.avi"]["bad"] == 1
+    for n in range(8):  # all of them can be read
+        data.check_item(dataset[n], 24, (64, 64))
+
+
+def test_a_set_of_which_nothing_is_left_is_an_error(mixed, monkeypatch):
+    assert run_data(monkeypatch, "check", mixed, "--frames", 500) == 1
+    with pytest.raises(data.MediaError, match="6 too short.*nothing to use"):
         open_clips(mixed, frames=500)
 
 
-def test_index_is_built_once_and_again_for_what_changed(mixed, tmp_path, monkeypatch):
+@pytest.fixture
+def scanned(monkeypatch):
+    """The names of the files that are scanned."""
     seen, scan = [], data.scan
-    monkeypatch.setattr(data, "scan", lambda path: (seen.append(os.path.basename(path)), scan(path))[1])
 
-    def indexed(expected):
-        seen.clear()
-        dataset = open_clips(mixed)
-        assert len(seen) == expected if isinstance(expected, int) else seen == expected
-        return dataset
-    first = indexed(11)
-    again = indexed(0)
-    assert again.index == first.index and again[7]["name"] == first[7]["name"]
+    def spy(path):
+        seen.append(os.path.basename(path))
+        return scan(path)
+    monkeypatch.setattr(data, "scan", spy)
+    return seen
+
+
+def test_index_is_built_once_and_again_for_what_changed(mixed, scanned):
+    first = open_clips(mixed)
+    assert len(scanned) == 8 and open_clips(mixed).index == first.index and len(scanned) == 8
     write_video(mixed / "short.mp4", scene(6, 9))
-    assert indexed(["short.mp4"]).index["short.mp4"]["frames"] == 9
+    assert open_clips(mixed).index["short.mp4"]["frames"] == 9 and scanned[8:] == ["short.mp4"]
     index = mixed / data.INDEX
-    index.write_bytes(index.read_bytes()[:-9])                                      # cut off by a full disk
-    assert indexed(1).index == indexed(0).index
-    monkeypatch.setattr(os, "access", lambda path, mode: False)                     # a folder that cannot be written
+    index.write_bytes(index.read_bytes()[:-9])  # cut off by a full disk
+    open_clips(mixed)
+    open_clips(mixed)
+    assert scanned[8:] == ["short.mp4"] * 2
+
+
+def test_index_of_a_folder_that_cannot_be_written(mixed, scanned, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    indexed(11)
-    indexed(0)
-    cache = next((tmp_path / "cache").rglob("*.jsonl"))
-    assert len(list((tmp_path / "cache").rglob("*"))) == 2
-    cache.write_text('["a.mp4", "no pair"]\n[1]\n')                                  # JSON, and no index
-    with pytest.raises(data.MediaError, match="remove it, it is made anew"):
-        indexed(11)
+    open_clips(mixed)
+    open_clips(mixed)
+    assert len(scanned) == 8 and not (mixed / data.INDEX).exists()
 
 
-def test_lists_name_the_same_files_as_the_folder(mixed, monkeypatch):
-    monkeypatch.chdir(mixed.parent)
-    assert data.list_files("videos") == data.list_files(mixed)
-    names = ["good.mp4", "deep/vp9.webm", str(mixed / "broken.avi")]
-    lists = {"a.txt": "\n".join(["# three", *names]), "b.csv": "\n".join(["id,path", *(f"7,{n}" for n in names)]),
-             "c.csv": "\n".join(["video,caption", *(f"{n},a" for n in names)]),
-             "d.json": json.dumps([{"path": n} for n in names]), "e.json": json.dumps(names)}
-    for name, text in lists.items():
-        (mixed / name).write_text(text)
-        assert open_clips(mixed / name).names == ["broken.avi", "deep/vp9.webm", "good.mp4"]
-    (mixed / "odd.json").write_text(json.dumps(["good.mp4", "nu\0l.mp4", "two\nlines.mp4", "no \udcff.mp4"]))
-    log = mixed / "data.log"
-    assert open_clips(mixed / "odd.json", log=log).names == ["good.mp4"] and len(log.read_text().splitlines()) == 3
-    bad = {"e.json": '[{"cap": 1}]', "f.json": "[", "g.xyz": "", "h.txt": "", "i.json": "7", "j.json": "[7]",
-           "k.json": "[" * 10**5, "l.csv": "a,b\ngood.mp4,7", "n.csv": f'path\n"{"x" * 200_000}"'}
-    for name, text in bad.items():
-        (mixed / name).write_text(text)
-        with pytest.raises(data.MediaError):
-            open_clips(mixed / name)
-    with pytest.raises(data.MediaError, match="nowhere"):
-        open_clips(mixed / "nowhere")
+NAMES = ["good.mp4", "deep/vp9.webm"]
+ROWS = [f'a\u2028b\u0085c\x0cd,"e,\n{"f" * 200_000}",{name}' for name in NAMES]
+LISTS = {
+    "a.txt": "\ufeffgood.mp4\r\n# a comment\n\ndeep/vp9.webm\n",
+    "b.csv": "path\n" + "\n".join(NAMES),
+    "c.csv": "\ufeffcaption,extra,video\r\n" + "\r\n".join(ROWS),
+    "d.csv": "path,file\n,\n" + ",x\n".join(NAMES) + ",x",  # with a row whose cells are empty
+    "e.json": json.dumps(NAMES),
+    "f.json": "\ufeff" + json.dumps([{"path": name, "cap": "x"} for name in NAMES])}
+BAD_LISTS = {
+    "a.json": ('{"good.mp4": 1}', "not a list"), "b.json": ("[", "Expecting value"),
+    "c.json": ("[7]", "holds 7"), "d.json": ("[" * 10**5, "recursion"),
+    "e.json": ('[{"cap": 1}]', "has the columns 'cap'; .* path, video or file"),
+    "f.csv": ("file_name,text\na,b", "has the columns 'file_name', 'text'"),
+    "g.csv": ("path;text\na;b", "has the columns 'path;text'"),
+    "h.txt": ("", "0 of 0 files"), "i.xyz": ("", "no folder")}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_name_the_files(mixed, name):
+    (mixed / name).write_text(LISTS[name], newline="")
+    assert list(data.list_files(mixed / name)) == sorted(NAMES)
+    assert open_clips(mixed / name).names == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", BAD_LISTS)
+def test_bad_lists_say_what_is_wrong(tmp_path, name):
+    text, words = BAD_LISTS[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(data.MediaError, match=words):
+        open_clips(tmp_path / name)
+
+
+def test_names_that_cannot_be_opened_are_left_out(mixed):
+    names = ["good.mp4", "nu\0l.mp4", "two\nlines.mp4", "no \udcff.mp4"]
+    (mixed / "odd.json").write_text(json.dumps(names))
+    dataset = open_clips(mixed / "odd.json")
+    assert dataset.names == ["good.mp4"] and len(dataset.left_out) == 3
 
 
 def test_items_depend_on_seed_and_number_alone(mixed):
     dataset = open_clips(mixed, stride=2, size=(64, 48))
     items = [dataset[n] for n in range(12)]
-    assert items[0]["video"].shape == (8, 3, 48, 64) and items[0]["aug_noise"].shape == (3, 48, 64)
-    assert all(v.dtype == torch.float32 for k, v in items[0].items() if k != "name")
     order = [item["name"].split("@")[0] for item in items]
-    assert sorted(order[:6]) == sorted(order[6:]) == dataset.names and order[:6] != order[6:]
-    assert all(same_item(a, items[n]) for a, n in zip(readers(dataset, [11, 3, 0, 7]), [11, 3, 0, 7]))
+    used = len(dataset.names)
+    assert sorted(order[:used]) == sorted(order[used:2 * used]) == dataset.names
+    for n, item in zip((11, 3, 0, 7), from_workers(dataset, [11, 3, 0, 7])):
+        assert same_item(item, items[n])
     assert same_item(pickle.loads(pickle.dumps(dataset))[5], items[5])
-    assert [open_clips(mixed, seed=1)[n]["name"] for n in range(6)] != [open_clips(mixed)[n]["name"] for n in range(6)]
-    moved = mixed.rename(mixed.with_name("moved"))                                  # names decide, not places
-    assert same_item(open_clips(moved, stride=2, size=(64, 48))[4], items[4])
+    other = open_clips(mixed, stride=2, size=(64, 48), seed=1)
+    assert [other[n]["name"] for n in range(12)] != [item["name"] for item in items]
+    moved = open_clips(mixed.rename(mixed.with_name("moved")), stride=2, size=(64, 48))
+    assert same_item(moved[4], items[4]) and moved.id == dataset.id  # names decide, not places
 
 
-def test_synthetic_clips_are_those_of_the_world():
-    clips = open_clips("synthetic", frames=5, size=(64, 48), seed=2)
-    video, fps, motion = world.clip(2, 3, 5, 64)
-    item = clips[3]
-    assert torch.equal(item["video"][4], data.fit_image(video[4], 64, 48)) and item["aug_noise"].shape == (3, 48, 64)
-    assert item["fps"] == torch.tensor(fps) and item["motion"] == torch.tensor(motion)
-    assert same_item(item, pickle.loads(pickle.dumps(clips))[3]) and not torch.equal(item["video"], clips[4]["video"])
-    assert open_clips("synthetic", motion="9")[0]["motion"] == 9 and data.check("synthetic") > 0
-    with pytest.raises(data.MediaError, match="stride"):
-        open_clips("synthetic", stride=2)
-
-
-def test_videos_that_change_while_they_are_read_cost_a_line_and_another_clip(mixed, tmp_path):
-    log = tmp_path / "data.log"
-    first, second = (open_clips(mixed, frames=24, log=log) for rank in range(2))
-    before, lines = [first[n] for n in range(18)], log.read_text().splitlines()
+def test_a_file_that_goes_during_a_run_costs_a_line_and_another_clip(mixed, capfd):
+    dataset = open_clips(mixed, frames=24)
+    before = [dataset[n] for n in range(20)]
     os.remove(mixed / "good.mp4")
-    write_video(mixed / "broken.mp4", scene(7))                                     # another one
-    whole = (mixed / "still.mp4").read_bytes()
-    (mixed / "still.mp4").write_bytes(whole[:len(whole) // 2])
-    gone = {"good.mp4", "broken.mp4", "still.mp4"}
-    for n, item in enumerate(readers(first, range(18))):
-        lost = before[n]["name"].split("@")[0] in gone
-        assert item["name"].split("@")[0] not in gone and lost != same_item(item, before[n])
-        assert same_item(item, second[n])                                           # whoever asks for it
-    added = log.read_text().splitlines()[len(lines):]
-    assert {line.split("\t")[0] for line in added} == gone and len(added) >= 9 and len(set(added)) == len(added)
-    for path in list(mixed.rglob("*.*")):
-        if path.is_file():
-            os.remove(path)
-    with pytest.raises(data.MediaError, match=f"^{mixed}"):                         # one line, even from a reader
-        list(readers(first, [0]))
+    for n, item in enumerate(before):
+        gone = item["name"].startswith("good.mp4")
+        try:
+            assert same_item(dataset[n], item) == (not gone)
+        except data.MediaError:
+            assert dataset._draw(n, 1)[0] == "good.mp4"  # the other clip is of the same file
+    assert capfd.readouterr().err.count("other clips take its place") == 1
+
+
+def test_the_error_of_a_worker_is_one_line(mixed):
+    dataset = open_clips(mixed)
+    for path in mixed.rglob("*.*"):
+        os.remove(path)
+    with pytest.raises(data.MediaError, match=rf"^{mixed}\S*[^\n]*$"):
+        list(from_workers(dataset, [0]))
+
+
+MY_CLIPS = """
+import glob, os
+import numpy as np
+import torch
+
+class Arrays:
+    def __init__(self, frames, size, seed):
+        self.paths = sorted(glob.glob(os.path.dirname(__file__) + "/*.npy"))
+        self.frames, self.seed = frames, seed
+
+    def __getitem__(self, n):
+        path = np.random.default_rng([self.seed, n]).choice(self.paths)
+        video = torch.from_numpy(np.load(path)[:self.frames]).permute(0, 3, 1, 2)
+        return {"video": video, "fps": 8.0, "motion": 127.0, "name": str(path)}
+
+clips = Arrays
+"""
+
+
+def test_clips_of_npy_files_by_a_python_file(tmp_path, monkeypatch):
+    for n in range(3):
+        np.save(tmp_path / f"{n}.npy", scene(n))
+    (tmp_path / "my_clips.py").write_text(MY_CLIPS)
+    dataset = open_clips(tmp_path / "my_clips.py", stride=1, fps=None)  # as train.py's defaults are
+    data.check_item(dataset[0], 8, (64, 64))
+    assert same_item(next(iter(from_workers(dataset, [5]))), dataset[5])
+    flags = ["--frames", 8, "--size", "64x64"]
+    assert run_data(monkeypatch, "check", tmp_path / "my_clips.py", *flags) == 0
+    with pytest.raises(data.MediaError, match="--stride.*for videos"):
+        open_clips(tmp_path / "my_clips.py", stride=2)
+
+
+@pytest.mark.parametrize("text, error, words", [
+    ("clips = lambda frames, size, seed: undefined_name", NameError, "undefined_name"),
+    ("def clips(", SyntaxError, ""), ("", data.MediaError, "defines no clips")])
+def test_a_bug_in_a_python_file_shows_its_traceback(tmp_path, text, error, words):
+    (tmp_path / "my_clips.py").write_text(text)
+    with pytest.raises(error, match=words):
+        open_clips(tmp_path / "my_clips.py")
+
+
+def test_a_bug_in_a_dataset_of_files_shows_its_traceback(mixed, monkeypatch):
+    dataset = open_clips(mixed)
+    monkeypatch.setattr(data, "motion_score", lambda video: video["typo"])
+    with pytest.raises(TypeError):
+        dataset[0]
+
+
+PIXELS = {"video": torch.zeros(8, 3, 48, 64, dtype=torch.uint8), "fps": 8.0,
+          "motion": np.float32(3), "name": "a"}
+LATENTS = {"latents": torch.zeros(8, 4, 6, 8), "cond": torch.zeros(4, 6, 8), "ctx": torch.zeros(16),
+           "aug": torch.tensor(0.1), "fps": 8, "motion": 3.0, "name": "a"}
+
+
+@pytest.mark.parametrize("item, words", [
+    (PIXELS, None), (LATENTS, None), ([], "found list, wanted a dict"),
+    (PIXELS | {"video": torch.zeros(8, 3, 48, 64)}, '"video".*torch.float32 .*wanted.*torch.uint8'),
+    (PIXELS | {"video": np.zeros((8, 48, 64, 3))}, r'"video".*ndarray of float64 \(8, 48, 64, 3\)'),
+    (PIXELS | {"fps": 0}, '"fps".*found 0, wanted a number > 0'),
+    (PIXELS | {"motion": math.nan}, '"motion".*found nan'), ({}, '"video".*found nothing'),
+    (PIXELS | {"name": 3}, '"name".*found 3, wanted a str'),
+    (LATENTS | {"ctx": torch.zeros(8)}, r'"ctx".*\(8,\), wanted .*\(16,\)'),
+    (LATENTS | {"aug": None}, '"aug".*None')])
+def test_an_item_that_breaks_the_contract_is_named(item, words):
+    if words is None:
+        data.check_item(item, 8, (64, 48), ctx_dim=16)
+    else:
+        with pytest.raises(data.MediaError, match=words):
+            data.check_item(item, 8, (64, 48), ctx_dim=16)
+
+
+def test_numbers_of_a_modified_unet_are_asked_for():
+    with pytest.raises(data.MediaError, match='"pan".*found nothing, wanted a number'):
+        data.check_item(PIXELS, 8, (64, 48), ids=("fps", "motion", "aug", "pan"))
 
 
 def test_motion_and_its_buckets_are_exvideos():
-    x = torch.rand(9, 3, 16, 16) * 2 - 1
-    assert data.motion_score(x) == pytest.approx(x.std(0).mean().item(), rel=1e-5) and data.motion_score(x[:1]) == 0
-    published = [t / 1e9 for t in data.EXVIDEO_MOTION]                              # as in the release's JSON:
-    assert [published[i] for i in (0, 1, 40, 90, 127)] == [0, 0.012205946, 0.087700523, 0.198099136, 0.440871328]
+    x = torch.randint(256, (9, 3, 16, 16), dtype=torch.uint8)
+    score = data.motion_score(x)
+    assert score == pytest.approx(data.to_float(x).std(0).mean().item(), rel=1e-5)
+    assert score == data.motion_score(list(x)) and data.motion_score(x[:1]) == 0
+    published = [t / 1e9 for t in data.EXVIDEO_MOTION]
     assert len(published) == 128 and published == sorted(published)
+    some = [0, 0.012205946, 0.087700523, 0.198099136, 0.440871328]  # as in the release's JSON
+    assert [published[i] for i in (0, 1, 40, 90, 127)] == some
     for i, t in enumerate(published):
-        assert data.motion_bucket(t) == i and data.motion_bucket(np.nextafter(t, -1)) == max(0, i - 1)
+        assert data.motion_bucket(t) == i
+        assert data.motion_bucket(np.nextafter(t, -1)) == max(0, i - 1)
     assert data.motion_bucket(9.0) == 127 and data.motion_bucket(0.2, "64") == 64
-    draws = torch.stack([data.draw_condition(0, "a.mp4", n, (8, 8))[0] for n in range(4000)]).log()
-    assert draws.mean().item() == pytest.approx(-3, abs=0.03) and draws.std().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_noise_on_condition_images_is_log_normal():
+    draws = [data.draw_condition(0, f"a.mp4@{n}", (8, 8))[0].log() for n in range(2000)]
+    assert np.mean(draws) == pytest.approx(-3, abs=0.05)
+    assert np.std(draws) == pytest.approx(0.5, abs=0.05)
+    assert data.draw_condition(0, "a", (16, 8))[1].shape == (3, 8, 16)
 
 
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory):
-    """A model file so small that encoding a frame takes a millisecond."""
+    """A model file so small that encoding a frame takes milliseconds."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    exsvd.save_model(str(path), exsvd.UNet(exsvd.UNetConfig((8, 8, 8, 8), (1, 1, 1, 1), 16, 4, 8)),
-                     exsvd.VAE(exsvd.VAEConfig((8, 8, 8, 8), 4)),
-                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 28, 16, 56)))
-    return path
+    unet = exsvd.UNet(exsvd.UNetConfig((8, 8, 8, 8), (1, 1, 1, 1), 16, 4, 8))
+    clip = exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 28, 16, 56))
+    exsvd.save_model(str(path), unet, exsvd.VAE(exsvd.VAEConfig((8, 8, 8, 8), 4)), clip,
+                     defaults={"train": {"frames": 6, "size": [64, 64]}})
+    return str(path)
 
 
-SETTINGS = {"frames": 6, "size": (64, 64), "stride": 2, "seed": 3}
+@pytest.fixture
+def pair(tmp_path):
+    """A folder of two short videos."""
+    (tmp_path / "videos" / "deep").mkdir(parents=True)
+    write_video(tmp_path / "videos" / "a.mp4", scene(0, 14))
+    write_video(tmp_path / "videos" / "deep" / "b.mp4", scene(1, 12))
+    return tmp_path / "videos"
 
 
-def test_training_from_disk_sees_what_training_on_the_fly_sees(mixed, tmp_path, coder):
-    svd = exsvd.load(str(coder), parts=("vae", "clip"))
-    for name in ("broken.mp4", "cut off.ts", "still.mp4", "broken.avi"):            # damage looks other after a seek
-        os.remove(mixed / name)
-    by_rate = SETTINGS | {"fps": 13.0}                                              # the same by time stamps
-    for dtype, bound, settings in ((torch.float32, 0, SETTINGS), (torch.float32, 0, by_rate),
-                                   (torch.float16, 3e-4, SETTINGS), (torch.bfloat16, 3e-3, SETTINGS)):
-        video, out = data.open_dataset(mixed, **settings), tmp_path / f"{dtype}{len(settings)}"
-        data.encode(str(coder), mixed, out, dtype, **settings)
-        latent = data.open_dataset(out, **settings)
-        assert not latent.pixels and latent.names == video.names
-        for n in range(12):
-            a, b = video[n], latent[n]
-            cond, ctx = data.encode_condition(svd.vae, svd.clip, a["video"][0], a["aug"], a["aug_noise"])
-            wanted = {"latents": data.encode_frames(svd.vae, a["video"]), "cond": cond, "ctx": ctx}
-            assert all(rel(b[k], x) <= bound and b[k].dtype == torch.float32 for k, x in wanted.items())
-            assert all(torch.equal(b[k], a[k]) for k in ("fps", "motion", "aug")) and a["name"] == b["name"]
+CLIPS = {"frames": 4, "size": (64, 64), "stride": 2, "seed": 3}
+
+
+@pytest.mark.parametrize("dtype, bound, more", [
+    (torch.float32, 0, {}), (torch.float32, 0, {"fps": 13.0}), (torch.float16, 3e-4, {}),
+    (torch.bfloat16, 3e-3, {})], ids=str)
+def test_latents_are_what_training_from_videos_sees(pair, tmp_path, coder, dtype, bound, more):
+    svd = exsvd.load(coder, parts=("vae", "clip"))
+    svd.clip.to(exsvd.best_dtype("cpu"))  # as encode() does
+    data.encode(coder, pair, tmp_path / "out", dtype, **CLIPS | more)
+    videos = data.open_dataset(pair, **CLIPS | more)
+    latents = data.open_dataset(tmp_path / "out", **CLIPS | more)
+    assert latents.names == videos.names and latents.id == videos.id
+    for n in range(4):
+        a, b = videos[n], latents[n]
+        data.check_item(b, 4, (64, 64), ctx_dim=16)
+        aug, noise = data.draw_condition(3, a["name"], (64, 64))
+        video = data.to_float(a["video"])
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[0], aug, noise)
+        wanted = {"latents": data.encode_frames(svd.vae, video), "cond": cond, "ctx": ctx}
+        assert all(rel(b[key], x) <= bound for key, x in wanted.items())
+        assert all(a[key] == b[key] for key in ("fps", "motion", "name")) and b["aug"] == aug.item()
+
+
+def test_latents_are_of_one_kind_of_clip(pair, tmp_path, coder):
+    data.encode(coder, pair, tmp_path / "out", **CLIPS)
     for change in ({"size": (64, 72)}, {"frames": 5}, {"stride": 1}, {"fps": 5.0}):
-        with pytest.raises(data.MediaError, match="was encoded with"):
-            data.open_dataset(out, **SETTINGS | change)
-    assert data.open_dataset(out, **SETTINGS | {"frames": 4, "motion": "100"})[0]["motion"] == 100        # one for all
-    for path in out.rglob("*.safetensors"):
-        os.remove(path)
-    with pytest.raises(data.MediaError, match="encode again"):
-        data.open_dataset(out, **SETTINGS)[0]
+        with pytest.raises(data.MediaError, match=f"was encoded with {next(iter(change))}"):
+            data.open_dataset(tmp_path / "out", **CLIPS | change)
 
 
-def test_encoding_goes_on_where_it_was_stopped(mixed, tmp_path, coder, capsys, monkeypatch):
-    def run(out, *more):
-        argv = ["data.py", "encode", "--model", str(coder), "--data", str(mixed), "--out", str(out), *more]
-        monkeypatch.setattr(sys, "argv", [*argv[:2], "--frames", "6", "--size", "64x64", *argv[2:]])
-        return data.main()
+def test_start_every_keeps_fewer_condition_latents(pair, tmp_path, coder):
+    data.encode(coder, pair, tmp_path / "out", start_every=3, **CLIPS)
+    assert load_file(tmp_path / "out" / "a.mp4.safetensors")["cond"].shape == (3, 4, 8, 8)
+    latents = data.open_dataset(tmp_path / "out", **CLIPS)
+    assert latents.starts("a.mp4") == [0, 3, 6] and latents.starts("deep/b.mp4") == [0, 3]
+    for n in range(10):
+        data.check_item(latents[n], 4, (64, 64), ctx_dim=16)
 
-    def stopped(tensors, path, metadata):
-        if len(list(tmp_path.rglob("*.safetensors"))) == 3:
+
+def test_encoding_goes_on_where_it_was_killed(pair, tmp_path, coder, monkeypatch):
+    def killed(tensors, path, metadata):
+        if list(tmp_path.rglob("*.safetensors")):
             with open(path, "wb") as f:
                 f.write(b"half of it")
             raise KeyboardInterrupt
         save_file(tensors, path, metadata)
-    with monkeypatch.context() as m:
-        m.setattr(exsvd, "save_file", stopped)
-        assert run(tmp_path / "latents") == 130
+
+    def run(out, *more):
+        flags = ["--model", coder, "--data", pair, "--out", tmp_path / out]
+        return run_data(monkeypatch, "encode", *flags, *more)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(exsvd, "save_file", killed)
+        run("out")
     finished = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
-    assert len(finished) == 3 and run(tmp_path / "latents") == 0
-    assert all(p.stat().st_mtime_ns == t for p, t in finished.items())              # they are left alone
-    assert run(tmp_path / "at once") == 0
-    assert contents(tmp_path / "latents") == contents(tmp_path / "at once")         # and nothing else is left behind
-    assert run(tmp_path / "latents", "--seed", "5") == 1
-    assert re.search("latents: was begun with seed 0, not 5", capsys.readouterr().err)
-    store = tmp_path / "latents" / data.STORE
-    lines = store.read_text().split("\n", 1)
-    for damaged in (lines[1], f"{lines[0]}\n[1]\n{lines[1]}"):                       # no settings; what is no pair
-        store.write_text(damaged)
-        assert run(tmp_path / "latents") == 1 and store.read_text() == damaged
-        assert "encode into another folder" in capsys.readouterr().err
-    assert run(tmp_path / "none", "--frames", "0") == 1 and not (tmp_path / "none").exists()
-    with pytest.raises(SystemExit):
-        run(tmp_path / "none", "--size", "64")
-    assert "write it as WIDTHxHEIGHT" in capsys.readouterr().err
+    assert len(finished) == 1 and run("out") == 0
+    assert all(p.stat().st_mtime_ns == t for p, t in finished.items())
+    assert run("shards", "--shard", "1/2") == 0 and run("shards", "--shard", "2/2") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "shards")
+    assert run("out", "--seed", 5) == 1  # begun with another seed
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# sample.py
+def test_flags_of_the_command_line(monkeypatch, capsys, coder, tmp_path):
+    encode = ["encode", "--model", coder, "--data", tmp_path, "--out", tmp_path / "out"]
+    for flags, words in (["--size", "64"], "WIDTHxHEIGHT"), (["--shard", "3/2"], "I/N"):
+        with pytest.raises(SystemExit):
+            run_data(monkeypatch, *encode, *flags)
+        assert words in capsys.readouterr().err
+    assert run_data(monkeypatch, *encode, "--frames", "-1") == 1 and not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. sample.py
 
 
 def gaussian_denoiser(mean, std):
@@ -1724,11 +1907,13 @@ def gaussian_denoiser(mean, std):
 
 def sampled(name, denoise, x, sigmas, eta=0.0, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return sample.SAMPLERS[name](denoise, x, sigmas, eta, lambda: torch.randn(x.shape, generator=generator).to(x))
+    s = sample.Settings(eta=eta)
+    return sample.SAMPLERS[name].function(
+        denoise, x, sigmas, s, lambda: torch.randn(x.shape, generator=generator).to(x))
 
 
-@pytest.mark.parametrize("name, eta", [*((name, 0.0) for name in sample.SAMPLERS), ("ddim", 1.0)])
-def test_samplers_hit_a_gaussian_and_what_is_held(name, eta):
+@pytest.mark.parametrize("name, eta", [("euler", 0.0), ("ddim", 1.0), ("heun", 0.0), ("dpm++", 0.0)])
+def test_samplers_hit_a_gaussian_and_known_frames(name, eta):
     x, known = torch.randn(2, 1, 5, 4, 25, 40).double()
     sigmas, ideal = exsvd.karras_sigmas(400).double(), gaussian_denoiser(1.5, 0.5)
     start = x * (sigmas[0] ** 2 + 0.5**2).sqrt() + 1.5
@@ -1740,11 +1925,12 @@ def test_samplers_hit_a_gaussian_and_what_is_held(name, eta):
     mask, levels = torch.tensor([1, 1, 0, 0, 1]).bool(), []
 
     def spy(x, sigma):
-        levels.append((x - known)[:, mask].std() / sigma)  # the noise that a held frame carries
+        levels.append((x - known)[:, mask].std() / sigma)  # the noise that a known frame carries
         return ideal(x, sigma)
 
-    out = sampled(name, sample.held(spy, known, mask.double()), start, sigmas, eta)
-    assert torch.allclose(out[:, mask], known[:, mask], atol=1e-4) and all(0.6 < level < 1.4 for level in levels)
+    out = sampled(name, sample.with_known_frames(spy, known, mask.double()), start, sigmas, eta)
+    assert torch.allclose(out[:, mask], known[:, mask], atol=1e-4)
+    assert all(0.6 < level < 1.4 for level in levels)
     assert torch.allclose(out[:, ~mask], free[:, ~mask], atol=1e-5)
 
 
@@ -1753,18 +1939,33 @@ def test_order_of_a_sampler(name, order):
     x, error = torch.tensor([8.0]).double(), {}
     for steps in (40, 80):
         sigmas = torch.logspace(1, -1, steps + 1).double()
-        exact = 1.5 + (x - 1.5) * ((0.1**2 + 0.5**2) / (10**2 + 0.5**2)) ** 0.5  # the probability flow ODE, solved
+        # the probability flow ODE, solved
+        exact = 1.5 + (x - 1.5) * ((0.1**2 + 0.5**2) / (10**2 + 0.5**2)) ** 0.5
         error[steps] = (sampled(name, gaussian_denoiser(1.5, 0.5), x, sigmas) - exact).abs().item()
     assert 0.9 < math.log2(error[40] / error[80]) / order < 1.1, error
 
 
 def test_align_your_steps():
     sigmas, finer = sample.ays_sigmas(10), sample.ays_sigmas(20)
-    assert torch.equal(sigmas, torch.tensor([*sample.AYS[:-1], 0.0])) and torch.allclose(finer[::2], sigmas)
-    assert torch.allclose(finer[1::2] ** 2, sigmas[:-1] * torch.tensor(sample.AYS[1:])), "means of the logarithms"
+    assert torch.equal(sigmas, torch.tensor([*sample.AYS[:-1], 0.0]))
+    assert torch.allclose(finer[::2], sigmas)
+    assert torch.allclose(finer[1::2] ** 2, sigmas[:-1] * torch.tensor(sample.AYS[1:])), "ln sigma"
     for steps in (1, 3, 25):
         sigmas = sample.ays_sigmas(steps)
-        assert len(sigmas) == steps + 1 and sigmas[0] == 700 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+        assert len(sigmas) == steps + 1 and sigmas[0] == 700 and sigmas[-1] == 0
+        assert (sigmas.diff() < 0).all()
+
+
+def test_four_steps_of_latent_consistency():
+    """x = D + next sigma * fresh noise, at the levels that AnimateLCM-SVD was distilled on."""
+    sigmas = sample.lcm_sigmas(4)
+    assert torch.equal(sigmas, torch.cat([exsvd.karras_sigmas(40)[[0, 10, 20, 30]], torch.zeros(1)]))
+    seen, g = [], torch.Generator().manual_seed(1)
+    out = sampled("lcm", lambda x, sigma: seen.append(x) or torch.full_like(x, len(seen)),
+                  torch.zeros(2, 3), sigmas)
+    for i in range(1, 4):
+        assert torch.allclose(seen[i], i + sigmas[i] * torch.randn(2, 3, generator=g))
+    assert len(seen) == 4 and torch.equal(out, torch.full((2, 3), 4.0))
 
 
 def test_eta_replaces_noise_by_fresh_noise():
@@ -1772,55 +1973,51 @@ def test_eta_replaces_noise_by_fresh_noise():
     runs = ((0.5, 5), (1.0, 5), (1.0, 5), (1.0, 6))
     a, b, c, other = (sampled("ddim", D, x * 700, sigmas, eta, seed) for eta, seed in runs)
     assert torch.equal(b, c) and not torch.allclose(a, b) and not torch.allclose(b, other)
+    assert torch.allclose(sampled("ddim", D, x * 700, sigmas), sampled("euler", D, x * 700, sigmas))
 
 
-@pytest.mark.parametrize("block, h, w", [(8, 16, 24), (3, 16, 16)])
-def test_shared_noise_is_standard_normal_in_every_frame(block, h, w):
-    noise = torch.randn(60, 8, 4, h, w)
-    before, shared = noise.clone(), sample.shared_noise(noise, block)
-    assert torch.equal(noise, before) and sample.shared_noise(noise, 0) is noise
-    assert torch.allclose(shared[:, 0], noise[:, 0], atol=1e-5)
-    for y, x in itertools.product(range(0, h, block), range(0, w, block)):
-        means = shared[..., y:y + block, x:x + block].mean((-2, -1))  # of a last block that sticks out: what is inside
-        assert torch.allclose(means, means[:, :1].expand_as(means), atol=1e-5)
-    power = torch.fft.fft2(shared).abs().square() / (h * w)                               # white: 1 at every frequency
-    for frame in (0, 3, 7):
-        x = shared[:, frame]
-        assert abs(x.mean()) < 4 / x.numel() ** 0.5 and abs(x.var() - 1) < 4 * (2 / x.numel()) ** 0.5
-        assert (power[:, frame].mean((0, 1)) - 1).abs().max() < 5.5 / 240**0.5            # deviation of a mean of 240
-    between = (shared[:, 0] * shared[:, 7]).mean()                                        # the covariance of frames
-    assert abs(between - (-(-h // block) * -(-w // block)) / (h * w)) < 4 / (240 * h * w) ** 0.5
+def test_levels_of_the_authors_second_pass():
+    """All steps are spread over what the strength leaves of the ramp. Numbers: computed with DiffSynth
+    1.1.9, ContinuousODEScheduler().set_timesteps(steps, strength).sigmas, the first, second and last."""
+    for steps, strength, *theirs in (
+            (25, 0.5, 15.589973449707031, 12.58881664276123, 0.0020000035874545574),
+            (10, 0.8, 193.64572143554688, 100.40792083740234, 0.0020000035874545574),
+            (50, 0.3, 1.4347213506698608, 1.3144350051879883, 0.0020000035874545574),
+            (4, 1.0, 700.0001220703125, 70.54086303710938, 0.0020000035874545574)):
+        sigmas = sample.noise_levels(sample.Settings(steps=steps, strength=strength, schedule="karras"), True)
+        assert len(sigmas) == steps + 1 and sigmas[-1] == 0
+        assert [sigmas[i].item() for i in (0, 1, -2)] == pytest.approx(theirs, rel=1e-5)
+    ays = sample.noise_levels(sample.Settings(steps=10, strength=0.5, schedule="ays"), True)
+    assert torch.equal(ays, sample.ays_sigmas(10)[-6:])
 
 
 def test_guidance_goes_linearly_over_the_frames(monkeypatch):
     calls, x = [], torch.zeros(1, 5, 4, 2, 2)
-    told = torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 8), torch.tensor([[6.0, 127, 0.02]])
+    given = torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 8), torch.tensor([[6.0, 127, 0.02]])
 
     def fake(unet, x, sigma, image_latents, ctx, ids):
         calls.append((bool(image_latents.any()), bool(ctx.any())))
-        assert torch.equal(ids, told[2])  # without the image too
+        assert torch.equal(ids, given[2])  # without the image too
         return torch.full_like(x, 1.0 if ctx.any() else 0.5)
 
     monkeypatch.setattr(exsvd, "denoise", fake)
     for cfg, interval, passes in (
             ((1.0, 3.0), None, 2), ((1.0, 1.0), None, 1), ((1.5, 1.0), None, 2), ((0.0, 1.0), None, 2),
-            ((0.0, 0.0), None, 2), ((1.0, 3.0), (0.5, 1.0), 2), ((1.0, 3.0), (1.0, 2.0), 1),
-            ((1.0, 3.0), (0.2, 0.5), 1), ((1.0, 3.0), (0.5, 2.0), 2)):
+            ((1.0, 3.0), (0.5, 1.0), 2), ((1.0, 3.0), (1.0, 2.0), 1), ((1.0, 3.0), (0.5, 2.0), 2)):
         calls.clear()
-        D = sample.guided(None, *told, cfg, 5, interval)(x, torch.tensor(1.0))[0, :, 0, 0, 0]
-        assert torch.allclose(D, 0.5 + 0.5 * torch.linspace(*cfg, 5) if passes == 2 else torch.ones(5)), (cfg, interval)
-        assert calls == [(True, True), (False, False)][:passes], "guidance of 1 must not cost a second pass"
+        D = sample.guided(None, *given, cfg, 5, interval)(x, torch.tensor(1.0))[0, :, 0, 0, 0]
+        expected = 0.5 + 0.5 * torch.linspace(*cfg, 5) if passes == 2 else torch.ones(5)
+        assert torch.allclose(D, expected), (cfg, interval)
+        assert calls == [(True, True), (False, False)][:passes], "guidance of 1 must not cost a pass"
 
 
 def test_time_reversal_fusion_ends_with_each_image():
     a, b, x = torch.randn(3, 1, 5, 4, 2, 2)
     backward = Mock(return_value=b)
-    D = sample.fused(lambda x, sigma: a, backward, 5)(x, 1.0)
+    D = sample.time_reversal_fusion(lambda x, sigma: a, backward, 5)(x, 1.0)
     assert torch.equal(backward.call_args.args[0], x.flip(1))
     assert torch.equal(D[:, 0], a[:, 0]) and torch.equal(D[:, -1], b[:, 0])
     assert torch.allclose(D[:, 1], 0.75 * a[:, 1] + 0.25 * b[:, 3])
-    same = sample.fused(lambda x, sigma: 2 * x, lambda x, sigma: 2 * x, 5)(x, 1.0)
-    assert torch.allclose(same, 2 * x)
 
 
 def test_rounds_of_a_long_video():
@@ -1832,18 +2029,37 @@ def test_rounds_of_a_long_video():
 def test_adjust_matches_frames_and_raises_contrast():
     gain, bias = (torch.linspace(*ends, 6).view(1, -1, 1, 1, 1) for ends in ((0.5, 2), (-1, 1)))
     z = torch.randn(1, 6, 4, 8, 8) * gain + bias
-    s = {"match_stats": True, "contrast": 1.2, "keyframes": []}
+    s = sample.Settings(match_stats=True, contrast=1.2)
     out = sample.adjust(z, s)
     assert torch.allclose(out.mean((2, 3, 4)), z.mean().expand(1, 6) * 1.2, atol=1e-5)
     assert torch.allclose(out.std((2, 3, 4)), z.std().expand(1, 6) * 1.2, rtol=1e-4)
-    given = sample.adjust(z, s | {"keyframes": [2, 9]})
+    given = sample.adjust(z, s, [2, 9])
     assert torch.equal(given[:, 2], z[:, 2] * 1.2) and torch.equal(given[:, 3:], out[:, 3:])
-    assert torch.equal(sample.adjust(z, s | {"match_stats": False, "contrast": 1.0}), z)
+    assert torch.equal(sample.adjust(z, sample.Settings()), z)
+
+
+def test_the_defaults_of_a_model_come_in_order():
+    """The class, published weights, the model's file, the extension's file, flags."""
+    unet = make_unet()
+    svd = exsvd.SVD(unet, None, None, {}, None)
+    s = sample.settings_for(svd)
+    assert (s.steps, s.size, s.cfg, s.fps, s.native, s.dtype) == (25, (1024, 576), (1, 3), 7, 25, "float32")
+    unet.max_frames = 128
+    s = sample.settings_for(replace(svd, extension={}))
+    assert (s.steps, s.size, s.match_stats, s.contrast, s.encode_scale) == (50, (512, 512), True, 1.2, 0.13025)
+    model = {"defaults": {"sample": {"steps": 8, "size": [256, 128], "cfg": [1, 1], "sampler": "lcm"}}}
+    own = {"defaults": {"sample": {"size": [64, 64]}}}
+    s = sample.settings_for(replace(svd, meta=model, extension=own), {"steps": 3})
+    assert (s.steps, s.size, s.cfg, s.schedule, s.match_stats) == (3, (64, 64), (1, 1), "lcm", False)
+    for bad in ({"steps": 0}, {"size": [100, 64]}, {"cfg": [1]}, {"sampler": "rm -rf"}, {"out": "/etc/passwd"},
+                {"share_mean": 1}, {"fps": "fast"}, {"fps": None}, {"dtype": ["float32"]}):
+        with pytest.raises(exsvd.WeightsError, match=f"m.safetensors: its default.* {next(iter(bad))}"):
+            sample.settings_for(replace(svd, meta={"defaults": {"sample": bad}}), model="m.safetensors")
 
 
 class Frames:
-    """Stands in for the VAE where only the cutting matters: a frame's pixels are its latents, whatever is decoded with
-    it, but for the outermost frames of what is decoded at once, which are off by `edges`."""
+    """Stands in for the VAE where only the cutting matters: a frame's pixels are its latents, but for
+    the outermost frames of what is decoded at once, which are off by `edges`."""
 
     def __init__(self, fail_at=(), edges=0):
         self.calls, self.fail_at, self.edges = [], fail_at, edges
@@ -1862,14 +2078,15 @@ def counting(T):
     return torch.arange(T).float().view(1, T, 1, 1, 1).expand(-1, -1, 4, 2, 2)
 
 
-@pytest.mark.parametrize("T, chunk", [(1, 8), (7, 8), (8, 8), (9, 8), (40, 8), (41, 16), (25, 1), (25, 3), (128, 14)])
+@pytest.mark.parametrize("T, chunk", [
+    (1, 8), (7, 8), (8, 8), (9, 8), (40, 8), (41, 16), (25, 1), (25, 3), (128, 14)])
 def test_chunks_cover_every_frame_once_in_order(T, chunk):
     z, vae = counting(T), Frames()
     before = z.clone()
     pieces = list(sample.decode(vae, z, chunk))
     assert torch.allclose(torch.cat(pieces), z[0, :, :3], atol=1e-4) and torch.equal(z, before)
     assert max(map(len, pieces)) <= chunk  # memory does not grow with the video
-    if chunk >= 6:  # the outermost frames of a chunk saw padding where there are frames: nothing of them is left
+    if chunk >= 6:  # a chunk's outermost frames saw padding where there are frames: none of it is left
         frames = torch.cat(list(sample.decode(Frames(edges=100), z, chunk)))
         assert torch.allclose(frames[1:-1], z[0, 1:-1, :3], atol=1e-4)
     # all at once where that is possible; never a short last chunk, whose norms would see fewer frames
@@ -1880,35 +2097,77 @@ def test_chunks_cover_every_frame_once_in_order(T, chunk):
 def test_out_of_memory_halves_the_chunk_and_goes_on(fail_at, capsys):
     z, vae = counting(60), Frames(fail_at)
     assert torch.allclose(torch.cat(list(sample.decode(vae, z, 16))), z[0, :, :3], atol=1e-4)
-    assert vae.calls[-1] == 16 // 2 ** len(fail_at) and capsys.readouterr().err.count("out of memory") == len(fail_at)
+    assert vae.calls[-1] == 16 // 2 ** len(fail_at)
+    assert capsys.readouterr().err.count("out of memory") == len(fail_at)
     with pytest.raises(torch.OutOfMemoryError):
         list(sample.decode(Frames([1]), z, 1))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunk", [8, 16])
-def test_seams_do_not_show(chunk):
-    """The mean change from frame to frame beside that of the whole decode: at the seams as elsewhere, to 2 % in the
-    mean of three flights and to 0.05 of 255 in each."""
+def test_seams_do_not_show():
+    """The mean change from frame to frame beside that of the whole decode: at the seams as elsewhere."""
     vae = exsvd.load(os.path.join(HERE, "assets", "toy.safetensors"), parts=("vae",)).vae
     overlap, ratios = 4, []
-    for number in range(3):
-        z = vae.encode(world.flight(world.picture(9, number), world.scales(60, world.FPS, 48), 64))[None]
-        whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, chunk))
-        video, seam = torch.cat(pieces), torch.zeros(47, dtype=torch.bool)
+    for number in range(2):
+        flight = world.flight(world.picture(9, number), world.scales(60, world.FPS, 40), 64)
+        z = vae.encode(flight)[None]
+        whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, 16))
+        video, seam = torch.cat(pieces), torch.zeros(39, dtype=torch.bool)
         for begin in np.cumsum([len(p) for p in pieces])[:-1]:
             seam[begin - 1:begin + overlap] = True  # every change that involves a blended frame
         change, true = ((x[1:] - x[:-1]).abs().mean((1, 2, 3)) * 127.5 for x in (video, whole))
         ratios.append((change / true)[seam].mean() / (change / true)[~seam].mean())
         excess = (change - true)[seam].mean()
         psnr = 10 * torch.log10(4 / (video - whole).square().mean())
-        print(f"chunk {chunk}: change at the seams x {ratios[-1]:.3f} of elsewhere, {excess:+.3f} of 255; "
+        print(f"change at the seams x {ratios[-1]:.3f} of elsewhere, {excess:+.3f} of 255; "
               f"PSNR against the whole decode {psnr:.1f} dB")                     # see it with -s
         assert psnr > 50 and abs(excess) < 0.05
-    assert abs(torch.stack(ratios).mean() - 1) <= 0.02, ratios
+    assert abs(torch.stack(ratios).mean() - 1) <= 0.03, ratios
+
+
+@torch.no_grad()
+def test_a_video_is_that_of_diffusers_pipeline():
+    """7 frames of 128x64 by diffusers' whole pipeline, with the same weights, noise and settings."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    config = exsvd.CLIPConfig(**vars(CLIP) | {"image": 224, "patch": 56})  # the pipeline's size
+    unet, vae, clip = make_unet(), randomize(exsvd.VAE(VAE)), randomize(exsvd.ImageEncoder(config))
+    their_vae = diffusers.AutoencoderKLTemporalDecoder(block_out_channels=VAE.channels, layers_per_block=2,
+                                                       down_block_types=("DownEncoderBlock2D",) * 4).eval()
+    their_vae.load_state_dict(named(vae, "diffusers"))
+    their_clip = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
+        hidden_size=config.width, intermediate_size=4 * config.width, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, image_size=224, patch_size=56, projection_dim=config.out_dim,
+        hidden_act="gelu")).eval()
+    their_clip.load_state_dict(named(clip, "diffusers"))
+    scheduler = diffusers.EulerDiscreteScheduler(  # as published beside SVD-XT's weights
+        sigma_min=0.002, sigma_max=700, use_karras_sigmas=True, prediction_type="v_prediction",
+        timestep_type="continuous", timestep_spacing="leading", steps_offset=1)
+    pipeline = diffusers.StableVideoDiffusionPipeline(
+        their_vae, their_clip, diffusers_unet(unet, 64 / 128), scheduler, transformers.CLIPImageProcessor())
+    pipeline.set_progress_bar_config(disable=True)
+
+    s = sample.Settings(frames=7, steps=10, fps=6.0, motion=40.0, aug=0.1, cfg=(1.2, 4.0), seed=3, native=25,
+                        schedule="karras")
+    picture = torch.randint(256, (64, 128, 3), dtype=torch.uint8)
+    svd = exsvd.SVD(unet, vae, clip, {}, None)
+    latents = sample.make_latents(svd, data.fit_image(picture, 128, 64), s, torch.device("cpu"))
+    [frames] = sample.decode(vae, latents / exsvd.VAE_SCALE, 7)
+    g = torch.Generator().manual_seed(3)
+    noise = torch.randn(1, 7, 4, 8, 16, generator=g)
+    options = dict(image=Image.fromarray(picture.numpy()), height=64, width=128, num_frames=7, num_inference_steps=10,
+                   min_guidance_scale=1.2, max_guidance_scale=4.0, fps=6, motion_bucket_id=40,
+                   noise_aug_strength=0.1, latents=noise, return_dict=False)
+    close(latents, pipeline(generator=g.clone_state(), output_type="latent", **options), PARITY, "latents")
+    theirs = pipeline(generator=g.clone_state(), output_type="pt", **options)
+    close(((frames + 1) / 2).clamp(0, 1), theirs[0], PARITY, "frames")
 
 
 # --- the command, on a small model with random weights
+
+SAMPLING = {"size": [64, 64], "steps": 1, "sampler": "ddim", "eta": 1.0, "cfg": [1.0, 1.0], "fps": 8.0, "motion": 40.0,
+            "dtype": "float32"}
+TRAINING = {"frames": 10, "size": [64, 64], "lr": 1e-3, "warmup": 2, "checkpoint": "none", "drop": 0.0,
+            "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -1917,13 +2176,14 @@ def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
     exsvd.save_model(path, exsvd.UNet(exsvd.UNetConfig((16, 32, 32, 32), (1, 1, 1, 1), 16, 8, 8)),
                      exsvd.VAE(exsvd.VAEConfig((8, 16, 16, 16), 8)),
-                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 16)), family="toy")
+                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 16)),
+                     defaults={"sample": SAMPLING, "train": TRAINING})
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def small_vae(small):
-    return exsvd.load(small, parts=("vae",)).vae.requires_grad_(False)
+    return exsvd.load(small, parts=("vae",)).vae
 
 
 @pytest.fixture(scope="module")
@@ -1939,19 +2199,17 @@ def extensions(small, tmp_path_factory):
 def pictures(tmp_path):
     paths = [str(tmp_path / name) for name in ("first.png", "second.png")]
     for number, path in enumerate(paths):
-        data.write_png(path, world.clip(0, number, 1, 96)[0][0])
+        data.write_png(path, sample.to_pixels(world.picture(0, number)[None, :, :96, :96])[0])
     return paths
 
 
 @pytest.fixture
 def make(small, pictures, tmp_path):
-    """make(flags) -> the path of what sample.py made: from the first picture with the small model, in one step of
-    64x64 pixels, where the flags don't say otherwise."""
+    """make(flags) -> the path of what sample.py made: from the first picture with the small model, where
+    the flags don't say otherwise."""
 
     def make(*flags, images=pictures[:1], name="a.mp4"):
         defaults = {"--model": small, "--out": tmp_path / name}
-        if "--decode-only" not in flags:
-            defaults |= {"--steps": 1, "--size": "64x64"}
         rest = [word for flag, value in defaults.items() if flag not in flags for word in (flag, value)]
         sample.main([*map(str, [*images, *flags, *rest])])
         return tmp_path / name
@@ -1967,12 +2225,12 @@ def spied(monkeypatch, module, name):
 
 
 def oracle(monkeypatch, *clips):
-    """From now on the model sees the first of these latents, then the second, ... in whatever it is shown. -> lists of
-    what it will be shown, (x, sigma), and of the image latents that it will be told"""
-    shown, told, clips = [], [], iter(clips)
+    """From now on the model sees the first of these latents, then the second, ... in whatever it is
+    shown. -> lists of what it will be shown, (x, sigma), and of the image latents it is conditioned on"""
+    shown, conditions, clips = [], [], iter(clips)
 
     def guided(unet, image_latents, *_):
-        told.append(image_latents)
+        conditions.append(image_latents)
         z = next(clips)
 
         def denoise(*x_and_sigma):
@@ -1981,11 +2239,15 @@ def oracle(monkeypatch, *clips):
         return denoise
 
     monkeypatch.setattr(sample, "guided", guided)
-    return shown, told
+    return shown, conditions
 
 
 def latents_of(out):
     return load_file(sample.latents_path(str(out)))["latents"]
+
+
+def fitted(path):
+    return data.fit_image(data.read_image(path), 64, 64)
 
 
 def floats(frames):
@@ -1995,7 +2257,7 @@ def floats(frames):
 
 def test_video_from_an_image(make, monkeypatch, capsys):
     """Guided in an interval of noise levels."""
-    denoise, threads = spied(monkeypatch, exsvd, "denoise"), spied(monkeypatch, torch, "set_num_threads")
+    denoise = spied(monkeypatch, exsvd, "denoise")
     out = make("--steps", 6, "--cfg", 2, 2, "--cfg-interval", 0.1, 10)
     sigmas, asked = exsvd.karras_sigmas(6)[:-1].tolist(), [call.args[2].item() for call in denoise.call_args_list]
     assert sorted(asked) == sorted(sigmas + [s for s in sigmas if 0.1 < s <= 10]) and 6 < len(asked) < 12
@@ -2003,34 +2265,47 @@ def test_video_from_an_image(make, monkeypatch, capsys):
     assert video.shape == (8, 64, 64, 3) and fps == 8
     settings = data.read_settings(out)
     assert [settings[key] for key in ("frames", "steps", "seed", "cfg_interval")] == [8, 6, 0, [0.1, 10]]
-    assert not any("/" in str(value) for value in settings.values()), "a path, which says where somebody works"
+    assert not any("/" in str(value) for value in settings.values()), "a path, which says where one works"
     text = capsys.readouterr().out
-    assert "s to sample" in text and "s to decode" in text and "at the peak" in text
-    threads.assert_called_once_with(1)  # two that wait for each other are slower than one, on networks this small
+    assert "float32 on cpu" in text and "s to sample" in text and "at the peak" in text
     for name in ("a.webm", "a.gif"):
         out = make("--frames", 3, name=name)
         assert data.read_video(out)[0].shape == (3, 64, 64, 3)
         assert name == "a.gif" or data.read_settings(out)["frames"] == 3
 
 
-@pytest.mark.parametrize("schedule, sampler, eta", [
-    ("karras", "euler", 0), ("karras", "heun", 0), ("karras", "ddim", 1), ("karras", "dpm++", 0), ("ays", "dpm++", 0),
-    ("ays", "ddim", 0)])
-def test_what_the_model_says_comes_out(make, small_vae, extensions, monkeypatch, schedule, sampler, eta):
+@pytest.mark.parametrize("schedule, sampler", [
+    ("karras", "euler"), ("karras", "heun"), ("karras", "ddim"), ("ays", "dpm++"), ("lcm", "lcm")])
+def test_what_the_model_says_comes_out(make, small_vae, extensions, monkeypatch, schedule, sampler):
     """It is asked once a step (by heun twice, but in the last), at the schedule's noise levels."""
     z = torch.randn(1, 20, 4, 8, 8)
     shown, _ = oracle(monkeypatch, z)
-    out = make("--extension", extensions[0], "--schedule", schedule, "--sampler", sampler, "--eta", eta, "--steps", 4,
-               "--decode-chunk", 20, name="frames")
-    levels = {"ays": sample.ays_sigmas(4), "karras": exsvd.karras_sigmas(4)}[schedule][:-1]
+    flags = ("--schedule", schedule) if sampler != "lcm" else ()  # lcm brings its own
+    out = make("--extension", extensions[0], *flags, "--sampler", sampler, "--steps", 4, "--decode-chunk", 20,
+               name="frames/")
+    levels = sample.SCHEDULES[schedule](4)[:-1]
     if sampler == "heun":
         levels = levels.repeat_interleave(2)[1:]
     assert torch.equal(torch.stack([sigma for _, sigma in shown]), levels)
     assert torch.allclose(latents_of(out), z, atol=1e-4)
     expected = sample.to_pixels(small_vae.decode(z / exsvd.VAE_SCALE)[0])
-    assert (data.read_video(out)[0].int() - expected.int()).abs().max() <= 1
-    settings = data.read_settings(out)
-    assert [settings[key] for key in ("schedule", "sampler", "eta", "steps")] == [schedule, sampler, eta, 4]
+    assert (frames_of(out).int() - expected.int()).abs().max() <= 1
+
+
+def frames_of(folder):
+    """What sample.py wrote as a folder of PNGs: uint8 (T,H,W,3)"""
+    return torch.stack([data.read_image(path) for path in sorted(folder.glob("frame_*.png"))])
+
+
+def test_noise_of_one_mean_stays_standard_normal(make, monkeypatch):
+    """With --share-mean frames differ, but not in the mean of their noise."""
+    shown, _ = oracle(monkeypatch, torch.zeros(1, 8, 4, 8, 8))
+    make("--share-mean")
+    x, sigma = shown[0]
+    noise = x / (sigma**2 + 1).sqrt()
+    means = noise.mean((3, 4))
+    assert torch.allclose(means, means[:, :1].expand_as(means), atol=1e-5)
+    assert abs(noise.std() - 1) < 0.05 and not torch.allclose(noise[:, 0], noise[:, 1])
 
 
 def test_offload_has_one_stage_on_the_device_and_changes_nothing(make, monkeypatch):
@@ -2043,7 +2318,8 @@ def test_offload_has_one_stage_on_the_device_and_changes_nothing(make, monkeypat
     monkeypatch.setattr(torch.nn.Module, "to", spy)
     assert make(name="plain.mp4").read_bytes() == make("--offload", name="offload.mp4").read_bytes()
     out_and_back = [(n, "cpu") for stage in (["ImageEncoder", "VAE"], ["UNet"], ["VAE"]) for n in stage * 2]
-    assert moves == out_and_back + [move for move in out_and_back if move[0] != "UNet"], "offloaded, it is a Stream's"
+    offloaded = [move for move in out_and_back if move[0] != "UNet"]  # the UNet's Stream moves it
+    assert moves == out_and_back + offloaded
 
     moves.clear()
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append(str(where)))
@@ -2063,39 +2339,30 @@ def test_offload_really_moves(make, small):
 
 @pytest.mark.parametrize("flags, expected", [
     ("", {"sampler": "ddim", "eta": 1.0, "match_stats": False, "contrast": 1.0}),
-    ("--eta 0.5", {"sampler": "ddim", "eta": 0.5}),
-    ("--sampler ddim", {"sampler": "ddim", "eta": 0.0}),
-    ("--sampler heun", {"sampler": "heun", "eta": 0.0}),
-    ("--sampler euler --eta 0.5", {"sampler": "euler", "eta": 0.5}),
+    ("--sampler heun", {"sampler": "heun", "schedule": "karras"}),
     ("--extension {own}", {"match_stats": False, "contrast": 1.0}),
-    ("--extension {release}", {"match_stats": True, "contrast": 1.2}),
+    ("--extension {release}", {"match_stats": True, "contrast": 1.2, "encode_scale": 0.13025}),
     ("--extension {release} --no-match-stats --contrast 1.1", {"match_stats": False, "contrast": 1.1})])
 def test_defaults_and_flags(make, extensions, flags, expected):
-    """The toy's sampler is ddim with eta 1; a sampler that is named adds no noise, unless --eta says so. Only the
-    published extension is corrected."""
+    """A model's file carries defaults. Only the published extension is corrected."""
     own, release = extensions
     settings = data.read_settings(make("--frames", 4, *flags.format(own=own, release=release).split()))
     assert settings == settings | expected
 
 
-def test_warnings_off_the_trained_range(make, pictures, capsys):
-    make("--frames", 1, "--fps", 100, "--motion", 90, images=pictures, name="{name}.mp4")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert [line.split()[1].strip(",") for line in warnings] == ["64x64", "fps", "motion"], "one line each, once"
-    for flags, warning in (
-            ("--frames 1 --size 128x128 --fps 8 --motion 20", None),
-            ("--frames 1 --size 256x64", "256x64, but toy was trained on 128x128"),  # of the area, but too wide
-            ("--frames 9 --size 128x128", "warning: 9 frames, but"),
-            ("--frames 9 --size 128x128 --native 9", None), ("--frames 9 --size 128x128 --overlap 1", None)):
+def test_a_warning_beyond_the_native_length(make, capsys):
+    for flags, warns in (("--frames 9", True), ("--frames 9 --native 9", False), ("--frames 9 --overlap 1", False)):
         make(*flags.split())
-        said = capsys.readouterr().err
-        assert warning in said if warning else "warning" not in said, flags
+        assert ("warning: 9 frames, but" in capsys.readouterr().err) == warns, flags
 
 
-def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
+def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch, capsys):
     whole = make(name="whole.mp4")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="shape"):
         patch.setattr(exsvd.VAE, "decode", lambda *_: torch.zeros(1).view(2))
+        make(name="lost.mp4")
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="--decode-only .*--dtype float32"):
+        patch.setattr(exsvd.VAE, "decode", lambda _, z: torch.full((1, z.shape[1], 3, 64, 64), math.inf))
         make(name="lost.mp4")
     assert not (tmp_path / "lost.mp4").exists()
     again = make("--decode-only", tmp_path / "lost.latents.safetensors", images=(), name="lost.mp4")
@@ -2103,15 +2370,13 @@ def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
 
 
 ZEROS, NO_LATENTS = torch.zeros(1, 2, 4, 8, 8), "no latents saved by sample.py"
-SAVED = {"family": "toy", "frames": 2, "width": 64, "height": 64, "fps": 8, "dtype": "float32", "decode_chunk": 2,
-         "match_stats": False, "contrast": 1}
+SAVED = asdict(sample.Settings(frames=2, size=(64, 64), dtype="float32"))
 
 
 @pytest.mark.parametrize("flag", ["--decode-only", "--video"])
 @pytest.mark.parametrize("latents, settings, words", [
-    (ZEROS, {}, NO_LATENTS), (ZEROS, [1], NO_LATENTS), (ZEROS, {"frames": 2, "width": 64, "height": 64}, NO_LATENTS),
-    (ZEROS[0], SAVED, NO_LATENTS), (ZEROS * math.nan, SAVED, "not finite"),
-    (ZEROS, SAVED | {"family": "SVD"}, "give its --model")])
+    (ZEROS, None, NO_LATENTS), (ZEROS, [1], NO_LATENTS), (ZEROS, {"frames": 2}, NO_LATENTS),
+    (ZEROS[0], SAVED, NO_LATENTS), (ZEROS * math.nan, SAVED, "not finite")])
 def test_latents_that_cannot_be_used(make, tmp_path, flag, latents, settings, words):
     exsvd.save(tmp_path / "saved.safetensors", {"latents": latents}, {"settings": settings})
     with pytest.raises(exsvd.WeightsError, match=words):
@@ -2122,20 +2387,20 @@ def test_names_of_outputs():
     outs = ["a/b.1.mp4", "a/b.2.mp4", "b.1/", "b.2/", "b"]
     assert len({sample.latents_path(out) for out in outs}) == len(outs)
     assert sample.latents_path("a/b.mp4") == "a/b.latents.safetensors"
-    jobs = sample.parse(["a.png", "--seeds", "2", "--out", "frames.d/"]).jobs
+    jobs = sample.parse(["a.png", "--seeds", "2", "--out", "frames.d/"])[0].jobs
     assert [out for _, _, out in jobs] == ["frames.d-0/", "frames.d-1/"], "seeds of a folder are folders"
 
 
 def test_the_toy_that_ships(tmp_path):
     names = "toy.safetensors", "toy-exvideo.safetensors", "img.png"
     toy, tuned, image = (os.path.join(HERE, "assets", name) for name in names)
-    assert os.path.getsize(toy) + os.path.getsize(tuned) < 24e6
-    sample.main([image, "--model", toy, "--extension", tuned, "--out", str(tmp_path / "frames")])
-    frames, fps = data.read_video(tmp_path / "frames")
-    picture = data.fit_image(data.read_image(image), world.PICTURE, world.PICTURE)
-    m = measure.measure(floats(frames), picture, sample.DEFAULTS["toy"]["motion"], fps)
-    assert len(frames) == 40 and 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.08 and m["back"] < 0.03, measure.show(m)
-    assert 0.6 < m["flicker"] < 1.5 and min(m["psnr"]) > 22, measure.show(m)
+    assert os.path.getsize(toy) + os.path.getsize(tuned) < 32e6
+    sample.main([image, "--model", toy, "--extension", tuned, "--out", str(tmp_path / "a.mp4")])
+    frames, fps = data.read_video(tmp_path / "a.mp4")
+    size = frames.shape[1]
+    picture = data.fit_image(data.read_image(image), size, size)
+    m = measure.measure(floats(frames), picture, data.read_settings(tmp_path / "a.mp4")["motion"], fps)
+    assert len(frames) == 40 and 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.08 and m["back"] < 0.03, m
 
 
 def test_default_model(tmp_path, monkeypatch, capsys):
@@ -2146,19 +2411,20 @@ def test_default_model(tmp_path, monkeypatch, capsys):
         return tuple(path and os.path.relpath(path, tmp_path) for path in paths)
 
     assert chosen() == ("assets/toy.safetensors", "assets/toy-exvideo.safetensors")
-    assert "using the toy model" in capsys.readouterr().err
+    assert "using the toy" in capsys.readouterr().err
     assert chosen(model=tmp_path / "m") == ("m", None)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/svd_xt.safetensors").touch()
     assert chosen() == ("weights/svd_xt.safetensors", None)
+    (tmp_path / "weights/model.fp16.safetensors").touch()
+    assert chosen() == ("weights/svd_xt.safetensors", "weights/model.fp16.safetensors")
     (tmp_path / "weights/exvideo.safetensors").touch()
     assert chosen() == ("weights/svd_xt.safetensors", "weights/exvideo.safetensors")
-    assert chosen(extension=tmp_path / "e") == ("weights/svd_xt.safetensors", "e") and not capsys.readouterr().err
+    assert chosen(extension=tmp_path / "e")[1] == "e" and not capsys.readouterr().err
 
 
 def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
-    """Seeds, a bad image, latents that overflow, what is there already, shares of the work, and a model that is loaded
-    once."""
+    """Seeds, a bad image, latents that overflow, what exists already, and a model that is loaded once."""
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
     load, made, make_latents = spied(monkeypatch, exsvd, "load"), [], sample.make_latents
@@ -2170,56 +2436,51 @@ def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "make_latents", overflows_first)
     flags = "--frames", 2, "--size", "128x64", "--seed", 3, "--seeds", 2
     outs = [tmp_path / f"{name}-{seed}.mp4" for name in ("first", "second") for seed in (3, 4)]
-    with pytest.raises(data.MediaError, match="3 of 6 videos were not made: .*first-3.mp4, .*bad-3.mp4, .*bad-4.mp4"):
+    failed = "3 of 6 videos were not made: .*first-3.mp4, .*bad-3.mp4, .*bad-4.mp4"
+    with pytest.raises(data.MediaError, match=failed):
         make(*flags, images=(pictures[0], bad, pictures[1]), name="{name}.mp4")
     errors = capsys.readouterr().err
     assert f"sample.py: {bad}: " in errors and f"sample.py: {outs[0]}: the latents are not" in errors
     assert sorted(tmp_path.glob("*.mp4")) == outs[1:] and load.call_count == 1
     make(*flags, name="{name}.mp4")
     assert sorted(tmp_path.glob("*.mp4")) == outs and len({out.read_bytes() for out in outs}) == 4
+    assert "first-4.mp4: exists and is skipped" in capsys.readouterr().out
     assert data.read_video(outs[0])[0].shape == (2, 64, 128, 3) and data.read_settings(outs[1])["seed"] == 4
-
-    before = outs[3].read_bytes()
-    outs[3].unlink()
-    make(*flags, "--shard", "0/2", images=pictures, name="{name}.mp4")
-    assert not outs[3].exists(), "seed 4 of the second is the other shard's"
-    capsys.readouterr()
-    make(*flags, "--shard", "1/2", images=pictures, name="{name}.mp4")
-    assert outs[3].read_bytes() == before and "first-4.mp4: is there" in capsys.readouterr().out
-    make(*flags, "--shard", "3/4", "--overwrite", images=pictures, name="{name}.mp4")
-    assert outs[3].read_bytes() == before and load.call_count == 4, "once where a video is made, else not at all"
+    count = len(made)
+    make(*flags, "--overwrite", name="{name}.mp4")
+    assert len(made) == count + 2
 
 
 def test_longer_than_the_table_in_rounds(make, extensions, monkeypatch):
     clips, condition = torch.randn(3, 1, 20, 4, 8, 8), spied(monkeypatch, sample, "condition")
     oracle(monkeypatch, *clips)
-    out = make("--extension", extensions[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45, name="frames")
+    out = make("--extension", extensions[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45, name="frames/")
     expected = torch.zeros(1, 45, 4, 8, 8)  # common frames fade from one round to the next
     for clip, start, shared in zip(clips, (0, 16, 25), (0, 4, 11)):
         weight = torch.cat([torch.linspace(1, 0, shared + 1)[:-1], torch.zeros(20 - shared)]).view(1, 20, 1, 1, 1)
         expected[:, start:start + 20] = torch.lerp(clip, expected[:, start:start + 20], weight)
     assert torch.allclose(latents_of(out), expected, atol=1e-4)
-    video, (_, *later) = floats(data.read_video(out)[0]), [call.args[1] for call in condition.call_args_list]
-    # a round is told of its own first frame, as the model was trained
-    assert len(video) == 45 and [(video - img).square().mean((1, 2, 3)).argmin() for img in later] == [16, 25]
+    video, (_, *later) = floats(frames_of(out)), [call.args[1] for call in condition.call_args_list]
+    # a round is conditioned on its own first frame, as the model was trained
+    assert [(video - img).square().mean((1, 2, 3)).argmin() for img in later] == [16, 25]
 
 
 def test_rounds_and_key_frames_of_published_weights(make, small_vae, extensions, pictures, monkeypatch):
-    """Every frame is matched to the others and gets 1.2 times the contrast: a later round is told of the frame that a
-    viewer sees, and a key frame comes out as its picture is, also when it is decoded with another contrast."""
+    """A later round is conditioned on the frame that a viewer sees. A key frame enters at the scale of
+    the authors' encoder, and its statistics stay."""
     clips = torch.randn(2, 1, 20, 4, 8, 8)
-    _, told = oracle(monkeypatch, *clips)
+    _, conditions = oracle(monkeypatch, *clips)
     out = make("--extension", extensions[1], "--frames", 24, "--overlap", 8, "--keyframe", f"14={pictures[0]}")
-    z, settings = latents_of(out), data.read_settings(out)
-    encoded = small_vae.encode(data.fit_image(data.read_image(pictures[0]), 64, 64)[None])
-    assert torch.allclose(sample.adjust(z, settings)[:, 14] / exsvd.VAE_SCALE, encoded, atol=1e-4)
+    z, s = latents_of(out), sample.Settings(match_stats=True, contrast=1.2)
+    encoded = small_vae.encode(fitted(pictures[0])[None])
+    assert torch.allclose(z[:, 14], encoded * 0.13025, atol=1e-5)
+    assert torch.allclose(sample.adjust(z, s, [14])[:, 14], z[:, 14] * 1.2)
     clips[0][:, 14] = z[:, 14]
-    assert torch.allclose(told[1], sample.adjust(clips[0], settings)[:, 4:5] / exsvd.VAE_SCALE, atol=1e-4)
+    assert torch.allclose(conditions[1], sample.adjust(clips[0], s, [14])[:, 4:5] / exsvd.VAE_SCALE, atol=1e-4)
     write_video = spied(monkeypatch, sample, "write_video")
     make("--decode-only", sample.latents_path(str(out)), "--contrast", 1, images=())
-    _, z, settings, _ = write_video.call_args.args
-    assert settings["contrast"] == 1
-    assert torch.allclose(sample.adjust(z, settings)[:, 14] / exsvd.VAE_SCALE, encoded, atol=1e-4)
+    _, _, settings, _, keyframes = write_video.call_args.args
+    assert settings.contrast == 1 and settings.match_stats and keyframes == [14]
 
 
 def test_an_end_and_key_frames(make, small_vae, extensions, pictures, monkeypatch):
@@ -2228,10 +2489,11 @@ def test_an_end_and_key_frames(make, small_vae, extensions, pictures, monkeypatc
     condition = spied(monkeypatch, sample, "condition")
     out = make("--end", pictures[1], "--keyframe", f"3={pictures[1]}")
     expected = torch.lerp(a, b.flip(1), torch.linspace(0, 1, 8).view(1, 8, 1, 1, 1))
-    first, last = (data.fit_image(data.read_image(path), 64, 64) for path in pictures)
+    first, last = map(fitted, pictures)
     expected[:, 3] = small_vae.encode(last[None]) * exsvd.VAE_SCALE
-    assert torch.allclose(latents_of(out), expected, atol=1e-5) and data.read_settings(out)["keyframes"] == [3]
-    assert [torch.equal(call.args[1], img) for call, img in zip(condition.call_args_list, (first, last))] == [True] * 2
+    assert torch.allclose(latents_of(out), expected, atol=1e-5)
+    images = [call.args[1] for call in condition.call_args_list]
+    assert torch.equal(images[0], first) and torch.equal(images[1], last)
 
     condition.reset_mock()  # in rounds, the last of them alone knows the end
     clips = torch.randn(3, 1, 20, 4, 8, 8)
@@ -2240,70 +2502,45 @@ def test_an_end_and_key_frames(make, small_vae, extensions, pictures, monkeypatc
     images = [call.args[1] for call in condition.call_args_list]
     assert len(images) == 3 and torch.equal(images[0], first) and torch.equal(images[2], last)
     z = latents_of(out)
-    assert torch.allclose(z[:, 0], clips[0][:, 0], atol=1e-5) and torch.allclose(z[:, -1], clips[2][:, 0], atol=1e-5)
-
-    oracle(monkeypatch, a)
-    z = latents_of(make("--keyframe", f"3={pictures[1]}", "--contrast", 1.2))
-    assert torch.allclose(1.2 * z[:, 3], expected[:, 3], atol=1e-5), "contrast is for what the model made"
+    assert torch.allclose(z[:, 0], clips[0][:, 0], atol=1e-5)
+    assert torch.allclose(z[:, -1], clips[2][:, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("strength, steps", [(0.5, 2), (1, 4), (0, 1)])
-def test_a_video_is_refined_from_where_the_strength_says(make, small_vae, pictures, monkeypatch, strength, steps):
+@pytest.mark.parametrize("strength", [0.5, 1])
+def test_a_video_is_refined_from_where_the_strength_says(make, small_vae, extensions, pictures, monkeypatch, strength):
+    """The video and its latents start alike, at the scale of the weights: published ones take 0.13025."""
     first = make("--frames", 8, name="first.mp4")
     (video, fps), latents = data.read_video(first), latents_of(first)
-    encoded = data.encode_frames(small_vae, floats(video))[None] * exsvd.VAE_SCALE
-    decoded = sample.to_pixels(small_vae.decode(latents / exsvd.VAE_SCALE)[0])
-    sigma = exsvd.karras_sigmas(4)[-1 - steps]
+    encoded = data.encode_frames(small_vae, floats(video))[None]
+    sigma = sample.noise_levels(sample.Settings(steps=4, strength=strength, schedule="karras"), True)[0]
     noise = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     condition = spied(monkeypatch, sample, "condition")
-    for source, z, frames in ((first, encoded, video), (sample.latents_path(str(first)), latents, decoded)):
-        shown, _ = oracle(monkeypatch, torch.zeros(1, 4, 4, 8, 8))
-        out = make("--video", source, "--strength", strength, "--steps", 4, "--share-noise", 0, "--seed", 5,
-                   "--frames", 4, images=(), name="refined.mp4")
-        img = condition.call_args.args[1]
-        assert (img - data.fit_image(frames[0], 64, 64)).abs().max() < 0.01, "told of another than its first frame"
-        assert len(shown) == steps and shown[0][1] == sigma
-        assert torch.allclose(shown[0][0], z[:, [0, 2, 5, 7]] + sigma * noise, rtol=1e-4, atol=1e-3)
-        refined, its_fps = data.read_video(out)
-        assert refined.shape == (4, 64, 64, 3) and its_fps == fps / 2, "it lasts as long as the video did"
+    for source, z in ((first, encoded), (sample.latents_path(str(first)), latents / exsvd.VAE_SCALE)):
+        for extension, scale in ((None, exsvd.VAE_SCALE), (extensions[1], 0.13025)):
+            shown, _ = oracle(monkeypatch, torch.zeros(1, 4, 4, 8, 8))
+            flags = ("--extension", extension) if extension else ()
+            out = make("--video", source, "--strength", strength, "--steps", 4, "--seed", 5, "--frames", 4, *flags,
+                       images=(), name="refined.mp4")
+            assert len(shown) == 4 and shown[0][1] == sigma, "all steps are made"
+            assert torch.allclose(shown[0][0], z[:, [0, 2, 5, 7]] * scale + sigma * noise, rtol=1e-4, atol=1e-3)
+            refined, its_fps = data.read_video(out)
+            assert refined.shape == (4, 64, 64, 3) and its_fps == fps / 2, "it lasts as long as the video did"
     oracle(monkeypatch, torch.zeros(1, 8, 4, 8, 8))
     make("--video", source, images=pictures[1:], name="refined.mp4")
-    assert torch.equal(condition.call_args.args[1], data.fit_image(data.read_image(pictures[1]), 64, 64))
+    assert torch.equal(condition.call_args.args[1], fitted(pictures[1]))
     with pytest.raises(data.MediaError, match="latents are of 64x64"):
         make("--video", source, "--size", "128x128")
 
 
-def test_refinement_by_published_weights_begins_as_the_video_looks(make, small_vae, extensions, monkeypatch):
-    """From the video and from its latents alike: what they show, less the contrast that is put on in the end. All 24
-    frames are made, in two rounds, at their own rate."""
-    release = "--extension", extensions[1]
-    oracle(monkeypatch, *torch.randn(2, 1, 20, 4, 8, 8))
-    first = make(*release, "--frames", 24, name="first.mp4")
-    (video, fps), seen = data.read_video(first), sample.adjust(latents_of(first), data.read_settings(first))
-    encoded = data.encode_frames(small_vae, floats(video))[None] * exsvd.VAE_SCALE
-    noise = torch.randn(1, 20, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    for source, z in ((sample.latents_path(str(first)), seen), (first, encoded)):
-        shown, _ = oracle(monkeypatch, *torch.zeros(2, 1, 20, 4, 8, 8))
-        out = make("--video", source, *release, "--strength", 0, "--steps", 9, "--share-noise", 0, images=(),
-                   name="refined.mp4")
-        x, sigma = shown[0]
-        assert torch.allclose(x, z[:, :20] / 1.2 + sigma * noise, rtol=1e-4, atol=1e-3)
-        refined, its_fps = data.read_video(out)
-        assert len(shown) == 2 and len(refined) == 24 and its_fps == fps
-        assert data.read_settings(out)["overlap"] == 2, "an eighth of a round"
+def test_a_name_that_is_too_long_fails_before_the_work(make, tmp_path, monkeypatch):
+    load = spied(monkeypatch, exsvd, "load")
+    with pytest.raises(data.MediaError, match="cannot be written"):
+        make(name="x" * 240 + ".mp4")
+    assert not load.called and not list(tmp_path.glob("x*"))
 
 
-def test_a_video_to_refine_keeps_its_size(small, tmp_path):
-    """Whatever the size of IMAGE; latents also where they are wider than what is chosen for pictures."""
-    svd, large = exsvd.load(small), torch.zeros(200, 300, 3, dtype=torch.uint8)
-    a = sample.parse(["large.png", "--video", "a.mp4", "--out", str(tmp_path / "refined.mp4")])
-    for width, height in ((128, 64), (320, 64)):
-        video = sample.Video(torch.zeros(2, 4, height // 8, width // 8), 8, None)
-        s = sample.settings_of(a, "toy", svd, large, 0, video)
-        assert (s["width"], s["height"]) == (width, height)
-
-
-def test_out_of_memory_names_what_helps_in_order(small, pictures, monkeypatch):
+def test_out_of_memory_names_what_helps_in_order(small, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "make_latents", Mock(side_effect=torch.OutOfMemoryError("injected")))
     with pytest.raises(SystemExit) as exit:
         sample.command([pictures[0], "--model", small])
@@ -2311,66 +2548,25 @@ def test_out_of_memory_names_what_helps_in_order(small, pictures, monkeypatch):
     assert flags[:4] == ["--dtype", "--dtype", "--offload", "--frames"] and "--decode-only" in flags
 
 
-def test_text_to_video_by_the_snippet(small, tmp_path, monkeypatch):
-    """The very lines of README.md, with a pipeline of random weights in place of the real one."""
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(  # of bytes, whose tokenizer needs no files
-        vocab_size=384, eos_token_id=1, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2))
-    unet = diffusers.UNet2DConditionModel(
-        8, block_out_channels=(32,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=32)
-    pipeline = diffusers.StableDiffusionPipeline(
-        diffusers.AutoencoderKL(block_out_channels=(32,)), text, transformers.ByT5Tokenizer(model_max_length=77), unet,
-        diffusers.DDIMScheduler(), None, None, requires_safety_checker=False)
-    on_cuda = Mock()  # there is no cuda, and two steps will do
-    on_cuda.to = lambda device: functools.partial(pipeline, num_inference_steps=2)
-    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained", lambda name, torch_dtype: on_cuda)
-    monkeypatch.setattr(sample, "default_model", lambda a: (small, None))
-    monkeypatch.setitem(sample.DEFAULTS, "toy", sample.DEFAULTS["toy"] | {"steps": 1, "size": (64, 64)})
-    monkeypatch.chdir(tmp_path)
-    with open(os.path.join(HERE, "README.md")) as file:
-        blocks = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
-    snippet, loop = (next(block for block in blocks if words in block) for words in ("from diffusers", "VBench"))
-    exec(snippet, {})
-    assert data.read_video("out/lighthouse.mp4")[0].shape == (8, 64, 64, 3)
-    assert data.read_image("lighthouse.png").shape == (8, 8, 3)
-
-    before = snippet[:snippet.index("text_to_image(")]  # section 4.1 of the paper: the loop over VBench's prompts
-    prompts = ["a beach, watercolor painting", "a table."]
-    (tmp_path / "VBench_full_info.json").write_text(json.dumps([{"prompt_en": p} for p in [*prompts, prompts[0]]]))
-    exec(before + loop, {})
-    images = sorted(tmp_path.glob("a *.png"))
-    assert [image.name for image in images] == [f"{p}-{seed}.png" for p in prompts for seed in range(5)]
-    assert len({image.read_bytes() for image in images}) == 10
-    sample.main([*map(str, images[:2]), "--frames", "1", "--out", "videos/{name}.mp4"])
-    assert sorted(os.listdir("videos"))[1::2] == [f"{prompts[0]}-{seed}.mp4" for seed in (0, 1)]
-
-
-OVERWRITTEN = "would be overwritten: choose another --out"
+OVERWRITTEN = "would overwrite what is read"
 
 
 @pytest.mark.parametrize("args, words", [
     *((f"{{picture}} {flags}", words) for flags, words in (
         ("--size 100x64", "multiples of 64"), ("--size big", "WIDTHxHEIGHT"), ("--size 64x64x64", "WIDTHxHEIGHT"),
-        ("--sampler heun --eta 0.5", "--sampler ddim"), ("--eta 2", "at most 1"), ("--strength 0", "only with"),
-        ("--strength 2", "at most 1"), ("--frames 0", "at least 1"), ("--frames 1.5", "a whole number"),
-        ("--fps nan", "at least 1"), ("--cfg nan 1", "at least 0"), ("--cfg-interval 2 1", "LOW must be below"),
+        ("--eta 2", "at most 1"), ("--strength 0", "at least 0.01"), ("--frames 0", "at least 1"),
+        ("--frames 1.5", "a whole number"), ("--fps nan", "at least 1"), ("--cfg nan 1", "at least 0"),
         ("--frames 9 --overlap 8", "less than a round"), ("--keyframe 8={picture}", "the frames 0 to 7"),
-        ("--keyframe c.png", "NUMBER=IMAGE"), ("--keyframe 1=a.png --keyframe 1=b.png", "two images"),
-        ("--end missing.png", "missing.png"), ("--video missing.mp4", "missing.mp4"),
-        ("{picture} --video missing.mp4", "one video"), ("{picture}", "same file"), ("--shard 2/2", "I/N"),
-        ("--device nonsense", "--device nonsense"), ("--device meta", "--device meta"), ("--out a.xyz", ".mp4"),
-        ("--out {picture}/a.mp4", "cannot be written to"), ("--extension {model}", "not an extension"),
+        ("--keyframe c.png", "NUMBER=IMAGE"), ("--end missing.png", "missing.png"),
+        ("--video missing.mp4", "missing.mp4"), ("{picture} --video missing.mp4", "one video"),
+        ("{picture}", "same file"), ("--device nonsense", "--device nonsense"), ("--out a.xyz", ".mp4"),
+        ("--out {picture}/a.mp4", "cannot be written"), ("--extension {model}", "not an extension"),
         ("--model missing.safetensors", "no such weight file"), ("--model {picture}", "not a complete safetensors"),
-        ("--end a.mp4 --out a.mp4", OVERWRITTEN), ("--keyframe 1=a.mp4 --out a.mp4", OVERWRITTEN),
-        (f"--seed {10**30}", "below"))),
-    ("a.mp4 --out a.mp4", OVERWRITTEN), ("f/frame_0000.png --out f/", OVERWRITTEN),
-    ("--video a.mp4 --out a.mp4", OVERWRITTEN), ("--video a.mp4 --out a.gif", OVERWRITTEN),
-    ("--video a.latents.safetensors --out a.webm", OVERWRITTEN),
+        ("--unet missing.safetensors", "missing.safetensors"), ("--sampler eular", "invalid choice"),
+        ("--end a.mp4 --out a.mp4", OVERWRITTEN), (f"--seed {10**30}", "at most"))),
+    ("a.mp4 --out a.mp4", OVERWRITTEN), ("--video a.latents.safetensors --out a.webm", OVERWRITTEN),
     ("", "at least one image"), ("missing.png", "missing.png"), ("--video {picture}", "holds a single picture"),
-    ("--decode-only {model}", "no latents"), ("--decode-only a.safetensors --motion 0", "leave out --motion"),
-    ("--decode-only a.safetensors --shard 1/2", "leave out --shard")])
+    ("--decode-only {model}", "no latents")])
 def test_bad_input_is_one_line_and_a_failure(args, words, small, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = args.format(picture=pictures[0], model=small).split()
@@ -2386,26 +2582,28 @@ def test_bad_input_is_one_line_and_a_failure(args, words, small, pictures, tmp_p
 def test_the_script_runs_where_deepspeed_is_not_installed(small, pictures, tmp_path):
     code = "import runpy, sys; sys.modules['deepspeed'] = None; runpy.run_path('sample.py', run_name='__main__')"
     for name, returncode in (("a.mp4", 0), ("a.xyz", 1)):
-        flags = ["--model", small, "--frames", "2", "--steps", "1", "--size", "64x64", "--out", str(tmp_path / name)]
+        flags = ["--model", small, "--frames", "2", "--out", str(tmp_path / name)]
         p = subprocess.run([sys.executable, "-c", code, pictures[0], *flags], cwd=HERE, capture_output=True, text=True)
         assert p.returncode == returncode and "Traceback" not in p.stderr, p.stderr
         assert p.stderr.startswith("sample.py: ") == (returncode == 1)
     assert data.read_video(tmp_path / "a.mp4")[0].shape == (2, 64, 64, 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. train.py: real runs on a model small enough for a step to take a moment. One rank runs in this process; what is
-#    killed, or has several ranks, is started as a user starts it.
+# --------------------------------------------------------------------------------------------------
+# 5. train.py: real runs on a model small enough for a step to take a moment. One rank runs in this
+#    process; what is killed, or has several ranks, is started as a user starts it.
 
 
-def launch(*args, ranks=1, wait=True, script="train.py", launcher=(sys.executable,), **options):
-    """-> CompletedProcess, or Popen without wait. All that is started is in one process group, of the returned pid."""
+def launch(*args, ranks=1, wait=True, script="train.py"):
+    """-> CompletedProcess, or Popen without wait. All that is started is in one process group."""
+    launcher = [sys.executable]
     if ranks > 1:
         deepspeed = os.path.join(os.path.dirname(sys.executable), "deepspeed")
-        launcher = deepspeed, "--num_accelerators", ranks, "--master_port", free_port()
+        launcher = [deepspeed, "--num_accelerators", ranks, "--master_port", free_port()]
     command = [*map(str, [*launcher, os.path.join(HERE, script), *args])]
-    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}, **options)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+                         start_new_session=True)
     if not wait:
         return p
     output, _ = p.communicate()
@@ -2424,7 +2622,7 @@ def train_here(*args):
     handlers = {number: signal.getsignal(number) for number in train.STOP_SIGNALS}
     with patch.dict(os.environ):  # main() sets there what a launcher would
         try:
-            train.main([str(a) for a in ("--workers", 0, "--sample-every", 0, *args)])
+            train.main([str(a) for a in ("--workers", 0, *args)])
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -2444,7 +2642,7 @@ def untimed(out):
 
 
 def flat(out, step, key, groups=2):
-    """What the ranks hold of a flat fp32 tensor in a state, joined, one per group. Zeros fill up the last part."""
+    """What the ranks hold of a flat fp32 tensor in a state, joined, one per group."""
     files = sorted((out / f"state-{step:08d}").glob("rank-*.safetensors"), key=lambda path: int(path.stem[5:]))
     parts = [load_file(path) for path in files]
     return [torch.cat([part[f"{group}.{key}"] for part in parts]) for group in range(groups)]
@@ -2460,24 +2658,61 @@ def same_state(out, other, step=4):
     return True
 
 
+CLIPS = """
+import torch
+class Clips:
+    id = "four"
+    def __init__(self, frames, size, seed):
+        self.frames, self.size, self.seed = frames, size, seed
+    def __getitem__(self, n):
+        g = torch.Generator().manual_seed(self.seed * 1000 + n % 4)
+        W, H = self.size
+        still = torch.randint(256, (3, H // 8, W // 8), generator=g, dtype=torch.uint8)
+        still = still.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        video = torch.stack([still.roll(2 * t, 2) for t in range(self.frames)])
+        return {"video": video, "fps": 8.0, "motion": 40.0, "name": f"clip {n % 4}"}
+    def measure(self, frames, image, fps, motion):
+        return {"brightness": float(frames.mean())}
+clips = Clips
+"""
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A user's own clips: a Python file."""
+    path = tmp_path_factory.mktemp("clips") / "my_clips.py"
+    path.write_text(CLIPS)
+    return path
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """A folder as people have it: good files, and one of each kind that troubles a loader."""
+    """A folder as people have it: good files, and some that trouble a loader."""
     folder = tmp_path_factory.mktemp("videos")
     write_video(folder / "good.mp4", scene(0))
     write_video(folder / "broken.mp4", scene(1))
     damage(folder / "broken.mp4", 20)
     write_video(folder / "short.mp4", scene(2, 5))
-    write_video(folder / "variable.mp4", scene(3), times=np.cumsum([20 + 17 * (i % 3) for i in range(48)]).tolist())
     write_video(folder / "cut.mp4", np.concatenate([scene(4, 24), scene(5, 24)]))
-    write_video(folder / "rotated.mp4", scene(6), rotation=90)
-    write_video(folder / "sound.mp4", scene(7), sound="first")
     return folder
 
 
-FAST = ("--size", "64x64", "--frames", 10, "--log-every", 1)
-OPTIONS = (*FAST, "--steps", 4, "--save-every", 1, "--keep", 9, "--lr", 1e-3)
-TWO = (*OPTIONS, "--workers", 1, "--sample-every", 0)  # with readers of their own
+OPTIONS = ("--log-every", 1, "--steps", 4, "--save-every", 1, "--weights-every", 4)
+TWO = (*OPTIONS, "--workers", 1)  # with readers of their own
+
+
+@pytest.fixture(scope="module")
+def all_states():
+    """Keeps every state of the runs in here, not the last two."""
+    with patch.object(train, "saved_states", lambda out, real=train.saved_states: AllStates(real(out))):
+        yield
+
+
+class AllStates(list):
+    """saved_states()[:-2], which train.py removes, is empty."""
+
+    def __getitem__(self, key):
+        return [] if key == slice(None, -2) else super().__getitem__(key)
 
 
 @pytest.fixture(scope="module")
@@ -2489,7 +2724,7 @@ def two_ranks(small, videos, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_rank(small, videos, tmp_path_factory):
+def one_rank(small, videos, tmp_path_factory, all_states):
     out = tmp_path_factory.mktemp("one_rank")
     train_here("--model", small, "--data", videos, "--out", out, *OPTIONS)
     return out
@@ -2499,34 +2734,46 @@ def extended(small, frames=10):
     return exsvd.extend(exsvd.load(small, parts=("unet",)).unet, frames)
 
 
+def trained_parameters(unet):
+    """{name: parameter} of what the paper trains, in a UNet of random weights"""
+    return {f"unet.{name}": p for name, p in unet.named_parameters()
+            if exsvd.is_extension_parameter(name) and not exsvd.IDLE.search(name)}
+
+
 def test_two_ranks_train_on_real_videos(two_ranks):
     out, text = two_ranks
     rows = log_of(out)
     assert [int(r["step"]) for r in rows] == [1, 2, 3, 4] and [int(r["videos"]) for r in rows] == [2, 4, 6, 8]
     assert all(0 < float(r["loss"]) < 10 and float(r["grad_norm"]) > 0 for r in rows)
-    assert "1 too short" in text and "short.mp4" in (out / "data.log").read_text()
-    assert json.loads((out / "run.json").read_text())["deepspeed"]["zero_optimization"]["stage"] == 2
-    assert (out / "source" / "exsvd.py").read_bytes() == open(exsvd.__file__, "rb").read()
+    assert "1 too short" in text and "float32, 2 ranks on cpu" in text
+    assert sorted(p.name for p in out.glob("state-*")) == ["state-00000003", "state-00000004"], "the last two"
+    about = json.loads((out / "run.json").read_text())
+    assert about["deepspeed"]["zero_optimization"]["stage"] == 2 and about["settings"]["frames"] == 10
+
+
+def test_average_is_its_closed_form(small, one_rank):
+    unet = extended(small)
+    groups = [g["params"] for g in train.parameter_groups(trained_parameters(unet), train.Settings())]
+    average = [torch.cat([p.detach().flatten() for p in group]) for group in groups]
+    for step in range(1, 5):
+        decay = min(0.9999, step / (9 + step))  # (1 + n) / (10 + n), where the first step is number 0
+        masters = [m[:len(a)] for m, a in zip(flat(one_rank, step, "master"), average)]
+        assert not any(torch.equal(m, a) for m, a in zip(masters, average))
+        average = [decay * a + (1 - decay) * m for m, a in zip(masters, average)]
+        for ours, theirs in zip(flat(one_rank, step, "average"), average):
+            assert torch.allclose(ours[:len(theirs)], theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_average_is_its_closed_form_and_sharding_changes_nothing(ranks, small, two_ranks, one_rank):
+def test_the_weights_file_is_the_average(ranks, small, one_rank, two_ranks):
+    """In 16 bits, every tensor under its name in the release, whatever the number of ranks."""
     out, unet = one_rank if ranks == 1 else two_ranks[0], extended(small)
-    trained = train.choose(train.Loss(unet, None, "edm"), "temporal")[1]
-    groups = [group["params"] for group in train.parameter_groups(trained)]
-    average = [torch.cat([p.detach().flatten() for p in group]) for group in groups]  # unsharded, from all masters
-    for step in range(1, 5):
-        decay = min(0.9999, (1 + step - 1) / (10 + step - 1))                         # the first step is number 0
-        masters = [m[:len(a)] for m, a in zip(flat(out, step, "master"), average)]
-        assert not any(torch.equal(m, a) for m, a in zip(masters, average))
-        average = [decay * a + (1 - decay) * m for m, a in zip(masters, average)]
-        for ours, theirs in zip(flat(out, step, "average"), average):
-            assert torch.allclose(ours[:len(theirs)], theirs, rtol=1e-5, atol=1e-7)
-    # gathered: the file holds it, in 16 bits, every tensor under its name
-    names = {id(p): name for name, p in unet.named_parameters()}
+    trained = trained_parameters(unet)
+    names = {id(p): name.removeprefix("unet.") for name, p in trained.items()}
     saved = load_file(out / "exvideo-000004.safetensors")
-    for group, whole in zip(groups, flat(out, 4, "average")):
-        for p, tensor in zip(group, whole[:sum(p.numel() for p in group)].split([p.numel() for p in group])):
+    for group, whole in zip(train.parameter_groups(trained, train.Settings()), flat(out, 4, "average")):
+        sizes = [p.numel() for p in group["params"]]
+        for p, tensor in zip(group["params"], whole[:sum(sizes)].split(sizes)):
             [file_name] = exsvd.file_names(unet, "exvideo")[names[id(p)]]
             assert torch.equal(saved[file_name].flatten(), tensor.half()), file_name
 
@@ -2534,24 +2781,26 @@ def test_average_is_its_closed_form_and_sharding_changes_nothing(ranks, small, t
 def test_only_temporal_blocks_learn_and_all_of_them(small, one_rank):
     start, file = extended(small).state_dict(), one_rank / "exvideo-000004.safetensors"
     svd = exsvd.load(small, file)
-    assert svd.unet.max_frames == 10 and svd.extension["step"] == 4 and svd.extension["native_frames"] == 8
-    idle = ("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias")
+    assert svd.unet.max_frames == 10 and svd.extension["native_frames"] == 8
     for name, p in svd.unet.named_parameters():
-        was = start[name].half().float() if ".attn.temporal." in name else start[name]
-        assert torch.equal(p, was) != (".attn.temporal." in name and not name.endswith(idle)), name
+        temporal = exsvd.is_extension_parameter(name)
+        was = start[name].half().float() if temporal else start[name]
+        assert torch.equal(p, was) != (temporal and not exsvd.IDLE.search(name)), name
     assert set(load_file(file)) == {f for names in exsvd.file_names(svd.unet, "exvideo").values() for f in names}
+    s = sample.settings_for(svd)
+    assert s.size == (64, 64) and s.sampler == "ddim", "sampled as its base is, at the size it was trained at"
 
 
-def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small, tmp_path):
-    train_here("--model", small, "--out", tmp_path, *FAST, "--steps", 1, "--lr", 1e-3, "--warmup", 0,
+def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small, clips, tmp_path):
+    train_here("--model", small, "--data", clips, "--out", tmp_path, "--steps", 1, "--lr", 1e-3, "--warmup", 0,
                "--weight-decay", 100)
     start = dict(extended(small).named_parameters())
     for name, p in exsvd.load(small, tmp_path / "exvideo-000001.safetensors").unet.named_parameters():
-        if ".attn.temporal." in name and not exsvd.IDLE.search(name):
+        if exsvd.is_extension_parameter(name) and not exsvd.IDLE.search(name):
             exempt = p.ndim == 1 or "frame_table" in name or "frame_conv" in name
-            decay = 0 if exempt else 0.9 * 1e-3 * 100                  # of the average: 0.1 old, 0.9 new
+            decay = 0 if exempt else 0.9 * 1e-3 * 100  # of the average: 0.1 old, 0.9 new
             moved = p - (1 - decay) * start[name]
-            assert moved.abs().max() < 0.9 * 1.01e-3 + 1e-3 * p.abs().max(), name    # Adam's first step is at most lr
+            assert moved.abs().max() < 0.9 * 1.01e-3 + 1e-3 * p.abs().max(), name  # Adam moves by lr
 
 
 KILLED = """
@@ -2566,19 +2815,19 @@ train.main()
 """
 
 
-def test_killed_while_saving_and_resumed_is_as_if_nothing_happened(small, videos, two_ranks, tmp_path):
+def test_killed_while_saving_it_resumes_bit_identically(small, videos, two_ranks, tmp_path):
     straight, run = two_ranks[0], tmp_path / "run"
     args = ("--model", small, "--data", videos, "--out", run, *TWO, "--log-every", 3)
     (tmp_path / "killed.py").write_text(KILLED)
     p = launch(*args, ranks=2, script=tmp_path / "killed.py")
     assert p.returncode == -signal.SIGKILL, p.stdout
-    assert list(run.glob("saving-00000003.tmp")) and not (run / "state-00000003").exists()
+    assert (run / "state-00000003.tmp").exists() and not (run / "state-00000003").exists()
     text = launch(*args, ranks=2).stdout
     assert "state-00000002: step 2" in text, text
     assert not list(run.glob("*.tmp")) and same_state(straight, run)
     ours, theirs = (load_file(out / "exvideo-000004.safetensors") for out in (run, straight))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    # rows of three steps, the first of which was interrupted: what was summed before the kill is not lost
+    # rows of three steps, the first of which was interrupted: what was summed before is not lost
     (three, _), every = log_of(run), log_of(straight)
     mean = sum(float(row["loss"]) for row in every[:3]) / 3
     assert three["step"] == "3" and float(three["loss"]) == pytest.approx(mean, abs=2e-5)
@@ -2597,7 +2846,7 @@ train.main()
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(small, videos, two_ranks, tmp_path):
-    """2 -> 3 -> 1: what each loads, joined, is bit for bit what the one before saved. No video is seen twice."""
+    """2 -> 3 -> 1: what each loads, joined, is bit for bit what the one before saved."""
     (tmp_path / "resaved.py").write_text(RESAVED)
     out, videos_seen = tmp_path / "run", 8
     shutil.copytree(two_ranks[0], out)
@@ -2612,103 +2861,95 @@ def test_a_run_goes_on_with_another_number_of_ranks(small, videos, two_ranks, tm
         assert int(log_of(out)[-1]["videos"]) == videos_seen
 
 
-def test_a_damaged_state_is_passed_over(small, videos, one_rank, tmp_path, capsys):
+def test_a_state_that_cannot_be_read_is_named(small, videos, one_rank, tmp_path, capsys):
+    """The state before it is used."""
     out = tmp_path / "run"
     shutil.copytree(one_rank, out)
     state = out / "state-00000004"
     tensors, info = state / "rank-0.safetensors", state / "state.json"
     good, text = tensors.read_bytes(), info.read_bytes()
-    assert train.read_state(state, 0, 1)["step"] == 4
-    for file, damaged in ((info, text[1:]), (info, text.replace(b'"videos": 4', b'"videos": 5')), (info, None),
-                          (tensors, good[:-100]), (tensors, None),
-                          (tensors, good[:9999] + bytes([good[9999] ^ 1]) + good[10000:])):
+    assert train.read_state(state)[0]["step"] == 4
+    for file, damaged in ((info, text[1:]), (info, None), (tensors, None), (tensors, good[:-100])):
         info.write_bytes(text)
         file.unlink(missing_ok=True)
         if damaged is not None:
             file.write_bytes(damaged)
         with pytest.raises(OSError):
-            train.read_state(state, 0, 1)
+            train.read_state(state)
     args = ("--model", small, "--data", videos, "--out", out, *OPTIONS)
+    shutil.copytree(out, tmp_path / "again")
     train_here(*args)
-    said = capsys.readouterr()
-    assert "state-00000004 is damaged" in said.err and "state-00000003: step 3" in said.out
-    assert same_state(one_rank, out) and not list(out.glob("damaged-*"))
-    for file in out.glob("state-*/state.json"):
-        file.unlink()
-    with pytest.raises(SystemExit, match="no state in .* is undamaged"):
-        train_here(*args)
-
-
-def test_a_full_disk_costs_saves_and_nothing_else(small, one_rank, videos, tmp_path, monkeypatch, capsys):
-    """No room before step 2, and none in the middle of writing step 3: both are tried again, nothing is lost."""
-    args = ("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS, "--keep", 1)
-    has_disk_space, rename, there = train.has_disk_space, os.rename, []
-
-    def states():
-        return [p.name for p in tmp_path.glob("state-*")]
-
-    def full_at_step_2(folder, need):
-        there.append(states())
-        return has_disk_space(folder, need) and len(there) != 2
-
-    def full_at_step_3(source, target):
-        if target.endswith("state-00000003"):
-            raise OSError(28, "No space left on device")
-        rename(source, target)
-
-    with monkeypatch.context() as full:
-        full.setattr(train, "has_disk_space", full_at_step_2)
-        full.setattr(train.os, "rename", full_at_step_3)
-        train_here(*args)
-    assert there == [[], ["state-00000001"], ["state-00000001"], ["state-00000001"]]
-    err = capsys.readouterr().err
-    assert "step 2 could not be saved" in err and "step 3 could not be saved" in err and "LAST SAVE FAILED" in err
-    assert states() == ["state-00000004"] and not list(tmp_path.glob("*.tmp")) and same_state(one_rank, tmp_path)
-    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(SystemExit, match="step 5 could not be saved .* What was saved before is still there"):
-        train_here(*args, "--steps", 5)
-    assert "which has room for 1.0 MB" in capsys.readouterr().err, "said at the start already"
-    assert states() == ["state-00000004"]
-
-
-def test_what_a_run_folder_keeps(small, tmp_path, monkeypatch, capsys):
-    """The last states, weights and samples, those of every third step too, and nothing of runs that came to nothing. A
-    sample that cannot be written ends no run. Within a run lr may change, but not --drop."""
-    args = ("--model", small, "--out", tmp_path, *FAST, "--frames", 2, "--save-every", 1, "--sample-every", 1,
-            "--keep-every", 3, "--warmup", 0)
-    (tmp_path / "progress").mkdir()  # of a run that ended before its first state
-    data.write_png(tmp_path / "progress" / "000007.png", torch.zeros(64, 64, 3, dtype=torch.uint8))
-    train_here(*args, "--steps", 1, "--lr", 1e-4)
-    assert sorted(os.listdir(tmp_path / "progress")) == ["000000.png", "000001.png"]
-    (tmp_path / "model-000001.safetensors.1.tmp").write_bytes(b"half")
-    (tmp_path / "saving-00000002.tmp").mkdir()
-    save_sample = train.save_sample
-
-    def fail_at_2(a, family, step, *rest):
-        if step == 2:
-            raise data.MediaError("cannot be written")
-        return save_sample(a, family, step, *rest)
-
-    monkeypatch.setattr(train, "save_sample", fail_at_2)
-    train_here(*args, "--steps", 5, "--lr", 1e-5)
     said = capsys.readouterr().out
-    assert "there is no sample of step 2" in said
-    most = 1e6 * float(re.search(r"weights of ([\d.]+) MB", said)[1])
-    assert most / 2 < os.path.getsize(tmp_path / "model-000005.safetensors") <= most, "whole models"
-    assert [float(row["lr"]) for row in log_of(tmp_path)] == [1e-4] + 4 * [1e-5]
-    kept = {"state-*": [4, 5], "*.safetensors*": [3, 4, 5], "sample-*": [0, 3, 4, 5], "*.tmp": []}
-    for pattern, steps in kept.items():
-        assert sorted(int(re.search(r"\d+", p.name)[0]) for p in tmp_path.glob(pattern)) == steps, pattern
-    with pytest.raises(SystemExit, match=r"drop 0.0 \(now 0.5\)"):
-        train_here(*args, "--steps", 6, "--drop", 0.5)
+    assert f"{state} cannot be read" in said and "state-00000003: step 3" in said
+    assert same_state(one_rank, out)
+    for file in (tmp_path / "again").glob("state-*/state.json"):
+        file.unlink()
+    with pytest.raises(SystemExit, match="no state in .* can be read"):
+        train_here(*args, "--out", tmp_path / "again")
 
 
-def test_a_signal_saves_and_leaves(small, videos, tmp_path):
-    """To every process, as a terminal, Slurm and launch.py send it: readers too, without which no step would end."""
-    assert {signal.SIGTERM, signal.SIGUSR1} <= set(train.STOP_SIGNALS)
-    p = launch("--model", small, "--data", videos, "--out", tmp_path, *TWO, "--frames", 8, "--steps", 10000,
-               "--save-every", 10000, ranks=2, wait=False)
+@pytest.mark.parametrize("change, words", [
+    ("order", "holds .* where this run has"), ("shape", "holds .* where this run has"),
+    ("optimizer", "was made with Lion"), ("drop", r"drop 0.0 \(now 0.5\)")])
+def test_a_state_of_other_parameters_is_refused(small, videos, one_rank, tmp_path, change, words):
+    """It would be cut at the wrong places, and the run would go on, corrupted."""
+    out = tmp_path / "run"
+    shutil.copytree(one_rank, out)
+    path = out / "state-00000004" / "state.json"
+    info = json.loads(path.read_text())
+    group = info["shards"]["layout"][0]
+    if change == "order":
+        group[0][0], group[1][0] = group[1][0], group[0][0]
+    elif change == "shape":
+        group[0][1][0] += 1
+    elif change == "optimizer":
+        info["shards"]["optimizer"] = "Lion"
+    path.write_text(json.dumps(info))
+    more = ("--drop", 0.5) if change == "drop" else ()
+    with pytest.raises(SystemExit, match=words):
+        train_here("--model", small, "--data", videos, "--out", out, *OPTIONS, "--steps", 5, *more)
+
+
+def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(small, one_rank, videos, tmp_path, monkeypatch, capsys):
+    args = ("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS)
+    rename = os.rename
+
+    def full(*steps):
+        def fail(source, target):
+            if str(target).endswith(steps):
+                raise OSError(28, "No space left on device")
+            rename(source, target)
+        return fail
+
+    with monkeypatch.context() as m:
+        m.setattr(train.os, "rename", full("state-00000002", "state-00000003"))
+        train_here(*args)
+    said = capsys.readouterr().out
+    assert "step 2 could not be saved" in said and "step 3 could not be saved" in said
+    assert same_state(one_rank, tmp_path)
+    monkeypatch.setattr(train.os, "rename", full("state-00000005"))
+    with pytest.raises(SystemExit, match="step 5 could not be saved"):
+        train_here(*args, "--steps", 5)
+    assert (tmp_path / "state-00000004").exists()
+
+
+def test_what_cannot_be_loaded_again_ends_the_run_before_its_first_step(small, clips, tmp_path, monkeypatch):
+    save_extension = exsvd.save_extension
+
+    def wrong_shape(path, unet, state, *args, **meta):
+        state[next(iter(state))] = torch.zeros(3)
+        save_extension(path, unet, state, *args, **meta)
+
+    monkeypatch.setattr(exsvd, "save_extension", wrong_shape)
+    with pytest.raises(exsvd.WeightsError):
+        train_here("--model", small, "--data", clips, "--out", tmp_path, "--steps", 1)
+    assert not (tmp_path / "log.csv").exists()
+
+
+def test_a_signal_saves_and_leaves(small, clips, tmp_path):
+    """To every process, as a terminal, Slurm and launch.py send it: readers too."""
+    p = launch("--model", small, "--data", clips, "--out", tmp_path, *TWO, "--steps", 10000, "--save-every", 10000,
+               ranks=2, wait=False)
     while not (tmp_path / "log.csv").exists() or len(log_of(tmp_path)) < 2:
         assert p.poll() is None, p.communicate()[0]
         time.sleep(0.05)
@@ -2718,42 +2959,19 @@ def test_a_signal_saves_and_leaves(small, videos, tmp_path):
     assert int(state.name[6:]) == int(log_of(tmp_path)[-1]["step"])
 
 
-def start_nodes(*args):
-    """Two nodes of a rank each, on this machine."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--master_addr",
-                "127.0.0.1", "--master_port", free_port(), "--node_rank")
-    return [launch(*args, launcher=(*launcher, rank), wait=False) for rank in range(2)]
+def test_a_failing_run_with_readers_ends(small, clips, tmp_path):
+    """Within seconds, with the traceback of the user's own code, though readers ignore SIGTERM."""
+    bad = tmp_path / "bad_clips.py"
+    bad.write_text(clips.read_text().replace("W, H =", "assert n < 3, 'a bug of mine'; W, H ="))
+    p = launch("--model", small, "--data", bad, "--out", tmp_path / "run", "--steps", 1000, "--workers", 2, wait=False)
+    text = p.communicate(timeout=60)[0]
+    assert p.returncode == 1 and "Traceback" in text and "a bug of mine" in text
 
 
-def nodes_at_work(out, *args):
-    """-> one node, all processes of the other, and that one itself, when they have saved two states."""
-    node, other = start_nodes(*args)
-    while not (out / "state-00000002").exists():
-        assert node.poll() is None and other.poll() is None, node.communicate()[0]
-        time.sleep(0.05)
-    return node, [psutil.Process(other.pid), *psutil.Process(other.pid).children(recursive=True)], other
-
-
-def test_a_silent_node_ends_the_other(small, videos, tmp_path):
-    """Stopped, as without power or network: no connection breaks, and collectives would wait for hours."""
-    args = ("--model", small, "--data", videos, "--out", tmp_path, *TWO, "--steps", 1000, "--lost-after", 10)
-    node, stopped, other = nodes_at_work(tmp_path, *args)
-    for p in stopped:
-        p.suspend()
-    begin, words = time.monotonic(), "nothing was heard of rank"
-    text = node.communicate(timeout=120)[0]
-    assert time.monotonic() - begin < 60
-    for p in stopped:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            p.kill()
-    other.communicate()
-    assert node.returncode != 0 and words in text and "line " not in text.split(words)[1].split("\n")[0], text
-
-
-def test_one_clip_is_overfitted_and_samples_show_it(small, tmp_path, monkeypatch):
+def test_one_clip_is_overfitted_and_samples_show_it(small, clips, tmp_path, monkeypatch, capsys):
     """Everything trains, CLIP too, and samples are made with the average of CLIP."""
-    (tmp_path / "one").mkdir()
-    write_video(tmp_path / "one" / "clip.mp4", scene(3, 4))
+    one = tmp_path / "one_clip.py"
+    one.write_text(clips.read_text().replace("n % 4", "0"))
     seen, condition = [], sample.condition
 
     def spy(svd, *args):
@@ -2761,18 +2979,24 @@ def test_one_clip_is_overfitted_and_samples_show_it(small, tmp_path, monkeypatch
         return condition(svd, *args)
 
     monkeypatch.setattr(sample, "condition", spy)
-    train_here("--model", small, "--data", tmp_path / "one", "--out", tmp_path / "run", *FAST, "--frames", 4,
-               "--train", "all", "--steps", 100, "--log-every", 25, "--save-every", 100, "--sample-every", 50,
-               "--lr", 2e-3, "--drop", 0)
-    rows = log_of(tmp_path / "run")
-    assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"]), rows
-    svd, start = exsvd.load(tmp_path / "run" / "model-000100.safetensors"), exsvd.load(small)
-    assert svd.meta["family"] == "toy" and svd.unet.max_frames is None
+    train_here("--model", small, "--data", one, "--out", tmp_path, "--frames", 2, "--train", "all", "--steps", 40,
+               "--sample-every", 20, "--lr", 3e-3)
+    svd, start = exsvd.load(tmp_path / "model-000040.safetensors"), exsvd.load(small)
+    video = data.to_float(data.open_dataset(one, 2, (64, 64))[0]["video"])
+    z, noise = start.vae.encode(video)[None], torch.randn(4, 2, 4, 8, 8)
+    batch = (z.repeat(4, 1, 1, 1, 1) * exsvd.VAE_SCALE, torch.tensor([0.5, 1, 2, 4]), noise, z[:, :1].repeat(4, 1, 1, 1, 1))
+    before, after = (
+        exsvd.training_loss(net.unet, exsvd.LOSSES["edm"], *batch,
+                            net.clip(exsvd.preprocess_clip(video[:1], 56))[:, None].repeat(4, 1, 1),
+                            torch.tensor([[7.0, 40.0, 0.05]] * 4)).mean().item() for net in (start, svd))
+    assert after < 0.7 * before, (before, after)
+    assert svd.meta["defaults"]["sample"] == SAMPLING and svd.unet.max_frames is None
     assert torch.equal(svd.vae.quant_conv.weight, start.vae.quant_conv.weight.half().float())
-    assert len(seen) == 3 and torch.equal(seen[0], start.clip.proj.bfloat16()) and not torch.equal(seen[0], seen[2])
-    assert torch.allclose(seen[2].float(), svd.clip.proj, rtol=2**-8, atol=1e-6)
-    assert data.read_video(tmp_path / "run" / "sample-000100.mp4")[0].shape == (4, 64, 64, 3)
-    assert data.read_image(tmp_path / "run" / "progress.png").shape == (3 * 64, 4 * 64, 3)
+    assert len(seen) == 3 and torch.equal(seen[0], start.clip.proj) and not torch.equal(seen[0], seen[2])
+    assert torch.allclose(seen[2], svd.clip.proj, rtol=2**-10, atol=1e-6)
+    assert data.read_video(tmp_path / "sample-000040.mp4")[0].shape == (2, 64, 64, 3)
+    assert data.read_image(tmp_path / "progress.png").shape == (3 * 64, 2 * 64, 3)
+    assert "brightness" in capsys.readouterr().out, "what the dataset measures"
 
 
 def test_training_from_latents_is_training_from_videos(small, videos, one_rank, tmp_path):
@@ -2783,169 +3007,137 @@ def test_training_from_latents_is_training_from_videos(small, videos, one_rank, 
     assert data.read_image(tmp_path / "run" / "progress.png").shape == (2 * 64, 9 * 64, 3)
 
 
-def test_accumulated_passes_are_one_large_batch(small, tmp_path):
-    """Four videos a step in one pass and in four: the same loss and, to rounding of 16 bits, the same gradient."""
+def test_accumulated_passes_are_one_large_batch(small, clips, tmp_path):
     rows, moments = [], []
     for batch in (4, 1):
         out = tmp_path / str(batch)
-        train_here("--model", small, "--out", out, *FAST, "--steps", 2, "--batch", batch, "--accumulate", 4 // batch,
-                   "--warmup", 4, "--lr", 1e-3)
+        train_here("--model", small, "--data", clips, "--out", out, "--steps", 2, "--batch", batch, "--log-every", 1,
+                   "--accumulate", 4 // batch, "--warmup", 4)
         rows.append(log_of(out))
         moments.append(torch.cat(flat(out, 2, "exp_avg")))
-    assert [row["videos"] for row in rows[1]] == ["4", "8"] and [float(row["lr"]) for row in rows[0]] == [2.5e-4, 5e-4]
-    assert [float(r["loss"]) for r in rows[1]] == pytest.approx([float(r["loss"]) for r in rows[0]], rel=0.01)
-    close(moments[1], moments[0], 0.02, "first moments")
+    assert [row["videos"] for row in rows[1]] == ["4", "8"]
+    assert [float(row["lr"]) for row in rows[0]] == [2.5e-4, 5e-4]
+    assert [float(r["loss"]) for r in rows[1]] == pytest.approx([float(r["loss"]) for r in rows[0]], rel=1e-3)
+    close(moments[1], moments[0], 1e-3, "first moments")
 
 
-def test_optimiser_on_the_cpu(small, one_rank, videos, tmp_path):
-    """--offload: DeepSpeed's own AdamW, whose step is a number; a run may go there and back. Its bucket is as large as
-    what trains, or as the user says; then here gradients go through a full bucket, through a new one, or past it."""
+def test_optimiser_on_the_cpu(small, clips, tmp_path):
+    """--offload: DeepSpeed's own AdamW, with gradients that pass through small buckets. It resumes."""
     (tmp_path / "config.json").write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
-    args = ("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS)
-    train_here(*args, "--steps", 2, "--offload", "--deepspeed_config", tmp_path / "config.json")
-    ours, theirs = (json.loads((out / "run.json").read_text())["deepspeed"] for out in (one_rank, tmp_path))
-    padding = sum(map(len, flat(one_rank, 2, "master"))) - ours["zero_optimization"]["reduce_bucket_size"]
-    assert 0 <= padding < 8 and theirs["zero_optimization"]["reduce_bucket_size"] == 1000
-    for key in ("exp_avg", "master"):  # later the last bits of the masters decide how weights are rounded
-        for ours, theirs in zip(flat(tmp_path, 1, key), flat(one_rank, 1, key)):
-            close(ours, theirs, 1e-6, key)
-    train_here(*args, "--steps", 3)
-    train_here(*args, "--offload")
-    assert int(log_of(tmp_path)[-1]["step"]) == 4
-    for ours, theirs in zip(flat(tmp_path, 4, "master"), flat(one_rank, 4, "master")):
-        close(ours, theirs, 1e-3, "masters")
+    args = ("--model", small, "--data", clips, "--save-every", 1, "--warmup", 0)
+    train_here(*args, "--out", tmp_path / "gpu", "--steps", 2)
+    for steps in (1, 2):
+        train_here(*args, "--out", tmp_path / "cpu", "--steps", steps, "--offload", "--deepspeed_config",
+                   tmp_path / "config.json")
+    config = json.loads((tmp_path / "cpu" / "run.json").read_text())["deepspeed"]
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000
+    for key in ("exp_avg", "master"):
+        for ours, theirs in zip(flat(tmp_path / "cpu", 2, key), flat(tmp_path / "gpu", 2, key)):
+            close(ours, theirs, 1e-4, key)
 
 
-def test_passes_of_two_lengths_and_the_native_one(small, tmp_path, monkeypatch):
-    def lengths(seed, share):
-        clips = train.TwoLengths("L" * 400, "S" * 400, share, seed, 4)
-        return [clips[n] for n in range(400)]
+def test_another_optimiser(small, clips, tmp_path, monkeypatch):
+    """One function decides; what the optimiser keeps is saved and comes back."""
+    monkeypatch.setattr(train, "make_optimizer", lambda groups, s: torch.optim.SGD(groups, lr=s.lr, momentum=0.9))
+    args = ("--model", small, "--data", clips, "--save-every", 1)
+    train_here(*args, "--out", tmp_path / "once", "--steps", 3)
+    train_here(*args, "--out", tmp_path / "twice", "--steps", 1)
+    train_here(*args, "--out", tmp_path / "twice", "--steps", 3)
+    for key in ("momentum_buffer", "master"):
+        for a, b in zip(flat(tmp_path / "once", 3, key), flat(tmp_path / "twice", 3, key)):
+            assert torch.equal(a, b) and a.any()
 
-    drawn = lengths(0, 0.3)
-    assert drawn == lengths(0, 0.3) != lengths(1, 0.3) and 0.15 < drawn.count("S") / 400 < 0.45
-    assert all(len(set(drawn[i:i + 4])) == 1 for i in range(0, 400, 4)), "a pass of two lengths"
-    assert lengths(0, 0) == ["L"] * 400 and lengths(0, 1) == ["S"] * 400
 
-    # a base of 6 frames whose file does not say so
-    draw, threads = spied(monkeypatch, train, "draw"), spied(monkeypatch, torch, "set_num_threads")
-    train_here("--model", small, "--native", 6, "--out", tmp_path, *FAST, "--steps", 5, "--lr", 0, "--short-clips", 0.5)
-    wanted = train.TwoLengths([10] * 5, [6] * 5, 0.5, 0, 1)
-    seen = [call.args[2][0] for call in draw.call_args_list]
-    assert seen == [wanted[n] for n in range(5)] and set(seen) == {10, 6}
-    assert threads.call_args_list[0].args == (1,)
-    svd = exsvd.load(small, tmp_path / "exvideo-000005.safetensors", parts=("unet",))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_keeps_fp32_masters(small, clips, tmp_path, dtype):
+    """A resumed run keeps its dtype."""
+    if dtype == "float16" and not HAS_FP16:
+        pytest.skip("no fp16 on this CPU")
+    args = ("--model", small, "--data", clips, "--out", tmp_path, "--frames", 2, "--train", "to_q", "--save-every", 1)
+    train_here(*args, "--steps", 1, "--dtype", dtype)
+    assert train.parse(["--model", small, "--data", str(clips), "--out", str(tmp_path)]).dtype in (dtype, "float32")
+    start = exsvd.load(small, parts=("unet",)).unet
+    sizes = [p.numel() for name, p in start.named_parameters() if "to_q" in name and not exsvd.IDLE.search("." + name)]
+    master = flat(tmp_path, 1, "master", groups=1)[0]
+    assert master.dtype == torch.float32 and not torch.equal(master, master.to(getattr(torch, dtype)).float())
+    assert len(master) >= sum(sizes)
+
+
+def test_the_native_length_of_a_base_that_does_not_say_it(small, clips, tmp_path):
+    """The fold walks over the positions the base knows, and no others."""
+    train_here("--model", small, "--data", clips, "--native", 6, "--out", tmp_path, "--steps", 1, "--lr", 0)
+    svd = exsvd.load(small, tmp_path / "exvideo-000001.safetensors", parts=("unet",))
     assert svd.extension["native_frames"] == 6
-    for block in svd.unet.temporal_blocks():  # the fold walks over the positions the base knows, and no others
+    for block in svd.unet.temporal_blocks():
         rows = exsvd.sinusoid(torch.tensor(exsvd.fold_positions(6, 10)), block.frame_table.shape[1])
         assert torch.equal(block.frame_table, rows.half().float())
 
 
-def test_monitors_get_loss_lr_and_motion_score(small, tmp_path, monkeypatch):
-    """By --deepspeed_config, what log.csv says: in TensorBoard's event file, where that is installed, and at W&B, of
-    which a stand-in drops what W&B drops."""
+def test_monitors_get_loss_and_measures(small, clips, tmp_path, monkeypatch):
+    """By --deepspeed_config, over videos: W&B drops values whose number goes back, and so does this stand-in."""
     wandb, curves, last = Mock(), {}, [0]
 
     def log(values, step, commit):
-        if step >= last[0]:  # "Steps must be monotonically increasing, so this data will be ignored"
+        if step >= last[0]:
             last[0] = step
             for name, value in values.items():
                 curves.setdefault(name, []).append((step, value))
 
     wandb.log = log
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    config = {"wandb": {"enabled": True}}
-    with contextlib.suppress(ImportError):
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-        config["tensorboard"] = {"enabled": True, "output_path": str(tmp_path), "job_name": "board"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    train_here("--model", small, "--out", tmp_path / "run", *FAST, "--steps", 2, "--sample-every", 2, "--batch", 2,
-               "--deepspeed_config", tmp_path / "config.json")
-    logged = log_of(tmp_path / "run")
+    (tmp_path / "config.json").write_text(json.dumps({"wandb": {"enabled": True}}))
+    train_here("--model", small, "--data", clips, "--out", tmp_path / "run", "--steps", 2, "--sample-every", 2,
+               "--log-every", 1, "--deepspeed_config", tmp_path / "config.json")
+    rows = log_of(tmp_path / "run")
     for name, column in (("train/loss", "loss"), ("train/lr", "lr")):
-        assert curves[name] == [(int(row["videos"]), pytest.approx(float(row[column]), abs=1e-5)) for row in logged]
-    assert [videos for videos, _ in curves["sample/motion_score"]] == [0, 4]
-    assert all(score > 0 for _, score in curves["sample/motion_score"])
-    if "tensorboard" in config:
-        board = EventAccumulator(str(tmp_path / "board"))
-        board.Reload()
-        for name, curve in curves.items():
-            assert [(e.step, e.value) for e in board.Scalars(name)] == [(n, pytest.approx(v)) for n, v in curve]
+        assert curves[name] == [(int(r["videos"]), pytest.approx(float(r[column]), abs=1e-5)) for r in rows]
+    assert [videos for videos, _ in curves["sample/brightness"]] == [0, 2]
 
 
-def test_progress_of_a_long_run_stays_small(tmp_path):
-    """Its rows are frames 0, T/8, ... T-1; when there are too many rows, every second one goes."""
+def test_progress_shows_frames_evenly_and_drops_rows_that_come_again(tmp_path):
     frames = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 64, 64, 3)
-    for step in range(train.PROGRESS_ROWS + 1):
+    for step in (0, 10, 20, 10):
         train.add_progress(tmp_path, step, frames + step)
     rows = data.read_image(tmp_path / "progress.png")[::64, ::64, 0]
-    assert rows[0].tolist() == [*range(0, 40, 5), 39]
-    assert rows[:, 0].tolist() == [*range(0, train.PROGRESS_ROWS + 1, 2)]
-    assert len(os.listdir(tmp_path / "progress")) == len(rows)
-
-
-def test_samples_start_from_one_image(pictures, tmp_path):
-    """--sample-image; without it assets/img.png for synthetic clips, else the first clip's first frame."""
-    a = argparse.Namespace(fps=None, sample_image=None, data="synthetic", size=(64, 64), motion="exvideo")
-    for path in (os.path.join(HERE, "assets", "img.png"), pictures[0]):
-        img, fps, motion = train.sample_start(a, "toy", None, None)
-        assert torch.equal(img, data.fit_image(data.read_image(path), 64, 64))
-        assert (fps, motion) == (8, sample.DEFAULTS["toy"]["motion"])
-        a.sample_image = pictures[0]
-    (tmp_path / "videos").mkdir()
-    write_video(tmp_path / "videos" / "clip.mp4", scene(3, 16))
-    dataset = open_clips(tmp_path / "videos")
-    a.sample_image, a.data, item = None, str(tmp_path / "videos"), dataset[0]
-    img, fps, motion = train.sample_start(a, "toy", dataset, None)
-    assert torch.equal(img, item["video"][0]) and (fps, motion) == (item["fps"], item["motion"])
+    assert rows[0].tolist() == [*range(0, 40, 5), 39] and rows[:, 0].tolist() == [0, 10]
 
 
 def test_draws_depend_on_seed_and_number():
-    def draw(seed, n, share_noise=0):
-        return train.draw(argparse.Namespace(seed=seed, loss="edm", drop=0.1, share_noise=share_noise), n, (3, 4, 8, 8))
-
-    means = draw(0, 0, share_noise=4)[1].unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))
-    assert torch.allclose(means[0], means[2], atol=1e-6) and means.std() > 0.1
-    draws = [draw(seed, n) for seed in (0, 1, 10**12) for n in (*range(4000), 2**32, 2**33)]
-    assert len({float(sigma) for sigma, _, _ in draws}) > 0.999 * len(draws)  # a few 32-bit seeds may coincide
+    draws = [train.draw(train.Settings(seed=seed), n, (1, 4, 2, 2)) for seed in (0, 1, 10**12)
+             for n in (*range(4000), 2**32, 2**33)]
+    assert len({float(sigma) for sigma, _, _ in draws}) > 0.999 * len(draws)  # 32-bit seeds may coincide
+    again = train.draw(train.Settings(seed=1), 7, (1, 4, 2, 2))
+    assert all(torch.equal(a, b) for a, b in zip(again, draws[4002 + 7]))
     ln = torch.stack([sigma for sigma, _, _ in draws]).log()
-    assert abs(ln.mean() - 0.7) < 0.06 and abs(ln.std() - 1.6) < 0.05          # about four standard errors
-    assert abs(1 - torch.stack([keep for _, _, keep in draws]).mean() - 0.1) < 0.012
+    assert abs(ln.mean() - 0.7) < 0.06 and abs(ln.std() - 1.6) < 0.05          # four standard errors
+    assert abs(1 - torch.stack([kept for _, _, kept in draws]).mean() - 0.1) < 0.012
 
 
 HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-@pytest.mark.parametrize("precision", [
-    pytest.param([], id="bf16"),
-    pytest.param(["--fp16"], id="fp16", marks=pytest.mark.skipif(not HAS_FP16, reason="no fp16 on this CPU"))])
-def test_gradients_that_stay_bad_stop_the_run_and_name_the_clips(small, tmp_path, precision):
+def test_gradients_that_stay_bad_stop_the_run(small, clips, tmp_path, monkeypatch):
     svd = exsvd.load(small)
     svd.unet.conv_out.bias.data[0] = math.nan
-    exsvd.save_model(tmp_path / "bad.safetensors", svd.unet, svd.vae, svd.clip, family="toy")
-    (tmp_path / "config.json").write_text('{"fp16": {"initial_scale_power": 1}}')
-    with pytest.raises(SystemExit, match=r"5 steps in a row with non-finite gradients.*(scene \d+.*){5}"):
-        train_here("--model", tmp_path / "bad.safetensors", "--out", tmp_path / "run", *FAST, "--frames", 2,
-                   "--steps", 99, "--deepspeed_config", tmp_path / "config.json", *precision)
+    exsvd.save_model(tmp_path / "bad.safetensors", svd.unet, svd.vae, svd.clip, defaults={"train": TRAINING})
+    monkeypatch.setattr(train, "MAX_SKIPPED", 3)
+    with pytest.raises(SystemExit, match="no finite gradients in 3 steps, .*clip 2"):
+        train_here("--model", tmp_path / "bad.safetensors", "--data", clips, "--out", tmp_path / "run", "--frames", 2)
 
 
 @pytest.mark.parametrize("args, words", [
     ("--nonsense", "unrecognized"), ("--size 100x100", "multiples of 64"), ("--size 64", "write it as WIDTHxHEIGHT"),
-    ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"), ("--motion much", "invalid bucket value"),
-    ("--data missing", "missing"), ("--sample-image missing.png", "missing.png"),
-    ("--train nothing", "names no parameter"), ("--train (", "nor a regular expression"),
-    ("--deepspeed_config {lr} --lr 0.1", "contradicts"), ("--deepspeed_config {bad}", "not readable as JSON"),
-    ("--deepspeed_config {stage}", "written for stage 2"),
-    pytest.param("--fp16", "no fp16 on this machine", marks=pytest.mark.skipif(HAS_FP16, reason="there is fp16"))])
-def test_train_refuses_in_one_line(args, words, small, tmp_path, capsys):
-    configs = {"lr": '{"optimizer": {"params": {"lr": 1e-4}}}', "stage": '{"zero_optimization": {"stage": 3}}'}
-    for name, text in (configs | {"bad": "{"}).items():
-        (tmp_path / name).write_text(text)
-    args = args.format(lr=tmp_path / "lr", stage=tmp_path / "stage", bad=tmp_path / "bad").split()
-    with pytest.raises((SystemExit, data.MediaError)) as e:
-        train_here("--model", small, "--out", tmp_path / "run", *args)
+    ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"), ("--motion much", "must be a number"),
+    ("--data missing", "missing"), ("--sample-image missing.png", "missing.png"), ("--loss l2", "invalid choice"),
+    ("--train nothing", "names no parameter"), ("--train (", "no regular expression"),
+    ("--deepspeed_config {stage}", "ZeRO-2")])
+def test_train_refuses_in_one_line(args, words, small, clips, tmp_path, capsys):
+    (tmp_path / "stage").write_text('{"zero_optimization": {"stage": 3}}')
+    with pytest.raises((SystemExit, data.MediaError, AssertionError)) as e:
+        train_here("--model", small, "--data", clips, "--out", tmp_path / "run",
+                   *args.format(stage=tmp_path / "stage").split())
     assert words in capsys.readouterr().err + str(e.value) and getattr(e.value, "code", 1) not in (0, None)
-    after_the_clips = words in ("missing", "names no parameter")  # the others leave no folder behind
-    assert (tmp_path / "run").exists() == after_the_clips and not list(tmp_path.glob("run/state-*"))
+    assert not list(tmp_path.glob("run/state-*"))
 
 
 def test_train_exits_with_a_line(tmp_path, monkeypatch):
@@ -2955,16 +3147,11 @@ def test_train_exits_with_a_line(tmp_path, monkeypatch):
         runpy.run_path(train.__file__, run_name="__main__")
 
 
-def test_deepspeed_config_is_merged_over_ours(tmp_path):
-    (tmp_path / "config.json").write_text('{"optimizer": {"params": {"lr": 1e-4}}, "gradient_accumulation_steps": 3, '
-                                          '"zero_optimization": {"reduce_bucket_size": 1000}}')
-    a, family = train.parse(["--deepspeed_config", str(tmp_path / "config.json")])
-    config = train.deepspeed_config(a)
-    assert family == "toy" and config["optimizer"]["params"]["lr"] == a.lr == 1e-4 and a.accumulate == 3
-    assert config["optimizer"]["type"] == "AdamW"
-    assert config["zero_optimization"] == {"stage": 2, "round_robin_gradients": False, "reduce_bucket_size": 1000}
-    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert "data_types" not in train.deepspeed_config(train.parse(["--offload"])[0]), "DeepSpeed keeps them on the GPU"
+def test_the_toy_is_the_default(tmp_path, monkeypatch):
+    s = train.parse([])
+    assert s.data == train.TOY_CLIPS and s.out == "runs/toy" and s.frames == 40 and s.size == (128, 128)
+    s = train.parse(["--model", train.TOY, "--data", "x", "--lr", "3e-4"])
+    assert s.data == "x" and s.lr == 3e-4
 
 
 # ----------------------------------------------------------------------------------------------------------------------

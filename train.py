@@ -3,7 +3,7 @@ they need (ZeRO-2), and an exponential moving average (EMA) of them is kept.
 
     deepspeed train.py                                              # the toy, on synthetic clips
     deepspeed train.py --model svd_xt.safetensors --data videos/    # the paper's recipe, all GPUs
-    deepspeed train.py --data my_clips.py                           # clips of your own: toy/world.py
+    deepspeed train.py --data my_clips.py                           # your own clips, see data.py
     deepspeed --num_accelerators 2 train.py                         # two ranks, on a CPU too
     deepspeed --hostfile hosts train.py --model ... --data ...      # several nodes, shared --out
     python train.py                                                 # one process, the same code
@@ -14,7 +14,7 @@ SVD's formulation, public training codes or ourselves. Beside it the script rele
 (in DiffSynth-Studio):
 
     choice              here                                    released script, and other sources
-    -----------------   -------------------------------------   --------------------------------------
+    -----------------   -------------------------------------   ------------------------------------
     optimiser           AdamW                                   AdamW
     precision           bf16; fp32 masters, moments and EMA     fp16; VAE and CLIP too
     latent scale        0.18215, SVD's                          0.13025, SDXL's
@@ -36,10 +36,10 @@ SVD's formulation, public training codes or ourselves. Beside it the script rele
 
 A run folder (--out) holds
     state-<step>/               what resuming needs: the last two states
-    exvideo-<step>.safetensors  the EMA in float16, for --extension. At 128 frames the official code
-                                reads it too. Where more than the extension was trained: model-<step>
+    exvideo-<step>.safetensors  the EMA in float16, for --extension; at 128 frames the official code
+                                reads it too. Where more is trained: a whole model, model-<step>
     log.csv                     loss, loss by noise level, gradient norm, lr, seconds, memory
-    progress.png                a row per sample: frames 0, T/8, ... T-1; sample-<step>.mp4 beside it
+    progress.png                a row per sample, frames 0, T/8, ... T-1; sample-<step>.mp4
     run.json                    settings, versions, commit
 
 The same command resumes from the newest state. What a step draws (clip, noise level, noise,
@@ -48,8 +48,8 @@ bit-identically (on CUDA: with --deterministic). Another number of ranks continu
 state is cut anew, and no video is seen twice. When a save fails, the run warns and goes on.
 
 To stop early and lose nothing, send SIGTERM or SIGUSR1 to one training process (rank 0 prints its
-id) or to all: the ranks agree, save and leave. `deepspeed` itself does not pass a signal on; torchrun
-passes SIGTERM on and kills after 30 s. Several nodes, beside the hostfile:
+id) or to all: the ranks agree, save and leave. `deepspeed` itself does not pass a signal on;
+torchrun passes SIGTERM on and kills after 30 s. Several nodes without a hostfile:
 
     torchrun --nnodes 2 --node_rank K --nproc_per_node 8 --master_addr HOST --master_port 29500 \\
         train.py --model ... --data ... --out /shared/run
@@ -72,7 +72,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import numpy as np
 import torch
@@ -93,13 +93,12 @@ TOY_CLIPS = os.path.join(HERE, "toy", "world.py")
 TOY_IMAGE = os.path.join(HERE, "assets", "img.png")
 
 SIGMA_BINS = (0.7, 2.0, 6.0)  # the loss is logged apart between these: quartiles of EDM's sigmas
-BUCKET = 50_000_000           # gradients that DeepSpeed reduces at a time; its default is 10 times that
-MAX_SKIPPED = 50              # steps in a row without an update that stop the run: above float16's search of a scale
+BUCKET = 50_000_000           # gradients that DeepSpeed reduces at once; its own default is 10 times that
+MAX_SKIPPED = 50              # steps in a row without an update that end a run; float16 needs some
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-
 # --------------------------------------------------------------------------------------------------
-# Settings: a line each. The flags are made from these lines (see sample.py), and so is run.json.
+# Settings, a line each: flags and run.json are made from them, see sample.py.
 
 
 def bucket(value):
@@ -124,16 +123,16 @@ class Settings:
     """What shapes a run. The defaults are the paper's; a model's file may hold others."""
     model: str = setting(TOY, str, "single file or diffusers folder")
     extension: str = setting(None, str, "ExVideo release or own extension to go on from [none: extended afresh]")
-    data: str = setting(None, str, "folder of videos, .txt/.csv/.json list, encoded latents, or a Python file that defines clips()")
+    data: str = setting(None, str, "folder of videos, .txt/.csv/.json list, encoded latents, or a Python file of clips")
     out: str = setting(None, str, "run folder; the same one resumes [runs/exvideo; of the toy runs/toy]")
     native: int = setting(None, whole(1), "frames the base was trained on: 14 for svd.safetensors [as its file says, or 25]")
-    train: str = setting("temporal", pattern, "temporal: the extension, as the paper does; all: UNet and CLIP; or a regular expression")
+    train: str = setting("temporal", pattern, "temporal: the extension, as the paper does; all: UNet and CLIP; or a regex")
     frames: int = setting(128, whole(1), "of a clip; beyond its native length a model is extended")
     size: tuple = setting((512, 512), frame_size, "WIDTHxHEIGHT, multiples of 64")
     stride: int = setting(1, whole(1), "take every k-th frame of a video")
     fps: float = setting(None, number(1e-3), "take frames at this rate instead of a stride")
-    motion: str = setting("exvideo", bucket, "exvideo: buckets 0..127 as the release was tuned with; or one number for every clip")
-    skip_static: float = setting(0.0, number(0, 1), "leave out shots that change less from frame to frame; a still: 0.002")
+    motion: str = setting("exvideo", bucket, "exvideo: buckets 0..127 as the release was tuned with; or one number for all")
+    skip_static: float = setting(0.0, number(0, 1), "leave out shots that change less a frame; a still: 0.002")
 
     steps: int = setting(64000, whole(1), "optimiser steps in all")
     batch: int = setting(1, whole(1), "videos per GPU and pass")
@@ -147,10 +146,10 @@ class Settings:
     drop: float = setting(0.1, number(0, 1), "share of videos that lose their image, so that guidance keeps working")
     seed: int = setting(0, whole(0), "of all that is drawn")
 
-    dtype: str = setting(None, sample.DTYPES, "of the weights; float16 scales the loss [what the device is good at: exsvd.best_dtype]")
+    dtype: str = setting(None, sample.DTYPES, "of the weights; float16 scales the loss [by device: exsvd.best_dtype]")
     offload: bool = setting(False, bool, "optimiser, masters, moments and EMA in CPU memory")
-    deepspeed_config: str = setting(None, str, "JSON file, merged over our DeepSpeed settings: TensorBoard, W&B, ...")
-    checkpoint: str = setting("memory", CHECKPOINTS, "activations kept: least, twice that for a sixth less work, or all")
+    deepspeed_config: str = setting(None, str, "JSON file, merged over our DeepSpeed settings: TensorBoard, W&B, ...", flag="--deepspeed_config")
+    checkpoint: str = setting("memory", CHECKPOINTS, "activations kept: least; twice that, a sixth less work; or all")
     workers: int = setting(2, whole(0), "processes per rank that read clips")
     timeout: float = setting(30.0, number(0.1), "minutes after which ranks give up waiting for another")
     deterministic: bool = setting(False, bool, "bit-identical on CUDA too, slower")
@@ -158,24 +157,25 @@ class Settings:
     save_every: int = setting(500, whole(1), "steps between states")
     weights_every: int = setting(5000, whole(1), "steps between weight files")
     log_every: int = setting(10, whole(1), "steps per row of log.csv")
-    sample_every: int = setting(0, whole(0), "steps between samples from the EMA, always with the same image and noise; 0: never")
+    sample_every: int = setting(0, whole(0), "steps between samples of the EMA, from one image and noise; 0: never")
     sample_image: str = setting(None, str, "sample from this image [the first clip's first frame]")
 
 
 # These may differ when a run is resumed. Everything else must be as it was.
-MAY_CHANGE = {"model", "extension", "data", "out", "steps", "lr", "warmup", "weight_decay", "clip", "accumulate",
-              "deepspeed_config", "checkpoint", "workers", "timeout", "deterministic", "save_every",
-              "weights_every", "log_every", "sample_every", "sample_image"}
+MAY_CHANGE = {
+    "model", "extension", "data", "out", "steps", "lr", "warmup", "weight_decay", "clip", "accumulate",
+    "deepspeed_config", "checkpoint", "workers", "timeout", "deterministic", "save_every",
+    "weights_every", "log_every", "sample_every", "sample_image"}
 
 
 def parse(argv=None):
     """-> Settings: flags, then the defaults in the model's file, then those of the class."""
-    p = argparse.ArgumentParser(description="Post-tune SVD for long videos. In [brackets]: the default; "
-                                            "a model's file may hold others.")
+    p = argparse.ArgumentParser(
+        description="Post-tune SVD for long videos. In [brackets]: the default; a model's file may hold others.")
     sample.add_flags(p, Settings)
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     given = vars(p.parse_args(argv))
-    given.pop("local_rank")
+    del given["local_rank"]
 
     model = given.get("model", TOY)
     meta = exsvd.open_model(model)[0]["unet"].meta
@@ -184,26 +184,22 @@ def parse(argv=None):
         s = replace(s, data=s.data or TOY_CLIPS, sample_image=s.sample_image or TOY_IMAGE)
     if s.data is None:
         p.error("--data is needed with --model: a folder of videos, for example")
-    s = replace(s, size=tuple(s.size), out=s.out or ("runs/toy" if model == TOY else "runs/exvideo"))
+    s = replace(s, out=s.out or ("runs/toy" if model == TOY else "runs/exvideo"))
     if s.dtype is None:
-        s = replace(s, dtype=dtype_of_run(s.out) or best_dtype())
+        s = replace(s, dtype=default_dtype(s.out))
     if s.sample_image:
-        data.read_image(s.sample_image)  # what can't be read is to be known before a run of days begins
+        data.read_image(s.sample_image)  # what can't be read is to be known before a run of days
     return s
 
 
-def best_dtype():
+def default_dtype(out):
+    """A run that is resumed keeps its dtype, whatever the machine. A new one takes what is fast."""
+    path = os.path.join(out, "run.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            return json.load(f)["settings"]["dtype"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return str(exsvd.best_dtype(device, training=True)).removeprefix("torch.")
-
-
-def dtype_of_run(out):
-    """The dtype of a run that is resumed, on whatever machine; None where none has begun."""
-    path = os.path.join(out, "run.json")
-    if not os.path.exists(path):
-        return None
-    with open(path) as f:
-        return json.load(f)["settings"]["dtype"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,35 +223,78 @@ class PostTuning(nn.Module):
         return exsvd.training_loss(self.unet, self.loss, x, sigma, noise, cond, ctx, ids)
 
 
-def trains(s):
-    """-> a predicate of names such as unet.down.1.attn.temporal.attn1.to_q.weight: what --train names"""
-    if s.train == "temporal":
-        return lambda name: name.startswith("unet.") and exsvd.is_extension_parameter(name)
-    if s.train == "all":
-        return lambda name: name.startswith(("unet.", "clip."))
-    return lambda name: name.startswith(("unet.", "clip.")) and re.search(s.train, name) is not None
-
-
 def in_extension(name):
-    return name.startswith("unet.") and exsvd.is_extension_parameter(name)
+    """Of names such as unet.down.1.attn.temporal.attn1.to_q.weight"""
+    network, _, name = name.partition(".")
+    return network == "unet" and exsvd.is_extension_parameter(name)
+
+
+def is_named(s, name):
+    """Whether --train names a parameter."""
+    if s.train == "temporal":
+        return in_extension(name)
+    in_module = name.startswith(("unet.", "clip."))
+    return in_module and (s.train == "all" or re.search(s.train, name) is not None)
+
+
+def load_networks(s, pixels, device):
+    """SVD, extended to --frames: fp32 what is trained or saved with it, the rest in its final dtype.
+    VAE and CLIP only where clips are pixels."""
+    def keep_float32(name):
+        return is_named(s, name) or in_extension(name) or name.startswith("vae.")
+
+    parts = ("unet", "vae", "clip") if pixels else ("unet",)
+    dtype = getattr(torch, s.dtype)
+    svd = exsvd.load(s.model, s.extension, dtype, parts=parts, keep_float32=keep_float32)
+    if s.native:
+        svd.unet.config = replace(svd.unet.config, native_frames=s.native)
+    if s.frames > (svd.unet.max_frames or svd.unet.config.native_frames):
+        exsvd.extend(svd.unet, s.frames)
+    svd.unet.checkpointing = CHECKPOINTS[s.checkpoint]
+    if pixels:
+        svd.vae.to(device)
+        svd.clip.to(device)
+    return svd
+
+
+def choose(s, svd):
+    """-> the module that DeepSpeed wraps, in its final dtype; {name: parameter} of what is trained;
+    fp32 values {name: tensor} of that and of the rest of the extension."""
+    module = PostTuning(svd.unet, svd.clip, exsvd.LOSSES[s.loss])
+    trained = {}
+    for name, p in module.named_parameters():
+        # what can't matter while the context is one token gets no gradient: it must not decay either
+        p.requires_grad_(is_named(s, name) and not exsvd.IDLE.search(name))
+        if p.requires_grad:
+            trained[name] = p
+    if not trained:
+        sys.exit(f"train.py: --train {s.train} names no parameter; names look like "
+                 "unet.down.1.attn.temporal.attn1.to_q.weight")
+    if not any(name.startswith("clip.") for name in trained):
+        module.clip = None
+    values = {name: p.detach() for name, p in module.named_parameters()
+              if name in trained or in_extension(name)}
+    module.to(getattr(torch, s.dtype)).train()  # values keeps the fp32 tensors that this replaces
+    return module, trained, values
 
 
 def parameter_groups(trained, s):
-    """Groups for the optimiser: what decays, and what does not. Decay pulls towards 0. That is neutral
-    for matrices and convolutions, but not for norms, biases, tables of positions and the identity
-    convolution."""
+    """Groups for the optimiser: what decays, and what does not. Decay pulls towards 0. That is
+    neutral for matrices and convolutions, but not for norms, biases, tables of positions and the
+    identity convolution."""
     decaying, exempt = [], []
     for name, p in trained.items():
         if p.ndim > 1 and not re.search("frame_table|frame_conv|positional_embedding", name):
             decaying.append(p)
         else:
             exempt.append(p)
-    groups = [{"params": decaying, "weight_decay": s.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    groups = [{"params": decaying, "weight_decay": s.weight_decay},
+              {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(groups, s):
-    """The optimiser that DeepSpeed shards, any of torch's interface that works element by element.
+    """The optimiser that DeepSpeed shards: any of torch's interface that works element by element.
     With --offload it must be one of DeepSpeed's for the CPU, which are compiled on first use."""
     options = dict(lr=s.lr, betas=(0.9, 0.999), eps=1e-8)
     if s.offload:
@@ -264,9 +303,10 @@ def make_optimizer(groups, s):
     return torch.optim.AdamW(groups, **options)
 
 
-def deepspeed_config(s, trained):
-    """DeepSpeed's settings: ours, and those of --deepspeed_config merged over them."""
-    elements = sum(p.numel() for p in trained.values())
+def deepspeed_config(s, elements):
+    """DeepSpeed's settings: ours, and those of --deepspeed_config merged over them. elements: how
+    many numbers are trained."""
+    pinned = torch.cuda.is_available()
     config = {
         "train_micro_batch_size_per_gpu": s.batch,
         "gradient_accumulation_steps": s.accumulate,
@@ -275,7 +315,7 @@ def deepspeed_config(s, trained):
         "zero_optimization": {
             "stage": 2,
             "round_robin_gradients": False,
-            "reduce_bucket_size": min(BUCKET, elements),  # all of it is allocated, however little trains
+            "reduce_bucket_size": min(BUCKET, elements),  # DeepSpeed allocates all of it
         },
     }
     if s.dtype == "bfloat16":
@@ -283,14 +323,14 @@ def deepspeed_config(s, trained):
     if s.dtype == "float16":
         config["fp16"] = {"enabled": True, "min_loss_scale": 1}
     if s.offload:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     else:  # with --offload DeepSpeed would keep these sums on the GPU, 4 bytes per parameter
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if s.deepspeed_config:
         with open(s.deepspeed_config) as f:
             config = merge(config, json.load(f))
     zero = config["zero_optimization"]
-    assert zero["stage"] == 2 and not zero["round_robin_gradients"], "the sharded EMA is written for ZeRO-2 as it is"
+    assert zero["stage"] == 2 and not zero["round_robin_gradients"], "Shards is written for ZeRO-2"
     return config
 
 
@@ -305,107 +345,112 @@ class Shards:
     """The part of the trained parameters that a rank keeps in fp32: DeepSpeed's master weights and
     what its optimiser keeps, and our moving average (EMA) of the masters, sharded alike.
 
-    The one place that knows DeepSpeed's insides. ZeRO-2 keeps every parameter group as one flat tensor
-    (in the order of round_robin_bit16_groups, each parameter at round_robin_bit16_offsets, zeros at
-    the end) cut into equal parts, one per rank; the fp32 master of our part is
+    The one place that knows DeepSpeed's insides. ZeRO-2 keeps every parameter group as one flat
+    tensor (in the order of round_robin_bit16_groups, each parameter at round_robin_bit16_offsets,
+    zeros at the end) cut into equal parts, one per rank; the fp32 master of our part is
     single_partition_of_fp32_groups. This is no documented API, hence the pinned minor version.
     """
     ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
-    def __init__(self, engine, names, decay):
+    def __init__(self, engine, decay):
         self.engine, self.zero = engine, engine.optimizer
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.decay, self.device = decay, engine.device
         self.masters = self.zero.single_partition_of_fp32_groups
         name_of = {id(p): name for name, p in engine.module.named_parameters()}
         self.layout = []  # a list per group: [name, shape, offset in the flat tensor]
-        for group, offsets in zip(self.zero.round_robin_bit16_groups, self.zero.round_robin_bit16_offsets):
-            self.layout.append([[name_of[id(p)], list(p.shape), offset] for p, offset in zip(group, offsets)])
-        found = sorted(name for group in self.layout for name, _, _ in group)
-        assert found == sorted(names), f"DeepSpeed trains {len(found)} tensors, {len(names)} were meant"
+        groups = zip(self.zero.round_robin_bit16_groups, self.zero.round_robin_bit16_offsets)
+        for group, offsets in groups:
+            self.layout.append(
+                [[name_of[id(p)], list(p.shape), offset] for p, offset in zip(group, offsets)])
         for master, flat in zip(self.masters, self.zero.bit16_groups_flat):
             assert master.dtype == torch.float32 and master.numel() * self.world == flat.numel()
-        self.names = found
         self.average = [m.detach().clone() for m in self.masters]
         self.updates = 0
 
     def pieces(self, rank):
-        """Where a rank's parts and parameters overlap:
-        (group, slice of the part, name, slice of the flattened parameter, its shape)"""
+        """Where a rank's parts and parameters overlap: (group, slice of the part, name, shape, slice
+        of the flattened parameter)"""
         for i, group in enumerate(self.layout):
-            begin, end = rank * self.masters[i].numel(), (rank + 1) * self.masters[i].numel()
+            size = self.masters[i].numel()
+            begin, end = rank * size, (rank + 1) * size
             for name, shape, offset in group:
                 low, high = max(offset, begin), min(offset + math.prod(shape), end)
                 if low < high:
-                    yield i, slice(low - begin, high - begin), name, slice(low - offset, high - offset), shape
+                    part, piece = slice(low - begin, high - begin), slice(low - offset, high - offset)
+                    yield i, part, name, shape, piece
 
     @torch.no_grad()
     def start_from(self, weights):
         """Set masters and average to fp32 weights {name: tensor}. DeepSpeed made its masters from
         copies in half precision."""
-        for i, part, name, piece, _ in self.pieces(self.rank):
+        for i, part, name, _, piece in self.pieces(self.rank):
             self.masters[i].data[part] = weights[name].flatten()[piece].to(self.masters[i])
         self.average = [m.detach().clone() for m in self.masters]
 
     @torch.no_grad()
     def update_average(self):
-        """After a step that was applied. At decay d the half-life is ln 2 / (1 - d) steps: 6,931 of
-        them at 0.9999."""
+        """After a step that was applied. At decay d the half-life is ln 2 / (1 - d) steps: 6,931 at
+        0.9999."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, [m.detach() for m in self.masters], 1 - decay)
         self.updates += 1
 
     def gather_average(self):
-        """The average of all ranks, {name: fp32 tensor on the CPU}, on rank 0 and {} elsewhere. Every
-        rank must call it."""
+        """The average of all ranks, {name: fp32 tensor on the CPU}, on rank 0 and {} elsewhere.
+        Every rank must call it."""
         weights = {}
         for rank in range(self.world):
-            parts = [(a if rank == self.rank else torch.empty_like(a)).to(self.device) for a in self.average]
+            parts = [(a if rank == self.rank else torch.empty_like(a)) for a in self.average]
+            parts = [part.to(self.device) for part in parts]
             for part in parts:
                 dist.broadcast(part, rank)
             if self.rank == 0:
-                for i, part, name, piece, shape in self.pieces(rank):
-                    weights.setdefault(name, torch.empty(shape)).view(-1)[piece] = parts[i][part].cpu()
+                for i, part, name, shape, piece in self.pieces(rank):
+                    whole_tensor = weights.setdefault(name, torch.empty(shape))
+                    whole_tensor.view(-1)[piece] = parts[i][part].cpu()
         return weights
 
     def save(self, path):
-        """Write this rank's parts. -> what resuming needs besides, the same on all ranks, for JSON"""
+        """Write this rank's parts. -> what else resuming needs, the same on all ranks, for JSON"""
         tensors, numbers = {}, []
         for i, master in enumerate(self.masters):
-            tensors |= {f"{i}.master": master.detach().cpu(), f"{i}.average": self.average[i].cpu()}
+            tensors |= {f"{i}.master": master.detach(), f"{i}.average": self.average[i]}
             others = {}
             for key, value in self.zero.optimizer.state[master].items():
                 if torch.is_tensor(value) and value.shape == master.shape:
-                    tensors[f"{i}.{key}"] = value.cpu()
+                    tensors[f"{i}.{key}"] = value
                 else:  # a step count: [its value, whether it is a tensor]
                     others[key] = [float(value), torch.is_tensor(value)]
             numbers.append(others)
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)
         sync(path)
-        scaler = {k: v for k, v in vars(self.zero.loss_scaler).items() if type(v) in (bool, int, float)}
+        scheduler, scaler = self.engine.lr_scheduler, vars(self.zero.loss_scaler)
         return {
             "layout": self.layout,
             "optimizer": type(self.zero.optimizer).__name__,
             "numbers": numbers,
             "updates": self.updates,
-            "loss_scaler": scaler,
+            "loss_scaler": {k: v for k, v in scaler.items() if type(v) in (bool, int, float)},
             "engine": {key: getattr(self.engine, key) for key in self.ENGINE_COUNTERS},
-            "scheduler": self.engine.lr_scheduler.state_dict() if self.engine.lr_scheduler else None,
+            "scheduler": scheduler.state_dict() if scheduler else None,
         }
 
-    def differs(self, saved):
+    def difference(self, saved):
         """The first difference between these parameters and those of a state, or None."""
-        if saved["optimizer"] != type(self.zero.optimizer).__name__:
-            return f"was made with {saved['optimizer']}, and this run uses {type(self.zero.optimizer).__name__}"
-        for ours, theirs in zip_longest(sum(self.layout, []), sum(saved["layout"], [])):
+        now = type(self.zero.optimizer).__name__
+        if saved["optimizer"] != now:
+            return f"was made with {saved['optimizer']} (now {now})"
+        both = zip_longest(chain(*self.layout), chain(*saved["layout"]))
+        for ours, theirs in both:
             if ours != theirs:
                 return f"holds {theirs} where this run has {ours} (name, shape, offset)"
         return None
 
     @torch.no_grad()
     def load(self, paths, saved):
-        """Continue from the files of all ranks of a run, whatever their number: the flat tensors are
-        cut anew."""
+        """Continue from the files of all ranks of a run, whatever their number: the flat tensors
+        are cut anew."""
         files = [safe_open(path, "pt") for path in paths]
         for i, master in enumerate(self.masters):
             state = self.zero.optimizer.state[master]
@@ -445,7 +490,7 @@ def read_range(files, name, begin, out):
 
 
 # --------------------------------------------------------------------------------------------------
-# States and weights. A state is a folder that gets its name when it is complete.
+# States: folders that get their names when they are complete.
 
 STATE = re.compile(r"state-(\d+)")
 
@@ -466,9 +511,9 @@ def write(path, text):
 
 
 def saved_states(out):
-    """[(step, folder)] in order of steps."""
-    matches = [m for m in map(STATE.fullmatch, os.listdir(out)) if m]
-    return sorted((int(m[1]), os.path.join(out, m[0])) for m in matches)
+    """Folders of states in order of steps."""
+    names = sorted((int(m[1]), m[0]) for m in map(STATE.fullmatch, os.listdir(out)) if m)
+    return [os.path.join(out, name) for _, name in names]
 
 
 def of_all_ranks(value):
@@ -479,39 +524,40 @@ def of_all_ranks(value):
 
 
 def on_all_ranks(f, *args):
-    """f(*args) on every rank -> its result. Where it fails on one rank, all raise OSError: otherwise
-    the others would wait for it in the next collective."""
+    """f(*args) on every rank -> its result. Where the disk fails one rank, all raise OSError, or the
+    others would wait for it in the next collective."""
     result = problem = None
     try:
         result = f(*args)
-    except (OSError, SafetensorError, ValueError, KeyError) as e:
+    except (OSError, SafetensorError) as e:
         problem = e
-    problems = [p for p in of_all_ranks(problem and str(problem)) if p]
-    if problems:
-        raise OSError(problems[0]) from problem
+    for message in of_all_ranks(problem and str(problem)):
+        if message:
+            raise OSError(message) from problem
     return result
 
 
-def save_state(s, shards, position):
-    """Write --out/state-<step>, and remove all states but the last two. Raises OSError on all ranks
-    alike. A run killed in the middle leaves a .tmp folder, which the next save removes."""
-    final = os.path.join(s.out, f"state-{position['step']:08d}")
-    part = os.path.join(s.out, f"state-{position['step']:08d}.tmp")
+def save_state(out, shards, position):
+    """Write state-<step>, and remove all states but the last two. Every rank must call it. Raises
+    OSError on all alike. A run killed in here leaves a .tmp folder, which the next save removes."""
+    final = os.path.join(out, f"state-{position['step']:08d}")
+    part = final + ".tmp"
 
     def begin():
         if shards.rank == 0:
-            for name in os.listdir(s.out):
+            for name in os.listdir(out):
                 if STATE.match(name) and name.endswith(".tmp"):
-                    shutil.rmtree(os.path.join(s.out, name))
+                    shutil.rmtree(os.path.join(out, name))
             os.makedirs(part)
 
     def finish():
         if shards.rank == 0:
-            write(os.path.join(part, "state.json"), json.dumps(position | {"shards": saved, "ranks": shards.world}))
+            about = position | {"shards": saved, "ranks": shards.world}
+            write(os.path.join(part, "state.json"), json.dumps(about))
             sync(part)
             os.rename(part, final)
-            sync(s.out)
-            for _, folder in saved_states(s.out)[:-2]:
+            sync(out)
+            for folder in saved_states(out)[:-2]:
                 os.rename(folder, folder + ".tmp")  # first, so that a state is never half there
                 shutil.rmtree(folder + ".tmp")
 
@@ -521,82 +567,51 @@ def save_state(s, shards, position):
 
 
 def read_state(folder):
-    """-> (its state.json, the paths of its ranks' files). Raises OSError, ValueError, KeyError or
-    SafetensorError if a file is missing or cut off."""
-    with open(os.path.join(folder, "state.json")) as f:
-        info = json.load(f)
-    paths = [os.path.join(folder, f"rank-{rank}.safetensors") for rank in range(info["ranks"])]
-    for path in paths:
-        safe_open(path, "pt")  # compares the length of the file with what its header says
+    """-> (its state.json, the paths of its ranks' files). Raises OSError if something is missing or
+    cut off."""
+    try:
+        with open(os.path.join(folder, "state.json")) as f:
+            info = json.load(f)
+        ranks = range(info["ranks"])
+        paths = [os.path.join(folder, f"rank-{rank}.safetensors") for rank in ranks]
+        for path in paths:
+            safe_open(path, "pt")  # compares the length of the file with what its header says
+    except (ValueError, KeyError, SafetensorError) as e:
+        raise OSError(f"{type(e).__name__}: {e}") from e
     return info, paths
 
 
 def newest_state(out, say):
-    """-> (folder, state.json, paths) of the newest state that can be read, None where a run begins."""
-    candidates = [[folder for _, folder in saved_states(out)]]
+    """-> (folder, state.json, paths) of the newest state that can be read; None where a run begins."""
+    candidates = [saved_states(out)]
     dist.broadcast_object_list(candidates)  # all ranks look at those of rank 0
     for folder in reversed(candidates[0]):
         try:
             return folder, *on_all_ranks(read_state, folder)
         except OSError as e:
-            say(f"warning: {folder} cannot be read ({e}); the state before it is used", file=sys.stderr)
+            say(f"warning: {folder} cannot be read ({e}); the state before it is used")
     if candidates[0]:
         sys.exit(f"train.py: no state in {out} can be read: remove its folders state-* to begin anew")
     return None
 
 
-def resume(run):
-    """Go on from the newest state, if there is one. -> step, videos seen, sums of losses since the
-    last row of log.csv, see add_losses()"""
-    s, shards, fixed = run.s, run.shards, run.fixed
-    sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=shards.device)
-    found = newest_state(s.out, run.say)
-    if found is None:
-        return 0, 0, sums
-    folder, info, paths = found
-    other = [f"{key} {value} (now {fixed.get(key)})" for key, value in info["settings"].items()
-             if fixed.get(key) != value]
-    difference = ", ".join(other) and "was made with " + ", ".join(other)
-    difference = difference or shards.differs(info["shards"])
-    if difference:
-        sys.exit(f"train.py: {folder} {difference}: use what it was made with, or another --out with --extension "
-                 "to start from its weights")
-    shards.load(paths, info["shards"])
-    if shards.rank == 0:
-        sums += torch.tensor(info["sums"], device=shards.device)
-    run.say(f"resumed from {folder}: step {info['step']}, {info['videos']} videos seen")
-    if info["data"] != run.data_id:
-        run.say(f"warning: {s.data} holds other clips than when that was saved", file=sys.stderr)
-    return info["step"], info["videos"], sums
-
-
 # --------------------------------------------------------------------------------------------------
-# What a run keeps besides
-
-
-def write_run_json(s, config):
-    """Settings, versions and commit: what a run was made by."""
-    import deepspeed
-    commit = None
-    if git := shutil.which("git"):
-        commit = subprocess.run([git, "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "deepspeed": deepspeed.__version__}
-    about = {"settings": asdict(s), "deepspeed": config, "commit": commit, "versions": versions}
-    write(os.path.join(s.out, "run.json"), json.dumps(about, indent=1))
+# The log
 
 
 class Log:
     """log.csv. Resuming drops rows beyond the state: those steps come again."""
     BINS = [f"loss_sigma_{low}_{high}" for low, high in zip((0, *SIGMA_BINS), (*SIGMA_BINS, "inf"))]
-    COLUMNS = ["step", "videos", "loss", *BINS, "grad_norm", "lr", "seconds_per_step", "frames_per_second",
-               "peak_memory_GB"]
+    COLUMNS = ["step", "videos", "loss", *BINS, "grad_norm", "lr", "seconds_per_step",
+               "frames_per_second", "peak_memory_GB"]
 
     def __init__(self, out, step):
         self.path = os.path.join(out, "log.csv")
         rows = [",".join(self.COLUMNS)]
         if os.path.exists(self.path):
             with open(self.path) as f:
-                rows += [line for line in f.read().splitlines()[1:] if int(line.split(",")[0]) <= step]
+                old = f.read().splitlines()[1:]
+            rows += [row for row in old if int(row.split(",")[0]) <= step]
         write(self.path, "\n".join(rows) + "\n")
 
     def row(self, step, videos, sums, grad_norm, lr, seconds_per_step, frames_per_second, device):
@@ -605,8 +620,9 @@ class Log:
         norm = "" if grad_norm is None else f"{grad_norm:.4f}"
         memory = sample.peak_memory(device).split()[0]
         speed = f"{seconds_per_step:.3f}", f"{frames_per_second:.1f}"
-        with open(self.path, "a", newline="") as f:
-            csv.writer(f, lineterminator="\n").writerow([step, videos, *loss, norm, f"{lr:.3g}", *speed, memory])
+        row = [step, videos, *loss, norm, f"{lr:.3g}", *speed, memory]
+        with open(self.path, "a") as f:
+            csv.writer(f, lineterminator="\n").writerow(row)
 
 
 def sum_over_ranks(sums):
@@ -616,10 +632,164 @@ def sum_over_ranks(sums):
 
 
 def add_losses(sums, loss, sigma):
-    """sums (2, bins + 1): losses and how many they are, in all and per bin of sigma. loss, sigma (B,)"""
+    """sums (2, bins + 1): losses and how many they are, in all and per bin of sigma. loss and sigma
+    are (B,)."""
     bins = torch.bucketize(sigma, torch.tensor(SIGMA_BINS, device=sigma.device)) + 1
     for where in (torch.zeros_like(bins), bins):
         sums.index_add_(1, where, torch.stack([loss, torch.ones_like(loss)]).double())
+
+
+# --------------------------------------------------------------------------------------------------
+# A run
+
+
+@dataclass
+class Run:
+    """What the stages of a run share."""
+    s: Settings
+    rank: int
+    world: int
+    device: torch.device
+    dataset: object
+    svd: exsvd.SVD
+    module: PostTuning
+    shards: Shards
+    untrained: dict  # {name: fp32 tensor}: what an extension file holds besides what is trained
+    is_extension: bool  # nothing but the extension is trained, so an extension is saved
+    fixed: dict      # settings and model that a resumed run must have too
+
+    def say(self, *words, **options):
+        if self.rank == 0:
+            print(*words, **options, flush=True)
+
+    def decoders(self):
+        """VAE and CLIP, for samples and whole models. Where clips are latents they are read anew."""
+        if self.svd.vae is not None:
+            return self.svd.vae, self.svd.clip
+        loaded = exsvd.load(self.s.model, parts=("vae", "clip"), device=self.device)
+        return loaded.vae, loaded.clip
+
+    def monitor(self, values, videos):
+        """To TensorBoard, W&B, ... of --deepspeed_config; over videos, as DeepSpeed itself does."""
+        events = [(name, value, videos) for name, value in values.items()]
+        self.shards.engine.monitor.write_events(events)
+
+
+def join_ranks(s):
+    """Find the other ranks; a process without a launcher is a world of one. -> rank, world, device"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    for key, value in alone.items():
+        os.environ.setdefault(key, str(value))
+    if s.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+    import deepspeed  # here, so that --help and wrong arguments answer at once
+    deepspeed.utils.logger.setLevel("WARNING")
+    # An optional op for sums between CPU ranks is compiled at start under a lock file. A run killed
+    # there would leave the lock, and later ones would wait for it without end. gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=timedelta(minutes=s.timeout))
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = min(torch.get_num_threads(), cores // int(local))  # ranks share the cores
+    torch.set_num_threads(max(1, threads))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def open_clips(s, rank):
+    """The dataset, its first item checked. Rank 0 comes first: it builds the index of a folder of
+    videos, which the other ranks then find."""
+    options = dict(stride=s.stride, fps=s.fps, motion=s.motion, skip_static=s.skip_static)
+    if rank > 0:
+        dist.barrier()
+    dataset = data.open_dataset(s.data, s.frames, s.size, s.seed, **options)
+    if rank == 0:
+        dist.barrier()
+    config = exsvd.open_model(s.model)[1][0]
+    data.check_item(dataset[0], s.frames, s.size, config.context_dim, config.ids)
+    return dataset
+
+
+def begin(s, rank, world, device):
+    """All that comes before the first step -> Run"""
+    os.makedirs(s.out, exist_ok=True)
+    dataset = open_clips(s, rank)
+    pixels = "video" in dataset[0]
+    if not pixels and s.train == "all":
+        sys.exit(f"train.py: {s.data} holds CLIP embeddings, but to train CLIP needs the videos")
+    svd = load_networks(s, pixels, device)
+    known = svd.unet.conv_out.weight.float().numpy().tobytes()
+    fixed = {key: value for key, value in asdict(s).items() if key not in MAY_CHANGE}
+    fixed["model_id"] = hashlib.blake2b(known, digest_size=8).hexdigest()
+    fixed = json.loads(json.dumps(fixed))  # as it will be read again: tuples become lists
+    module, trained, values = choose(s, svd)
+
+    import deepspeed
+    config = deepspeed_config(s, sum(p.numel() for p in trained.values()))
+    optimizer = make_optimizer(parameter_groups(trained, s), s)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if s.dtype == "float16":  # or DeepSpeed raises before MAX_SKIPPED steps
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    shards = Shards(engine, s.ema)
+    shards.start_from(values)
+    untrained = {name: t for name, t in values.items() if name not in trained}
+    is_extension = svd.unet.max_frames is not None and all(map(in_extension, trained))
+    run = Run(s, rank, world, device, dataset, svd, module, shards, untrained, is_extension, fixed)
+
+    if hasattr(dataset, "describe"):
+        run.say(dataset.describe())
+    total, tuned = (sum(p.numel() for p in ps) / 1e6 for ps in (svd.unet.parameters(), trained.values()))
+    run.say(f"UNet of {total:,.1f} M parameters; {tuned:,.1f} M are trained in {s.dtype}, {world} ranks on {device.type}")
+    if s.extension and svd.extension == {}:
+        run.say(f"warning: {s.extension} has none of our metadata. If it is ExVideo's release, it was "
+                "tuned on latents scaled by 0.13025, and training here moves it to 0.18215")
+    if rank == 0 and not saved_states(s.out):
+        write_run_json(s, config)
+    return run
+
+
+def write_run_json(s, config):
+    """Settings, versions and commit: what a run was made by."""
+    import deepspeed
+    commit = None
+    if git := shutil.which("git"):
+        command = [git, "-C", HERE, "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    python = sys.version.split()[0]
+    versions = {"python": python, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    about = {"settings": asdict(s), "deepspeed": config, "commit": commit, "versions": versions}
+    write(os.path.join(s.out, "run.json"), json.dumps(about, indent=1))
+
+
+def resume(run):
+    """Go on from the newest state, if there is one. -> step, videos seen, sums of losses since the
+    last row of log.csv, see add_losses()"""
+    s, shards, fixed = run.s, run.shards, run.fixed
+    sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=run.device)
+    found = newest_state(s.out, run.say)
+    if found is None:
+        return 0, 0, sums
+    folder, info, paths = found
+    changed = [f"{key} {value} (now {fixed.get(key)})" for key, value in info["settings"].items()
+               if fixed.get(key) != value]
+    difference = f"was made with {', '.join(changed)}" if changed else shards.difference(info["shards"])
+    if difference:
+        sys.exit(f"train.py: {folder} {difference}: use what it was made with, or another --out with "
+                 "--extension to start from its weights")
+    shards.load(paths, info["shards"])
+    if run.rank == 0:
+        sums += torch.tensor(info["sums"], device=run.device)
+    run.say(f"resumed from {folder}: step {info['step']}, {info['videos']} videos seen")
+    if info["data"] != getattr(run.dataset, "id", ""):
+        run.say(f"warning: {s.data} holds other clips than when that was saved")
+    return info["step"], info["videos"], sums
 
 
 # --------------------------------------------------------------------------------------------------
@@ -635,14 +805,14 @@ def videos_of(rank, world, batch, videos):
 
 
 def ignore_signals(_):
-    for stop in STOP_SIGNALS:  # in the readers: launchers signal them too, and their rank still needs them
+    for stop in STOP_SIGNALS:  # in the readers: launchers signal them too, and a rank still needs them
         signal.signal(stop, signal.SIG_IGN)
 
 
 def draw(s, n, shape):
-    """For the n-th video: sigma, noise of shape (T,4,h,w), 1 if its image stays or 0 if it is dropped.
-    A function of (seed, n), drawn on the CPU."""
-    seed = np.random.SeedSequence([s.seed, n]).generate_state(1)[0]  # torch's generator takes 32 bits
+    """For the n-th video: sigma, noise of shape (T,4,h,w), and 1 if its image stays, 0 if it is
+    dropped. A function of (seed, n), drawn on the CPU."""
+    seed = np.random.SeedSequence([s.seed, n]).generate_state(1)[0]  # torch's takes 32 bits
     generator = torch.Generator().manual_seed(int(seed))
     sigma = exsvd.LOSSES[s.loss].draw(1, shape[0], generator)[0]
     noise = torch.randn(shape, generator=generator)
@@ -652,28 +822,25 @@ def draw(s, n, shape):
 
 @torch.no_grad()
 def encode(run, item):
-    """A batch of clips to latents (B,T,4,h,w) and cond (B,4,h,w), both unscaled; ctx (B,1,D), or where
-    CLIP is trained its input (B,3,224,224); and aug (B,)."""
-    vae, clip, clip_trains = run.svd.vae, run.svd.clip, run.module.clip is not None
+    """A batch of clips to latents (B,T,4,h,w) and cond (B,4,h,w), both unscaled; ctx (B,1,D), or
+    where CLIP is trained its input (B,3,224,224); and aug (B,)."""
+    vae, clip = run.svd.vae, run.svd.clip
     latents, conds, ctxs, augs = [], [], [], []
     for video, name in zip(item["video"], item["name"]):
         frames = data.to_float(video.to(run.device))
         aug, noise = data.draw_condition(run.s.seed, name, run.s.size)
+        cond, ctx = data.encode_condition(vae, clip, frames[0], aug, noise)
+        if run.module.clip is not None:
+            ctx = exsvd.preprocess_clip(frames[:1], clip.config.image)
         latents.append(data.encode_frames(vae, frames))
-        if clip_trains:
-            cond = vae.encode((frames[0] + aug * noise.to(run.device))[None])[0]
-            ctx = exsvd.preprocess_clip(frames[:1], clip.config.image)[0]
-        else:
-            cond, ctx = data.encode_condition(vae, clip, frames[0], aug, noise)
-            ctx = ctx[None]
         conds.append(cond)
-        ctxs.append(ctx)
+        ctxs.append(ctx.view(ctx.shape[-3:] if ctx.ndim == 4 else (1, -1)))
         augs.append(aug)
     return torch.stack(latents), torch.stack(conds), torch.stack(ctxs), torch.stack(augs)
 
 
 def inputs(run, item):
-    """The model's inputs of a batch, fp32 on the device: x (B,T,4,h,w), scaled, cond (B,1,4,h,w),
+    """The model's inputs for a batch, fp32 on the device: x (B,T,4,h,w), scaled, cond (B,1,4,h,w),
     ctx (B,1,D), ids (B,3)."""
     if "video" in item:
         x, cond, ctx, aug = encode(run, item)
@@ -686,7 +853,7 @@ def inputs(run, item):
 
 
 # --------------------------------------------------------------------------------------------------
-# Samples during training
+# Samples and weights along the way
 
 
 @contextmanager
@@ -705,28 +872,32 @@ def weights_replaced(module, weights):
         module.train()
 
 
-def sample_start(s, dataset, vae):
-    """What samples start from: an image (3,H,W) in [-1,1], and settings {"fps", "motion"} where the
-    clips know them. vae() -> the VAE, for clips that are latents."""
-    if s.sample_image:
-        return data.fit_image(data.read_image(s.sample_image), *s.size), {}
-    item = dataset[0]
+def sample_start(run):
+    """What samples start from: an image (3,H,W) in [-1,1], and what the clips know of the settings,
+    {"fps", "motion"} or nothing."""
+    if run.s.sample_image:
+        return data.fit_image(data.read_image(run.s.sample_image), *run.s.size), {}
+    item = run.dataset[0]
     if "video" in item:
         img = data.to_float(item["video"][0])
     else:
-        network = vae()
-        z = item["latents"][None, :1].to(next(network.parameters()))
-        img = network.decode(z)[0, 0].float().clamp(-1, 1).cpu()
+        vae, _ = run.decoders()
+        z = item["latents"][None, :1].to(run.device)
+        img = vae.decode(z)[0, 0].float().clamp(-1, 1).cpu()
     return img, {"fps": max(1.0, float(item["fps"])), "motion": float(item["motion"])}
 
 
 @torch.no_grad()
-def sample_video(s, svd, img, known, device):
-    """Frames (T,3,H,W), about -1 to 1, and their sample.Settings, as sample.py makes them."""
-    settings = sample.settings_for(svd, known | dict(seed=s.seed, frames=s.frames, size=s.size, overlap=None))
-    latents = sample.make_latents(svd, img, settings, device)
+def sample_video(run, img, known):
+    """Frames (T,3,H,W) in [-1,1], and their sample.Settings, as sample.py makes them."""
+    s = run.s
+    vae, clip = run.decoders()
+    svd = replace(run.svd, unet=run.module.unet, vae=vae, clip=clip, extension=None)
+    given = known | dict(seed=s.seed, frames=s.frames, size=s.size)
+    settings = sample.settings_for(svd, given, s.model)
+    latents = sample.make_latents(svd, img, settings, run.device)
     z = sample.adjust(latents, settings) / exsvd.VAE_SCALE
-    return torch.cat(list(sample.decode(svd.vae, z, settings.decode_chunk))).clamp(-1, 1), settings
+    return torch.cat(list(sample.decode(vae, z, settings.decode_chunk))).clamp(-1, 1), settings
 
 
 def add_progress(out, step, frames):
@@ -739,208 +910,69 @@ def add_progress(out, step, frames):
     os.makedirs(folder, exist_ok=True)
     row = torch.cat([frames[i, ::every, ::every] for i in chosen], dim=1)  # (H, 9 W, 3)
     data.write_png(os.path.join(folder, f"{step:08d}.png"), row)
-    rows = sorted(name for name in os.listdir(folder) if name <= f"{step:08d}.png")
-    data.write_png(os.path.join(out, "progress.png"),
-                   torch.cat([data.read_image(os.path.join(folder, name)) for name in rows]))
+    names = sorted(name for name in os.listdir(folder) if name <= f"{step:08d}.png")
+    rows = [data.read_image(os.path.join(folder, name)) for name in names]
+    data.write_png(os.path.join(out, "progress.png"), torch.cat(rows))
 
 
-def save_sample(s, step, dataset, frames, img, settings):
+def save_sample(run, step, frames, img, settings):
     """Write sample-<step>.mp4 and its row of progress.png. -> {name: what was measured}"""
     pixels = sample.to_pixels(frames)
-    with data.VideoWriter(os.path.join(s.out, f"sample-{step:06d}.mp4"), settings.fps, asdict(settings)) as video:
+    path = os.path.join(run.s.out, f"sample-{step:06d}.mp4")
+    with data.VideoWriter(path, settings.fps, asdict(settings)) as video:
         video.write(pixels)
-    add_progress(s.out, step, pixels)
+    add_progress(run.s.out, step, pixels)
     measured = {"motion_score": data.motion_score(frames)}
-    if hasattr(dataset, "measure"):
-        measured |= dataset.measure(frames, img, settings.fps, settings.motion)
+    if hasattr(run.dataset, "measure"):
+        measured |= run.dataset.measure(frames, img, settings.fps, settings.motion)
     return measured
 
 
-# --------------------------------------------------------------------------------------------------
-# The run
-
-
-def join_ranks(s):
-    """Find the other ranks; a process without a launcher is a world of one. -> rank, world, device"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for key, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
-        os.environ.setdefault(key, str(value))
-    if s.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-    import deepspeed  # here, so that --help and wrong arguments answer at once
-    deepspeed.utils.logger.setLevel("WARNING")
-    # An optional op for sums between CPU ranks is compiled at start under a lock file. A run killed
-    # there would leave the lock, and later ones would wait for it without end. gloo does the same.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=timedelta(minutes=s.timeout))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // local)))  # ranks share the cores
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def open_clips(s, rank):
-    """The dataset, checked, and a fingerprint of what it holds. Rank 0 comes first: it builds the index
-    of a folder of videos, which the other ranks then find."""
-    options = {}
-    for name in ("stride", "fps", "motion", "skip_static"):
-        if getattr(s, name) != getattr(Settings, name):  # a Python file of clips takes none of these
-            options[name] = getattr(s, name)
-    if rank > 0:
-        dist.barrier()
-    dataset = data.open_dataset(s.data, s.frames, s.size, s.seed, **options)
-    if rank == 0:
-        dist.barrier()
-    ctx = exsvd.open_model(s.model)[1][0].context_dim
-    data.check_item(dataset[0], s.frames, s.size, ctx)
-    return dataset, getattr(dataset, "id", "")
-
-
-def load_networks(s, pixels, device):
-    """SVD, extended to --frames: fp32 what is trained or saved with it, the rest in its final dtype.
-    VAE and CLIP only where clips are encoded on the fly."""
-    if not pixels and s.train == "all":
-        sys.exit(f"train.py: {s.data} holds CLIP embeddings, but to train CLIP needs the videos themselves")
-    chosen = trains(s)
-
-    def keep_float32(name):
-        return chosen(name) or in_extension(name) or name.startswith("vae.")
-
-    parts = ("unet", "vae", "clip") if pixels else ("unet",)
-    svd = exsvd.load(s.model, s.extension, getattr(torch, s.dtype), parts=parts, keep_float32=keep_float32)
-    if s.native:
-        svd.unet.config = replace(svd.unet.config, native_frames=s.native)
-    if s.frames > (svd.unet.max_frames or svd.unet.config.native_frames):
-        exsvd.extend(svd.unet, s.frames)
-    svd.unet.checkpointing = CHECKPOINTS[s.checkpoint]
-    if pixels:
-        svd.vae.to(device)
-        svd.clip.to(device)
-    return svd
-
-
-def choose(s, svd):
-    """-> the module that DeepSpeed wraps, in its final dtype, {name: parameter} of what is trained, and
-    fp32 values {name: tensor} of that and of the rest of the extension."""
-    chosen = trains(s)
-    module = PostTuning(svd.unet, svd.clip, exsvd.LOSSES[s.loss])
-    named = {name: p for name, p in module.named_parameters() if chosen(name)}
-    if not named:
-        sys.exit(f"train.py: --train {s.train} names no parameter; names look like "
-                 "unet.down.1.attn.temporal.attn1.to_q.weight")
-    # What can't matter while the context is one token gets no gradient, so it must not decay either.
-    trained = {name: p for name, p in named.items() if not exsvd.IDLE.search(name)}
-    if not any(name.startswith("clip.") for name in trained):
-        module.clip = None
-    for name, p in module.named_parameters():
-        p.requires_grad_(name in trained)
-    values = {name: p.detach() for name, p in module.named_parameters() if name in trained or in_extension(name)}
-    module.to(getattr(torch, s.dtype)).train()  # values keeps the fp32 tensors that it replaces
-    return module, trained, values
-
-
-@dataclass
-class Run:
-    """What the stages of a run share."""
-    s: Settings
-    rank: int
-    world: int
-    device: torch.device
-    dataset: object
-    svd: exsvd.SVD
-    module: PostTuning
-    shards: Shards
-    untrained: dict  # {name: fp32 tensor}: what an extension file holds besides what is trained
-    fixed: dict      # settings, and the model, that a resumed run must have too
-    data_id: str
-
-    def say(self, *words, **options):
-        if self.rank == 0:
-            print(*words, **options, flush=True)
-
-    def decoders(self):
-        """VAE and CLIP, for samples and whole models. Where clips are latents they are read each time."""
-        if self.svd.vae is not None:
-            return self.svd.vae, self.module.clip or self.svd.clip
-        loaded = exsvd.load(self.s.model, parts=("vae", "clip"), device=self.device)
-        return loaded.vae, loaded.clip
-
-    def monitor(self, values, videos):
-        """To TensorBoard, W&B and others, as --deepspeed_config says; over videos, as DeepSpeed itself."""
-        self.shards.engine.monitor.write_events([(name, value, videos) for name, value in values.items()])
-
-
-def begin(s, rank, world, device):
-    """All that comes before the first step -> Run"""
-    os.makedirs(s.out, exist_ok=True)
-    dataset, data_id = open_clips(s, rank)
-    svd = load_networks(s, "video" in dataset[0], device)
-    model_id = hashlib.blake2b(svd.unet.conv_out.weight.float().numpy().tobytes(), digest_size=8).hexdigest()
-    fixed = {key: value for key, value in asdict(s).items() if key not in MAY_CHANGE}
-    fixed = json.loads(json.dumps(fixed | {"model_id": model_id}))  # as it will be read again
-    module, trained, values = choose(s, svd)
-
-    import deepspeed
-    config = deepspeed_config(s, trained)
-    optimizer = make_optimizer(parameter_groups(trained, s), s)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    if s.dtype == "float16":  # its own exception at the smallest scale would name no clips
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
-    shards = Shards(engine, trained, s.ema)
-    shards.start_from(values)
-    untrained = {name: t for name, t in values.items() if name not in trained}
-    run = Run(s, rank, world, device, dataset, svd, module, shards, untrained, fixed, data_id)
-
-    if hasattr(dataset, "describe"):
-        run.say(dataset.describe())
-    million = (f"{sum(p.numel() for p in parameters) / 1e6:,.1f} M" for parameters in
-               (svd.unet.parameters(), trained.values()))
-    run.say("UNet of {} parameters; {} trained, in {}, {} ranks on {}".format(*million, s.dtype, world, device.type))
-    if s.extension and svd.extension == {}:
-        run.say(f"warning: {s.extension} has none of our metadata. If it is ExVideo's release, it was tuned on latents "
-                "scaled by 0.13025, and training here moves it to 0.18215", file=sys.stderr)
-    if rank == 0 and not saved_states(s.out):
-        write_run_json(s, config)
-    return run
+def take_sample(run, step, videos, start):
+    """A video from the average. A disk or memory that is full is no reason to end a run."""
+    average = run.shards.gather_average()
+    if run.rank == 0:
+        img, known = start
+        try:
+            with weights_replaced(run.module, average):
+                frames, settings = sample_video(run, img, known)
+            measured = save_sample(run, step, frames, img, settings)
+        except (OSError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and not sample.is_out_of_memory(e):
+                raise
+            run.say(f"warning: there is no sample of step {step} ({e})")
+        else:
+            run.monitor({f"sample/{name}": value for name, value in measured.items()}, videos)
+            values = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+            run.say(f"step {step}: sample-{step:06d}.mp4 and a row of progress.png, {values}")
+    dist.barrier()
 
 
 def save_weights(run, path, average):
-    """Write the live module with the average in place of what is trained, in float16. On rank 0.
+    """Write the live module with the average in place of what is trained, in float16. For rank 0.
 
     average: {name: fp32 tensor}, see Shards.gather_average()."""
-    s, unet, meta = run.s, run.module.unet, {"settings": run.fixed}
-    if unet.max_frames and all(map(in_extension, average)):
-        own = sample.defaults_in_file(sample.Settings, run.svd.meta, "sample", s.model)
-        meta["defaults"] = {"sample": own | {"size": s.size}}  # sampled at the size it was trained at
-        values = {name.removeprefix("unet."): t for name, t in (run.untrained | average).items()}
-        exsvd.save_extension(path, unet, values, torch.float16, **meta)
+    defaults = run.svd.meta.get("defaults", {})
+    meta = {"settings": run.fixed, "defaults": defaults}
+    if run.is_extension:
+        meta["defaults"] = {"sample": defaults.get("sample", {}) | {"size": run.s.size}}
+        weights = run.untrained | average
+        weights = {name.removeprefix("unet."): t for name, t in weights.items()}
+        exsvd.save_extension(path, run.module.unet, weights, torch.float16, **meta)
     else:
-        meta["defaults"] = run.svd.meta.get("defaults", {})
         with weights_replaced(run.module, average):
-            exsvd.save_model(path, unet, *run.decoders(), torch.float16, **meta)
-
-
-def weights_path(run, step):
-    whole_model = not (run.module.unet.max_frames and all(map(in_extension, run.shards.names)))
-    return os.path.join(run.s.out, f"{'model' if whole_model else 'exvideo'}-{step:06d}.safetensors")
+            exsvd.save_model(path, run.module.unet, *run.decoders(), torch.float16, **meta)
 
 
 def try_saving(run):
-    """Write the weights once as they will be written, and read them again as sample.py does, without
-    memory for them: what can't be saved or loaded ends the run now and not after a day."""
+    """Write the weights once as they will be written, and check them as sample.py will, which takes
+    no memory. What can't be saved or loaded ends the run now, and not after a day."""
     average = run.shards.gather_average()
     if run.rank == 0:
-        path = weights_path(run, 0) + ".trial"
+        path = os.path.join(run.s.out, "trial.tmp")
         save_weights(run, path, average)
-        if "exvideo" in os.path.basename(path):
-            exsvd.load(run.s.model, path, device="meta", parts=("unet",))
+        if run.is_extension:
+            exsvd.load(run.s.model, path, parts=("unet",), device="meta")
         else:
             exsvd.load(path, device="meta")
         os.remove(path)
@@ -948,68 +980,53 @@ def try_saving(run):
 
 
 def save(run, step, videos, sums, with_weights):
-    """Weights and state of a step. Every rank must call it. Raises OSError on all ranks alike."""
+    """Weights and state of a step. Every rank must call it. Raises OSError on all alike."""
     total = sum_over_ranks(sums).tolist()
     if with_weights:  # before the state: a run that resumes from it does not write them again
-        average, path = run.shards.gather_average(), weights_path(run, step)
-        on_all_ranks(lambda: run.rank or save_weights(run, path, average))
+        average = run.shards.gather_average()
+        name = "exvideo" if run.is_extension else "model"
+        path = os.path.join(run.s.out, f"{name}-{step:06d}.safetensors")
+        on_all_ranks(lambda: None if run.rank > 0 else save_weights(run, path, average))
         run.say(f"step {step}: saved {path}")
-    position = {"step": step, "videos": videos, "sums": total, "settings": run.fixed, "data": run.data_id}
-    save_state(run.s, run.shards, position)
+    clips = getattr(run.dataset, "id", "")
+    position = {"step": step, "videos": videos, "sums": total, "settings": run.fixed, "data": clips}
+    save_state(run.s.out, run.shards, position)
 
 
-def take_sample(run, step, videos, start):
-    """A video from the average. start: see sample_start(). Running out of memory is no reason to end a run."""
-    average = run.shards.gather_average()
-    if run.rank == 0:
-        svd = replace(run.svd, unet=run.module.unet, extension=None)
-        svd.vae, svd.clip = run.decoders()
-        try:
-            with weights_replaced(run.module, average):
-                frames, settings = sample_video(run.s, svd, *start, run.device)
-            measured = save_sample(run.s, step, run.dataset, frames, start[0], settings)
-            run.monitor({f"sample/{name}": value for name, value in measured.items()}, videos)
-            run.say(f"step {step}: sample-{step:06d}.mp4 and a row of progress.png",
-                    *(f"{name} {value:.4g}" for name, value in measured.items()), sep=", ")
-        except (OSError, RuntimeError) as e:
-            if isinstance(e, RuntimeError) and not sample.is_out_of_memory(e):
-                raise
-            run.say(f"warning: there is no sample of step {step} ({e})", file=sys.stderr)
-    dist.barrier()
+# --------------------------------------------------------------------------------------------------
+# The loop
 
 
 def main(argv=None):
     s = parse(argv)
     rank, world, device = join_ranks(s)
     run = begin(s, rank, world, device)
-    engine, shards, dataset = run.shards.engine, run.shards, run.dataset
+    shards, engine = run.shards, run.shards.engine
     learning_rates = [group["lr"] for group in engine.optimizer.param_groups]
-
-    # Where the run goes on
     step, videos, sums = resume(run)
     if step == 0:
         try_saving(run)
     loader = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=videos_of(rank, world, s.batch, videos), num_workers=s.workers,
+        run.dataset, batch_sampler=videos_of(rank, world, s.batch, videos), num_workers=s.workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
     log = Log(s.out, step) if rank == 0 else None
-    start = sample_start(s, dataset, lambda: run.decoders()[0]) if s.sample_every and rank == 0 else None
+    start = sample_start(run) if s.sample_every and rank == 0 else None
     if s.sample_every and step == 0:
-        shutil.rmtree(os.path.join(s.out, "progress"), ignore_errors=True)  # of a run that left no state
+        shutil.rmtree(os.path.join(s.out, "progress"), ignore_errors=True)  # of a run without states
         take_sample(run, step, videos, start)
     stop = []
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, lambda received, _: stop.append(received))
-    run.say(f"rank 0 is process {os.getpid()}: send SIGTERM to it, or to any other rank, to save and leave")
+    run.say(f"rank 0 is process {os.getpid()}: send SIGTERM to it, or another rank, to save and leave")
 
-    # The loop
     bar = tqdm(total=s.steps, initial=step, desc="training", unit="step", disable=rank > 0)
     skipped = 0  # steps in a row that were not applied, since gradients were not finite
     logged, began = step, time.perf_counter()
     while step < s.steps:
         # 1. forward and backward, --accumulate times
-        for group, lr in zip(engine.optimizer.param_groups, learning_rates if s.warmup else []):
-            group["lr"] = lr * min(1, (step + 1) / s.warmup)
+        if s.warmup:
+            for group, lr in zip(engine.optimizer.param_groups, learning_rates):
+                group["lr"] = lr * min(1, (step + 1) / s.warmup)
         for _ in range(s.accumulate):
             item = next(loader)
             x, cond, ctx, ids = inputs(run, item)
@@ -1025,23 +1042,21 @@ def main(argv=None):
         bar.update()
 
         # 2. the average follows steps that were applied, on which all ranks agree
-        if engine.was_step_applied():
+        skipped = 0 if engine.was_step_applied() else skipped + 1
+        if skipped == 0:
             shards.update_average()
-            skipped = 0
-        else:
-            skipped += 1
         if skipped == MAX_SKIPPED:
-            sys.exit(f"train.py: the gradients of {skipped} steps in a row are not finite, the last on {item['name']}")
+            sys.exit(f"train.py: no finite gradients in {skipped} steps, the last on {item['name']}")
 
         # 3. log, sample, save; leave together
         leaving = step == s.steps or any(of_all_ranks(bool(stop)))
         if step % s.log_every == 0 or step == s.steps:
             total, seconds = sum_over_ranks(sums), time.perf_counter() - began
             if rank == 0:
-                frames = (step - logged) * s.accumulate * world * s.batch * s.frames
-                lr = engine.optimizer.param_groups[0]["lr"]
-                log.row(step, videos, total, engine.get_global_grad_norm(), lr, seconds / (step - logged),
-                        frames / seconds, device)
+                n = step - logged
+                speed = n * s.accumulate * world * s.batch * s.frames / seconds
+                lr, norm = engine.optimizer.param_groups[0]["lr"], engine.get_global_grad_norm()
+                log.row(step, videos, total, norm, lr, seconds / n, speed, device)
                 mean = float(total[0, 0] / total[1, 0])
                 run.monitor({"train/loss": mean, "train/lr": lr}, videos)
                 bar.set_postfix(loss=f"{mean:.4f}")
@@ -1055,13 +1070,14 @@ def main(argv=None):
                 save(run, step, videos, sums, with_weights)
             except OSError as e:
                 if leaving:
-                    sys.exit(f"train.py: step {step} could not be saved ({e}). Make room: the same command goes on "
-                             "from the last state")
-                run.say(f"warning: step {step} could not be saved ({e}); the next one is tried again", file=sys.stderr)
+                    sys.exit(f"train.py: step {step} could not be saved ({e}). Make room: the same "
+                             "command goes on from the last state")
+                run.say(f"warning: step {step} could not be saved ({e}); the next save is tried")
         if leaving:
             break
     bar.close()
-    dist.destroy_process_group()
+    import deepspeed
+    deepspeed.comm.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -1072,8 +1088,8 @@ if __name__ == "__main__":
     except RuntimeError as e:
         if not sample.is_out_of_memory(e):
             raise
-        sys.exit("train.py: out of memory. From what costs least: --checkpoint memory, --offload, more GPUs, fewer "
-                 "--frames, a smaller --size")
+        sys.exit("train.py: out of memory. From what costs least: --checkpoint memory, --offload, "
+                 "more GPUs, fewer --frames, a smaller --size")
     finally:  # readers ignore SIGTERM, so Python would wait for them without end
         for reader in multiprocessing.active_children():
             reader.kill()
