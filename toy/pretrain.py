@@ -40,6 +40,7 @@ from torch.nn.utils import spectral_norm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import data
 import exsvd
 from toy import world
 
@@ -51,6 +52,12 @@ LATENT_NOISE = 0.1           # standard deviation added to latents in VAE traini
 COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
 SHARP_CROP = 96              # pixels of what sharpen() sees
 JUDGED_FROM = 100            # steps before the discriminator is listened to
+DEFAULTS = {  # of sample.py and train.py for this model: kept in its files
+    "sample": dict(size=(256, 256), steps=8, sampler="ddim", eta=1.0, share_mean=True, cfg=(1.0, 1.0), fps=8.0,
+                   motion=40.0, aug=0.02, decode_chunk=16),
+    "train": dict(frames=40, size=(128, 128), steps=100, lr=1e-3, checkpoint="none", weights_every=50, sample_every=50,
+                  warmup=10, ema=0.98, drop=0.0),
+}
 HELD_OUT = 1                 # seed of pictures that nothing is trained on; train.py's --seed is another
 
 
@@ -183,7 +190,7 @@ def train_vae(args):
     def save(name):
         torch.manual_seed(0)
         exsvd.save_model(os.path.join(args.out, name), init(exsvd.UNet(UNET)), vae, exsvd.ImageEncoder(CLIP),
-                         dtype=torch.float16, family="toy")
+                         dtype=torch.float16, defaults=DEFAULTS)
 
     opt, noise, step = optimizer(0), torch.full((4, 1, 1), LATENT_NOISE), 0
     if os.path.exists(path):
@@ -192,7 +199,7 @@ def train_vae(args):
         noise, step = load_state(path, vae, opt)
         print(f"resumed at step {step}", flush=True)
     first = step
-    while step < sum(args.steps):
+    while step < sum(args.steps[:2]):
         if step == args.steps[0]:
             save("before.safetensors")
             noise, opt = normalise(vae, pictures), optimizer(1)
@@ -204,7 +211,7 @@ def train_vae(args):
         torch.manual_seed(1 + step)
         frames = 4 if step % 4 == 0 else 1                                        # mostly images
         x = crops(pictures, 8 // frames, frames)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=exsvd.best_dtype("cpu") == torch.bfloat16):
             z = vae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()     # (n, frames, 4, 8, 8)
             if step % 2:
                 scale, offset = (t.repeat_interleave(frames, 0) for t in random_windows(len(x), 0.6))
@@ -224,7 +231,7 @@ def train_vae(args):
         opt.step()
         step += 1
         average += (loss.item() - average) / min(step - first, 200)
-        if step % 250 == 0 or step == sum(args.steps):
+        if step % 250 == 0 or step == sum(args.steps[:2]):
             line = dict(step=step, loss=round(average, 4), psnr=round(vae_psnr(vae, held_out), 2),
                         seconds=round(time.time() - start))
             print(json.dumps(line), flush=True)
@@ -328,32 +335,132 @@ def sharpen(args):
             save_file(average, os.path.join(args.out, "decoder.safetensors"))
 
 
+def tune(args):
+    """The UNet on clips of several sizes, each of them encoded once and used --reuse times with other noise. A base
+    trains as a whole, an extension (--extension, or extended afresh) as the paper's. Resumes from --out/tune-state.pt."""
+    svd = exsvd.load(args.tune, args.extension)
+    unet, kinds = svd.unet.train(), [parse_kind(text) for text in args.clips]
+    unet.checkpointing, long = None, max(frames for frames, _, _ in kinds) > world.SHORT
+    if long and unet.max_frames is None:
+        exsvd.extend(unet, max(frames for frames, _, _ in kinds))
+    trained = {name: p for name, p in unet.named_parameters()
+               if not exsvd.IDLE.search(f".{name}") and (exsvd.is_extension_parameter(name) or not long)}
+    for p in trained.values():
+        p.requires_grad_(True)
+    opt = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.01)
+    average = {name: p.detach().clone() for name, p in trained.items()}
+    sources = [world.clips(frames, (size, size), args.seed + i, args.pictures) for i, (frames, size, _) in enumerate(kinds)]
+    step, drawn, stores, path = 0, [0] * len(kinds), [[] for _ in kinds], os.path.join(args.out, "tune-state.pt")
+    if os.path.exists(path):
+        state = torch.load(path)
+        unet.load_state_dict(state["unet"])
+        opt.load_state_dict(state["opt"])
+        step, drawn, average = state["step"], state["drawn"], state["average"]
+        print(f"resumed at step {step}", flush=True)
+
+    def encoded(kind):
+        """The next clip of a kind: (scaled latents, condition latent, CLIP embedding, ids), each with a batch of 1."""
+        item = sources[kind][drawn[kind]]
+        drawn[kind] += 1
+        video = data.to_float(item["video"])
+        aug, noise = data.draw_condition(args.seed, item["name"], video.shape[:1:-1])
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[0], aug, noise)
+        ids = exsvd.unet_ids(unet.config.ids, item | {"aug": float(aug)})
+        return data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE, cond[None, None], ctx[None, None], ids
+
+    def drawn_clip(rng):
+        kind = rng.choice(len(kinds), p=[share for _, _, share in kinds])
+        store = stores[kind]
+        if store and rng.uniform() > 1 / args.reuse:
+            return store[rng.integers(len(store))]
+        store.append(encoded(kind))
+        del store[:-200]
+        return store[-1]
+
+    while step < args.steps[3]:
+        rng, generator = np.random.default_rng([args.seed, step]), torch.Generator().manual_seed(step)
+        for group in opt.param_groups:
+            cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps[3]))
+            group["lr"] = args.lr * min(1, (step + 1) / 10) * (0.05 + 0.95 * cosine)
+        total, start = 0, time.time()
+        for _ in range(args.batch):  # one after the other: the caches of a CPU hold no batch of clips
+            x, *conditions = drawn_clip(rng)
+            sigma, noise = exsvd.LOSSES["edm"].draw(1, x.shape[1], generator), torch.randn(x.shape, generator=generator)
+            loss = exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, sigma, noise, *conditions).mean() / args.batch
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        step += 1
+        with torch.no_grad():
+            for name, p in trained.items():
+                average[name].lerp_(p, 1 - min(0.96, step / (step + 4)))
+        print(json.dumps(dict(step=step, loss=round(total, 4), seconds=round(time.time() - start, 1))), flush=True)
+        if step % 20 == 0 or step == args.steps[3]:
+            state = dict(step=step, drawn=drawn, average=average, unet=unet.state_dict(), opt=opt.state_dict())
+            torch.save(state, path + ".tmp")
+            os.replace(path + ".tmp", path)
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(average[name])
+    if long:
+        exsvd.save_extension(os.path.join(args.out, "exvideo.safetensors"), unet)
+    else:
+        exsvd.save_model(os.path.join(args.out, "model.safetensors"), unet, svd.vae, svd.clip, defaults=DEFAULTS)
+
+
+def parse_kind(text):
+    """8x256:0.65 -> (frames, pixels, share of the clips)"""
+    shape, share = text.split(":")
+    frames, size = shape.split("x")
+    return int(frames), int(size), float(share)
+
+
+def pack(args):
+    """A model or an extension as it ships: float16, with the defaults of sample.py and train.py."""
+    file = exsvd.Tensors(args.pack)
+    if "config" not in file.meta:                                                 # an extension
+        tensors = {name: file.get(name).half() for name in sorted(file.names)}
+        exsvd.save(args.out, tensors, file.meta | {"defaults": {"sample": DEFAULTS["sample"]}})
+        return
+    svd = exsvd.load(args.pack)
+    if args.vae:
+        svd.vae = exsvd.load(args.vae, parts=("vae",)).vae
+    if args.decoder:
+        svd.vae.decoder.load_state_dict(load_file(args.decoder))
+    exsvd.save_model(args.out, svd.unet, svd.vae, svd.clip, dtype=torch.float16, defaults=DEFAULTS)
+
+
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description="Train the toy's VAE, or pack a trained toy.",
+    p = argparse.ArgumentParser(description="Train the toy's VAE, tune its UNet, or pack a trained toy.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", default=os.path.join(ROOT, "runs", "toy"), help="folder of the VAE, or file of --pack")
-    p.add_argument("--stills", type=int, default=1500, help="synthetic stills to train on")
-    p.add_argument("--steps", type=int, nargs=3, default=(4000, 1900, 1200), help="of the three phases")
-    p.add_argument("--pictures", metavar="FOLDER", help="pictures to train on beside the synthetic ones")
-    p.add_argument("--sharpen", metavar="FILE", help="train the decoder of this model: the third phase")
-    p.add_argument("--adversarial", type=float, default=0.08, help="weight of the discriminator")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of each phase")
-    p.add_argument("--pack", metavar="FILE", help="train nothing: write this model or extension of train.py's to --out")
-    p.add_argument("--vae", metavar="FILE", help="with --pack: the model whose VAE goes with it")
+    add = p.add_argument
+    add("--out", default=os.path.join(ROOT, "runs", "toy"), help="folder of a run, or file of --pack")
+    add("--pictures", metavar="FOLDER", help="pictures to fly into beside the synthetic ones")
+    add("--stills", type=int, default=1500, help="synthetic stills that the VAE is trained on")
+    add("--steps", type=int, nargs=4, default=(4000, 1900, 600, 100), help="of the VAE's three phases, and of --tune")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--sharpen", metavar="MODEL", help="the VAE's third phase, on the decoder of this model")
+    add("--adversarial", type=float, default=0.08, help="weight of the discriminator in the third phase")
+    add("--tune", metavar="MODEL", help="train the UNet of this model: its base, or on long clips an extension")
+    add("--extension", help="with --tune: the extension to go on from")
+    add("--clips", nargs="+", default=["8x256:0.65", "8x128:0.35"], help="FRAMESxPIXELS:SHARE of --tune's clips")
+    add("--batch", type=int, default=4, help="clips a step of --tune")
+    add("--reuse", type=int, default=3, help="how often --tune uses a clip")
+    add("--seed", type=int, default=20, help="of --tune's clips and noise")
+    add("--pack", metavar="FILE", help="write this model or extension as it ships, to --out")
+    add("--vae", metavar="MODEL", help="with --pack: the model whose VAE goes with it")
+    add("--decoder", metavar="FILE", help="with --pack: the decoder of --sharpen")
     args = p.parse_args()
-    if args.pack:
-        file = exsvd.Tensors(args.pack)
-        if "config" in file.meta:
-            svd = exsvd.load(args.pack)
-            vae = exsvd.load(args.vae, parts=("vae",)).vae if args.vae else svd.vae
-            exsvd.save_model(args.out, svd.unet, vae, svd.clip, dtype=torch.float16, family="toy")
-        else:                                                                     # an extension
-            exsvd.save(args.out, {name: file.get(name).half() for name in sorted(file.names)}, file.meta)
-        sys.exit()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # branches that start at zero make many
+    if args.pack:
+        sys.exit(pack(args))
     os.makedirs(args.out, exist_ok=True)
     if args.sharpen:
         sharpen(args)
+    elif args.tune:
+        tune(args)
     else:
         train_vae(args)
