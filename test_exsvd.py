@@ -2987,7 +2987,7 @@ def test_one_clip_is_overfitted_and_samples_show_it(small, clips, tmp_path, monk
     batch = (z.repeat(4, 1, 1, 1, 1) * exsvd.VAE_SCALE, torch.tensor([0.5, 1, 2, 4]), noise, z[:, :1].repeat(4, 1, 1, 1, 1))
     before, after = (
         exsvd.training_loss(net.unet, exsvd.LOSSES["edm"], *batch,
-                            net.clip(exsvd.preprocess_clip(video[:1], 56))[:, None].repeat(4, 1, 1),
+                            net.clip(exsvd.preprocess_clip(video[:1]))[:, None].repeat(4, 1, 1),
                             torch.tensor([[7.0, 40.0, 0.05]] * 4)).mean().item() for net in (start, svd))
     assert after < 0.7 * before, (before, after)
     assert svd.meta["defaults"]["sample"] == SAMPLING and svd.unet.max_frames is None

@@ -1008,7 +1008,8 @@ def main(argv=None):
         try_saving(run)
     loader = iter(torch.utils.data.DataLoader(
         run.dataset, batch_sampler=videos_of(rank, world, s.batch, videos), num_workers=s.workers,
-        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
+        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
+        multiprocessing_context="fork" if s.workers else None))  # a user's file of clips is not pickled
     log = Log(s.out, step) if rank == 0 else None
     start = sample_start(run) if s.sample_every and rank == 0 else None
     if s.sample_every and step == 0:
