@@ -3158,16 +3158,35 @@ def test_the_toy_is_the_default(tmp_path, monkeypatch):
 # 6. toy/
 
 
-def test_the_world_is_a_flight_whose_speed_the_bucket_tells():
+def test_the_world_is_a_flight_whose_speed_the_bucket_gives():
     seen = set()
-    for index, frames in itertools.product(range(16), (8, 40)):
-        video, fps, motion = world.clip(0, index, frames, 128)
-        assert torch.equal(video, world.clip(0, index, frames, 128)[0]) and video.shape == (frames, 128, 128, 3)
-        path = measure.camera_path(floats(video), floats(video)[0])
-        assert (path - world.scales(motion, fps, frames)).abs().max() < 0.02, (index, frames, motion)
-        seen.add((frames, fps, motion == 0))
+    for frames, size in ((8, 128), (40, 64)):
+        clips = world.clips(frames, (size, size), seed=0)
+        for n in range(12):
+            item = clips[n]
+            assert item["video"].dtype == torch.uint8 and item["video"].shape == (frames, 3, size, size)
+            video = item["video"] / 127.5 - 1
+            path = measure.camera_path(video, video[0])
+            true = world.scales(item["motion"], item["fps"], frames)
+            assert (path - true).abs().max() < 0.03, (n, frames, item["motion"])
+            seen.add((frames, item["fps"], item["motion"] == 0))
+        again = world.clips(frames, (size, size), seed=0)[n]
+        assert torch.equal(again["video"], item["video"]) and again["name"] == item["name"]
     assert {(frames, fps) for frames, fps, _ in seen} == {(8, 8), (8, 4), (8, 1.6), (40, 8)}
-    assert (40, 8, True) in seen, "a camera that stands is never seen"
+    assert any(still for _, _, still in seen), "a camera that stands is never seen"
+
+
+def test_flights_into_pictures_of_a_folder(tmp_path):
+    true = world.picture(7, 0)
+    pixels = ((true + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    data.write_png(str(tmp_path / "a.png"), pixels)
+    rng = np.random.default_rng(0)
+    squares = [world.photograph(str(tmp_path), rng) for _ in range(4)]            # the only square there is
+    assert all((x - true).abs().max() < 0.01 or (x.flip(2) - true).abs().max() < 0.01 for x in squares)
+    mixed = world.clips(2, (64, 64), 0, pictures=str(tmp_path))
+    synthetic = world.clips(2, (64, 64), 0)
+    same = [torch.equal(mixed[n]["video"], synthetic[n]["video"]) for n in range(12)]
+    assert any(same) and not all(same)
 
 
 def test_the_measures_tell_bad_flights_from_good_ones():
@@ -3175,13 +3194,16 @@ def test_the_measures_tell_bad_flights_from_good_ones():
     video = world.flight(picture, world.scales(60, 8, 40), 128)
     m = measure.measure(video, picture, 60, 8)
     assert abs(m["arrival"] - 1) < 0.01 and m["rms"] < 0.01 and m["back"] < 0.01
-    assert m["flicker"] == 1 and min(m["psnr"]) > 60
+    assert m["flicker_sharp"] == 1 and min(m["psnr"]) > 60
     for how, bad, expected in (("frozen", video[:1].expand_as(video), dict(arrival=0, back=0, flicker=0)),
                                ("half as fast", video[torch.arange(40) // 2], dict(arrival=0.5, back=0)),
                                ("to and fro", torch.cat([video[::2], video[::2].flip(0)]), dict(arrival=0, back=1))):
         m = measure.measure(bad, picture, 60, 8)
         assert all(abs(m[name] - value) < 0.03 for name, value in expected.items()), (how, m)
         assert m["rms"] > 0.2 and m["psnr"][-1] < 25, (how, m)
+    soft = world.flight(F.avg_pool2d(picture, 16), world.scales(60, 8, 40), 128)  # softer than the picture, but steady
+    m = measure.measure(soft, picture, 60, 8)
+    assert m["flicker_sharp"] < 0.8 and abs(m["flicker"] - 1) < 0.1
     tints = 0.2 * torch.randn(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))  # another in each frame
     m = measure.measure(video + tints, picture, 60, 8)
     assert abs(m["arrival"] - 1) < 0.03 and m["back"] < 0.03, m

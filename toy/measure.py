@@ -1,9 +1,8 @@
-"""How a sample of the toy compares with the true flight into its first picture.
+"""Compares a sample of the toy with the true flight into its first picture.
 
     python toy/measure.py out/img.mp4 assets/img.png             # a line per video and picture, two arguments each
 
-Videos are float32 (T, 3, S, S) and pictures (3, P, P), P = S or more, in [-1, 1]; the first frame shows all of the
-picture.
+Videos are float32 (T, 3, S, S) and pictures (3, P, P), in [-1, 1]. The first frame shows all of the picture.
 """
 
 import math
@@ -17,12 +16,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from toy import world
 
-LOW = 4             # pixels: what "low-passed" averages over, in each direction
+LOW = 4             # pixels of 128: what "low-passed" averages over, in each direction
 FIT = 64            # pixels at which windows are compared
 
 
 def flatten(images):
-    """Images (n,3,h,w) as vectors of length 1 without the mean of each channel: what is left does not tell tints."""
+    """Images (n,3,h,w) as vectors of length 1 without the mean of each channel: tints do not matter."""
     x = (images - images.mean((2, 3), keepdim=True)).flatten(1)
     return x / x.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
@@ -30,8 +29,8 @@ def flatten(images):
 def camera_path(video, picture):
     """The window of the picture that each frame shows, as its scale: 1 is all of it, 0.5 the middle half; float (T,).
 
-    The scale with the highest correlation, tried from 0.5 to 1.1 in steps of 0.01 and refined by a parabola. Colours
-    that drift as a whole do not matter; another motion than into the middle is not seen.
+    The scale with the highest correlation, tried from 0.5 to 1.1 in steps of 0.01 and refined by a parabola. Only
+    flights into the middle are recognised.
     """
     tried = torch.arange(0.5, 1.105, 0.01)
     frames = flatten(F.interpolate(video, (FIT, FIT), mode="bilinear", antialias=True, align_corners=False))
@@ -43,13 +42,13 @@ def camera_path(video, picture):
 
 
 def way(path, motion, fps):
-    """Camera path (T,) -> the share of the way to the true flight's last frame that is behind it, (T,)."""
+    """Camera path (T,) -> the distance flown at each frame, (T,); 1 is the true flight's at the last frame."""
     return -path.log() / (motion / 1000 / fps * (len(path) - 1))
 
 
 def psnr(a, b):
     """Of each low-passed image in [-1, 1], (n,3,H,W) twice -> dB, (n,)"""
-    error = F.avg_pool2d(a.clamp(-1, 1) - b, LOW).square().flatten(1).mean(1)
+    error = F.avg_pool2d(a.clamp(-1, 1) - b, LOW * a.shape[-1] // 128).square().flatten(1).mean(1)
     return 10 * (4 / error.clamp(min=1e-8)).log10()
 
 
@@ -61,24 +60,28 @@ def change(video):
 def measure(video, picture, motion, fps):
     """{name: value} of a sample at a motion bucket above 0.
 
-    The camera's way, in shares of the true one: "path" at every frame, "arrival" at the last, "rms" its distance from
-    the straight path, "back" its longest step back. "flicker": change from frame to frame, over that of the true
-    flight. "psnr": low-passed, against the true flight, at every frame, in dB.
+    The camera's way, as shares of the true one: "path" at every frame, "arrival" at the last, "rms" its distance from
+    the straight path, "back" its longest step back. "flicker": the change from frame to frame, over that of a true
+    flight into the sample's own first frame, which is as soft as the sample. "flicker_sharp": over that of the true
+    flight into the picture. "psnr": low-passed, against the true flight, at every frame, in dB.
     """
     T, S = len(video), video.shape[-1]
-    truth = world.flight(picture, world.scales(motion, fps, T), S)
+    scales = world.scales(motion, fps, T)
+    truth = world.flight(picture, scales, S)
     path = way(camera_path(video, picture), motion, fps)
     straight = torch.linspace(0, 1, T)
     return dict(path=path.tolist(), arrival=path[-1].item(), rms=(path - straight).square().mean().sqrt().item(),
-                back=(path.cummax(0).values - path).max().item(), flicker=change(video) / change(truth),
-                psnr=psnr(video, truth).tolist())
+                back=(path.cummax(0).values - path).max().item(),
+                flicker=change(video) / change(world.flight(video[0], scales, S)),
+                flicker_sharp=change(video) / change(truth), psnr=psnr(video, truth).tolist())
 
 
 def show(m):
     """A measurement as one line."""
     T = len(m["psnr"])
     early, middle, late = (m["psnr"][t] for t in (min(7, T - 1), T // 2, T - 1))
-    return (f"arrival {m['arrival']:.2f}, RMS {m['rms']:.2f}, back {m['back']:.2f}, flicker {m['flicker']:.2f}, "
+    return (f"arrival {m['arrival']:.2f}, RMS {m['rms']:.3f}, back {m['back']:.2f}, flicker {m['flicker']:.2f} against "
+            f"its first frame and {m['flicker_sharp']:.2f} against the picture, "
             f"PSNR {early:.1f} / {middle:.1f} / {late:.1f} dB")
 
 

@@ -30,14 +30,17 @@ import os
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import spectral_norm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import data
 import exsvd
 from toy import world
 
@@ -47,6 +50,14 @@ CLIP = exsvd.CLIPConfig(width=64, layers=2, heads=4, patch=28, out_dim=64)
 CROP = 64                    # pixels of what the VAE sees, half a frame of the toy
 LATENT_NOISE = 0.1           # standard deviation added to latents in VAE training: errors this small will not show
 COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
+SHARP_CROP = 96              # pixels of what sharpen() sees
+JUDGED_FROM = 100            # steps before the discriminator is listened to
+DEFAULTS = {  # of sample.py and train.py for this model: kept in its files
+    "sample": dict(size=(256, 256), steps=8, sampler="ddim", eta=1.0, share_mean=True, cfg=(1.0, 1.0), fps=8.0,
+                   motion=40.0, aug=0.02, decode_chunk=16),
+    "train": dict(frames=40, size=(128, 128), steps=100, lr=1e-3, checkpoint="none", weights_every=50, sample_every=50,
+                  warmup=10, ema=0.98, drop=0.0),
+}
 HELD_OUT = 1                 # seed of pictures that nothing is trained on; train.py's --seed is another
 
 
@@ -165,7 +176,7 @@ def train_vae(args):
     """Both phases; resumes from --out/vae-state.safetensors."""
     torch.manual_seed(0)
     vae, start, average, path = init(exsvd.VAE(VAE)), time.time(), 0, os.path.join(args.out, "vae-state.safetensors")
-    pictures = torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(args.pictures)])
+    pictures = torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(args.stills)])
     held_out = torch.cat([world.flight(world.picture(HELD_OUT, i), torch.ones(1), 128) for i in range(32)])
     print(f"{len(pictures)} pictures  {time.time() - start:.0f} s", flush=True)
 
@@ -179,7 +190,7 @@ def train_vae(args):
     def save(name):
         torch.manual_seed(0)
         exsvd.save_model(os.path.join(args.out, name), init(exsvd.UNet(UNET)), vae, exsvd.ImageEncoder(CLIP),
-                         dtype=torch.float16, family="toy")
+                         dtype=torch.float16, defaults=DEFAULTS)
 
     opt, noise, step = optimizer(0), torch.full((4, 1, 1), LATENT_NOISE), 0
     if os.path.exists(path):
@@ -188,7 +199,7 @@ def train_vae(args):
         noise, step = load_state(path, vae, opt)
         print(f"resumed at step {step}", flush=True)
     first = step
-    while step < sum(args.steps):
+    while step < sum(args.steps[:2]):
         if step == args.steps[0]:
             save("before.safetensors")
             noise, opt = normalise(vae, pictures), optimizer(1)
@@ -200,7 +211,7 @@ def train_vae(args):
         torch.manual_seed(1 + step)
         frames = 4 if step % 4 == 0 else 1                                        # mostly images
         x = crops(pictures, 8 // frames, frames)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=exsvd.best_dtype("cpu") == torch.bfloat16):
             z = vae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()     # (n, frames, 4, 8, 8)
             if step % 2:
                 scale, offset = (t.repeat_interleave(frames, 0) for t in random_windows(len(x), 0.6))
@@ -220,7 +231,7 @@ def train_vae(args):
         opt.step()
         step += 1
         average += (loss.item() - average) / min(step - first, 200)
-        if step % 250 == 0 or step == sum(args.steps):
+        if step % 250 == 0 or step == sum(args.steps[:2]):
             line = dict(step=step, loss=round(average, 4), psnr=round(vae_psnr(vae, held_out), 2),
                         seconds=round(time.time() - start))
             print(json.dumps(line), flush=True)
@@ -231,26 +242,225 @@ def train_vae(args):
                 save("vae.safetensors")
 
 
+class Discriminator(nn.Sequential):
+    """Which patches of 46 pixels are of pictures, which are decoded: (n,3,H,W) -> logits (n,1,h,w)."""
+
+    def __init__(self, C=32):
+        super().__init__()
+        widths, strides = (3, C, 2 * C, 3 * C, 3 * C, 1), (2, 2, 2, 1, 1)
+        for c_in, c_out, stride in zip(widths, widths[1:], strides):
+            size = 4 if stride == 2 else 3
+            self.append(spectral_norm(nn.Conv2d(c_in, c_out, size, stride, padding=1)))
+            if c_out > 1:
+                self.append(nn.LeakyReLU(0.2))
+
+
+def gradient_loss(a, b):
+    """L1 between the differences of neighbouring pixels of images (n,3,H,W): edges as sharp as the true ones. Scalar."""
+    return sum((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for d in (2, 3))
+
+
+def views(stills, folder, n, frames, size, rng):
+    """A batch to sharpen the decoder on: flights (n, frames, 3, size, size) in [-1, 1] through crops of pictures, half
+    of them synthetic. A pixel of a crop is as large as one of a picture of 256 pixels, or up to 1.5 times smaller."""
+    videos = []
+    for i in range(n):
+        if rng.uniform() < 0.6:
+            image = world.photograph(folder, rng)
+        else:
+            image = stills[rng.integers(len(stills))].float() / 127.5 - 1
+        scale = size / 256 * rng.uniform(0.65, 1)
+        offset = torch.from_numpy(rng.uniform(-1, 1, 2) * (1 - scale)).float().expand(frames, 2)
+        path = scale * world.scales(rng.uniform(0, 160), world.FPS, frames)
+        videos.append(world.windows(image[rng.permutation(3)].expand(frames, -1, -1, -1), path, offset, size))
+    return torch.stack(videos)
+
+
+def sharpen(args):
+    """The third phase: the decoder alone, on crops of pictures of 256 pixels; resumes from --out/sharpen-state.pt."""
+    vae = exsvd.load(args.sharpen, parts=("vae",)).vae.requires_grad_(False).train()
+    decoder = vae.decoder.requires_grad_(True)
+    average = {name: t.clone() for name, t in decoder.state_dict().items()}
+    torch.manual_seed(0)
+    judge, path = Discriminator(), os.path.join(args.out, "sharpen-state.pt")
+    opt = torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.5, 0.99), weight_decay=1e-3)
+    judge_opt = torch.optim.AdamW(judge.parameters(), lr=4e-4, betas=(0.5, 0.99), weight_decay=1e-3)
+    noise = (vae.quant_conv.bias[4:] / 2).exp().view(4, 1, 1)                     # what normalise() left there
+    stills = torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(args.stills)])
+    step, start, mean = 0, time.time(), {}
+    if os.path.exists(path):
+        state = torch.load(path)
+        step, average = state["step"], state["average"]
+        for thing, name in ((decoder, "decoder"), (judge, "judge"), (opt, "opt"), (judge_opt, "judge_opt")):
+            thing.load_state_dict(state[name])
+        print(f"resumed at step {step}", flush=True)
+    while step < args.steps[2]:
+        rng = np.random.default_rng([0, step])
+        torch.manual_seed(1 + step)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps[2]))
+        for group in opt.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 50) * (0.05 + 0.95 * cosine)
+        n, frames = ((4, 1), (4, 1), (1, 5))[step % 3]
+        x = views(stills, args.pictures, n, frames, SHARP_CROP, rng)
+        z = vae.encode(x.flatten(0, 1)).unflatten(0, (n, frames))
+        z = z + noise * torch.rand(n, 1, 1, 1, 1) * 1.2 * torch.randn_like(z)     # of each frame: it must not flicker
+        y = vae.decode(z)
+        true, made = x.flatten(0, 1), y.flatten(0, 1)
+        losses = {"picture": reconstruction_loss(made, true), "edges": gradient_loss(made, true)}
+        if frames > 1:
+            losses["flicker"] = 2 * (y.diff(dim=1) - x.diff(dim=1)).abs().mean()
+        if step >= JUDGED_FROM:
+            losses["adversarial"] = -args.adversarial * judge(made).mean()
+        opt.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        opt.step()
+        judge_opt.zero_grad()
+        losses["judge"] = F.relu(1 - judge(true)).mean() + F.relu(1 + judge(made.detach())).mean()
+        losses["judge"].backward()
+        judge_opt.step()
+        step += 1
+        with torch.no_grad():
+            for name, t in decoder.state_dict().items():
+                average[name].lerp_(t, 1 - min(0.995, step / (step + 9)))
+        for name, loss in losses.items():
+            mean[name] = mean.get(name, loss.item()) * 0.98 + 0.02 * loss.item()
+        if step % 50 == 0 or step == args.steps[2]:
+            line = dict(step=step, **{k: round(v, 4) for k, v in mean.items()}, seconds=round(time.time() - start))
+            print(json.dumps(line), flush=True)
+            state = dict(step=step, average=average, decoder=decoder.state_dict(), judge=judge.state_dict(),
+                         opt=opt.state_dict(), judge_opt=judge_opt.state_dict())
+            torch.save(state, path + ".tmp")
+            os.replace(path + ".tmp", path)
+            save_file(average, os.path.join(args.out, "decoder.safetensors"))
+
+
+def tune(args):
+    """The UNet on clips of several sizes, each of them encoded once and used --reuse times with other noise. A base
+    trains as a whole, an extension (--extension, or extended afresh) as the paper's. Resumes from --out/tune-state.pt."""
+    svd = exsvd.load(args.tune, args.extension)
+    unet, kinds = svd.unet.train(), [parse_kind(text) for text in args.clips]
+    unet.checkpointing, long = None, max(frames for frames, _, _ in kinds) > world.SHORT
+    if long and unet.max_frames is None:
+        exsvd.extend(unet, max(frames for frames, _, _ in kinds))
+    trained = {name: p for name, p in unet.named_parameters()
+               if not exsvd.IDLE.search(f".{name}") and (exsvd.is_extension_parameter(name) or not long)}
+    for p in trained.values():
+        p.requires_grad_(True)
+    opt = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.01)
+    average = {name: p.detach().clone() for name, p in trained.items()}
+    sources = [world.clips(frames, (size, size), args.seed + i, args.pictures) for i, (frames, size, _) in enumerate(kinds)]
+    step, drawn, stores, path = 0, [0] * len(kinds), [[] for _ in kinds], os.path.join(args.out, "tune-state.pt")
+    if os.path.exists(path):
+        state = torch.load(path)
+        unet.load_state_dict(state["unet"])
+        opt.load_state_dict(state["opt"])
+        step, drawn, average = state["step"], state["drawn"], state["average"]
+        print(f"resumed at step {step}", flush=True)
+
+    def encoded(kind):
+        """The next clip of a kind: (scaled latents, condition latent, CLIP embedding, ids), each with a batch of 1."""
+        item = sources[kind][drawn[kind]]
+        drawn[kind] += 1
+        video = data.to_float(item["video"])
+        aug, noise = data.draw_condition(args.seed, item["name"], video.shape[:1:-1])
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[0], aug, noise)
+        ids = exsvd.unet_ids(unet.config.ids, item | {"aug": float(aug)})
+        return data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE, cond[None, None], ctx[None, None], ids
+
+    def drawn_clip(rng):
+        kind = rng.choice(len(kinds), p=[share for _, _, share in kinds])
+        store = stores[kind]
+        if store and rng.uniform() > 1 / args.reuse:
+            return store[rng.integers(len(store))]
+        store.append(encoded(kind))
+        del store[:-200]
+        return store[-1]
+
+    while step < args.steps[3]:
+        rng, generator = np.random.default_rng([args.seed, step]), torch.Generator().manual_seed(step)
+        for group in opt.param_groups:
+            cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps[3]))
+            group["lr"] = args.lr * min(1, (step + 1) / 10) * (0.05 + 0.95 * cosine)
+        total, start = 0, time.time()
+        for _ in range(args.batch):  # one after the other: the caches of a CPU hold no batch of clips
+            x, *conditions = drawn_clip(rng)
+            sigma, noise = exsvd.LOSSES["edm"].draw(1, x.shape[1], generator), torch.randn(x.shape, generator=generator)
+            loss = exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, sigma, noise, *conditions).mean() / args.batch
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        step += 1
+        with torch.no_grad():
+            for name, p in trained.items():
+                average[name].lerp_(p, 1 - min(0.96, step / (step + 4)))
+        print(json.dumps(dict(step=step, loss=round(total, 4), seconds=round(time.time() - start, 1))), flush=True)
+        if step % 20 == 0 or step == args.steps[3]:
+            state = dict(step=step, drawn=drawn, average=average, unet=unet.state_dict(), opt=opt.state_dict())
+            torch.save(state, path + ".tmp")
+            os.replace(path + ".tmp", path)
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(average[name])
+    if long:
+        exsvd.save_extension(os.path.join(args.out, "exvideo.safetensors"), unet)
+    else:
+        exsvd.save_model(os.path.join(args.out, "model.safetensors"), unet, svd.vae, svd.clip, defaults=DEFAULTS)
+
+
+def parse_kind(text):
+    """8x256:0.65 -> (frames, pixels, share of the clips)"""
+    shape, share = text.split(":")
+    frames, size = shape.split("x")
+    return int(frames), int(size), float(share)
+
+
+def pack(args):
+    """A model or an extension as it ships: float16, with the defaults of sample.py and train.py."""
+    file = exsvd.Tensors(args.pack)
+    if "config" not in file.meta:                                                 # an extension
+        tensors = {name: file.get(name).half() for name in sorted(file.names)}
+        exsvd.save(args.out, tensors, file.meta | {"defaults": {"sample": DEFAULTS["sample"]}})
+        return
+    svd = exsvd.load(args.pack)
+    if args.vae:
+        svd.vae = exsvd.load(args.vae, parts=("vae",)).vae
+    if args.decoder:
+        svd.vae.decoder.load_state_dict(load_file(args.decoder))
+    exsvd.save_model(args.out, svd.unet, svd.vae, svd.clip, dtype=torch.float16, defaults=DEFAULTS)
+
+
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description="Train the toy's VAE, or pack a trained toy.",
+    p = argparse.ArgumentParser(description="Train the toy's VAE, tune its UNet, or pack a trained toy.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", default=os.path.join(ROOT, "runs", "toy"), help="folder of the VAE, or file of --pack")
-    p.add_argument("--pictures", type=int, default=1500, help="synthetic stills to train on")
-    p.add_argument("--steps", type=int, nargs=2, default=(4000, 1900), help="of the two phases, 8 frames each")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of each phase")
-    p.add_argument("--pack", metavar="FILE", help="train nothing: write this model or extension of train.py's to --out")
-    p.add_argument("--vae", metavar="FILE", help="with --pack: the model whose VAE goes with it")
+    add = p.add_argument
+    add("--out", default=os.path.join(ROOT, "runs", "toy"), help="folder of a run, or file of --pack")
+    add("--pictures", metavar="FOLDER", help="pictures to fly into beside the synthetic ones")
+    add("--stills", type=int, default=1500, help="synthetic stills that the VAE is trained on")
+    add("--steps", type=int, nargs=4, default=(4000, 1900, 600, 100), help="of the VAE's three phases, and of --tune")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--sharpen", metavar="MODEL", help="the VAE's third phase, on the decoder of this model")
+    add("--adversarial", type=float, default=0.08, help="weight of the discriminator in the third phase")
+    add("--tune", metavar="MODEL", help="train the UNet of this model: its base, or on long clips an extension")
+    add("--extension", help="with --tune: the extension to go on from")
+    add("--clips", nargs="+", default=["8x256:0.65", "8x128:0.35"], help="FRAMESxPIXELS:SHARE of --tune's clips")
+    add("--batch", type=int, default=4, help="clips a step of --tune")
+    add("--reuse", type=int, default=3, help="how often --tune uses a clip")
+    add("--seed", type=int, default=20, help="of --tune's clips and noise")
+    add("--pack", metavar="FILE", help="write this model or extension as it ships, to --out")
+    add("--vae", metavar="MODEL", help="with --pack: the model whose VAE goes with it")
+    add("--decoder", metavar="FILE", help="with --pack: the decoder of --sharpen")
     args = p.parse_args()
-    if args.pack:
-        file = exsvd.Tensors(args.pack)
-        if "config" in file.meta:
-            svd = exsvd.load(args.pack)
-            vae = exsvd.load(args.vae, parts=("vae",)).vae if args.vae else svd.vae
-            exsvd.save_model(args.out, svd.unet, vae, svd.clip, dtype=torch.float16, family="toy")
-        else:                                                                     # an extension
-            exsvd.save(args.out, {name: file.get(name).half() for name in sorted(file.names)}, file.meta)
-        sys.exit()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # branches that start at zero make many
+    if args.pack:
+        sys.exit(pack(args))
     os.makedirs(args.out, exist_ok=True)
-    train_vae(args)
+    if args.sharpen:
+        sharpen(args)
+    elif args.tune:
+        tune(args)
+    else:
+        train_vae(args)

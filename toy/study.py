@@ -1,4 +1,4 @@
-"""Does ExVideo work? Asked in the toy's world, where the future of a first picture is known.
+"""Does ExVideo work? The question is asked in the toy's world, where the future of a first picture is known.
 
     python toy/study.py             # -> runs/study/{tables.md,figure.png,strip.png}; needs matplotlib
     python toy/study.py --quick     # without ablations and a model from scratch: 200 steps, one seed, two pictures
@@ -8,7 +8,7 @@
     3. Samples    40 frames of each picture, and how they compare with the true flight
     4. Report     tables, the figure, a strip of frames
 
-The same command goes on where it stopped: what is there already is kept. The base knows 8 frames; all is judged on 40,
+The same command resumes: it keeps what is there. The base knows 8 frames. Everything is judged on 40 frames of 128x128,
 of pictures that nothing was trained on: synthetic ones, assets/img.png and photographs of toy/photographs.
 """
 
@@ -33,11 +33,9 @@ from toy import measure, pretrain, world
 
 BASE = os.path.join(ROOT, "assets", "toy.safetensors")
 T, SIZE, SHORT = 40, 128, world.SHORT
-MOTION = sample.DEFAULTS["toy"]["motion"]
+MOTION = 40.0
 SEEDS = (0, 2, 3)                   # of training clips too: 1 is pretrain.HELD_OUT's
 SIGMAS = (0.2, 1.0, 5.0, 25.0)      # noise levels at which losses are compared
-SHOWN = ("chained windows", "interpolated", "interpolated from 1.6 fps")            # of the alternatives, in pictures
-OVERLAP = 3                         # frames that chained windows share, in the variant that overlaps
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Rows
@@ -48,16 +46,14 @@ TABLES = {                          # positions, known to the base or not, that 
     "sinusoid": range(T),
     "random": None,
 }
-ABLATIONS = {                       # what train.py is told beside the common settings
+UNTUNED = ("fold", "sinusoid")
+ABLATIONS = {                       # train.py's flags beside the common ones
     "no identity convolution": ["--train", r"\.attn\.temporal\.(?!frame_conv)"],
-    "positions only": ["--train", r"frame_(table|embed)"],
     "everything": ["--train", "^unet"],
     "no EMA": ["--ema", "0"],
-    "half of the passes on 8 frames": ["--short-clips", "0.5"],
-    "shared noise": ["--share-noise", "8"],
 }
 SCRATCH = "from scratch, five times the steps"
-ALTERNATIVES = ("chained windows", "chained, overlapping", "interpolated", "interpolated from 1.6 fps")
+ALTERNATIVES = ("chained windows", "interpolated", "interpolated from 1.6 fps")
 
 
 def slug(name):
@@ -74,12 +70,12 @@ def runs(a):
 
 
 def rows(a):
-    """{row: (model, extension, native length)}, None for the alternatives, which are made by the base."""
+    """{row: (model, extension)}, None for the alternatives, which are made by the base."""
     def out(*parts):
         return os.path.join(a.out, *parts)
 
     found = {"base, asked for 40 frames": (BASE, None)}
-    found |= {f"untuned: {table}": (BASE, out("start", f"{table}-0.safetensors")) for table in TABLES}
+    found |= {f"untuned: {table}": (BASE, out("start", f"{table}-0.safetensors")) for table in UNTUNED}
     for name in runs(a):
         quarters = (1, 2, 4) if name.startswith("fold") else (4,)
         for k in quarters:
@@ -99,7 +95,7 @@ def rows(a):
 
 
 def start(a, table, seed):
-    """The untuned extension whose frame tables begin as said; its path."""
+    """The untuned extension whose frame tables begin with the positions of TABLES; its path."""
     path = os.path.join(a.out, "start", f"{table}-{seed}.safetensors")
     if not os.path.exists(path):
         torch.manual_seed(seed)
@@ -122,7 +118,7 @@ def scratch(a):
         torch.manual_seed(0)
         svd = exsvd.load(BASE)
         unet = pretrain.init(exsvd.UNet(replace(svd.unet.config, native_frames=T)))
-        exsvd.save_model(path, unet, svd.vae, svd.clip, dtype=torch.float16, family="toy")
+        exsvd.save_model(path, unet, svd.vae, svd.clip, dtype=torch.float16, defaults=svd.meta["defaults"])
     return path
 
 
@@ -130,8 +126,9 @@ def train(a, name, *arguments):
     """One run of train.py, resumed where it stopped; nothing happens if it has ended."""
     out = os.path.join(a.out, "runs", slug(name))
     os.makedirs(out, exist_ok=True)
-    command = [sys.executable, os.path.join(ROOT, "train.py"), "--out", out, "--data", "synthetic", "--workers", "1",
-               "--sample-every", "0", "--batch", str(a.batch), "--lr", str(a.lr), *arguments]
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "--out", out, "--workers", "1", "--sample-every", "0",
+               "--data", os.path.join(ROOT, "toy", "world.py"), "--frames", str(T), "--size", f"{SIZE}x{SIZE}",
+               "--batch", str(a.batch), "--lr", str(a.lr), *arguments]
     with open(os.path.join(out, "output.txt"), "a") as log:
         subprocess.run(command, stdout=log, stderr=log, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -139,13 +136,12 @@ def train(a, name, *arguments):
 def train_all(a, pool):
     jobs = []
     if not a.quick:  # the longest goes first
-        common = ["--model", scratch(a), "--train", "^unet", "--frames", str(T)]
-        longer = ["--steps", str(5 * a.steps), "--save-every", str(a.steps)]
-        jobs.append(pool.submit(train, a, "scratch", *common, *longer))
-    quarter = ["--save-every", str(max(1, a.steps // 4)), "--keep", "4"]
+        longer = ["--steps", str(5 * a.steps), "--weights-every", str(5 * a.steps)]
+        jobs.append(pool.submit(train, a, "scratch", "--model", scratch(a), "--train", "^unet", *longer))
+    quarter = ["--steps", str(a.steps), "--weights-every", str(max(1, a.steps // 4))]
     for name, (table, seed, extra) in runs(a).items():
-        common = ["--model", BASE, "--extension", start(a, table, seed), "--frames", str(T), "--seed", str(seed)]
-        jobs.append(pool.submit(train, a, name, *common, "--steps", str(a.steps), *quarter, *extra))
+        common = ["--model", BASE, "--extension", start(a, table, seed), "--seed", str(seed)]
+        jobs.append(pool.submit(train, a, name, *common, *quarter, *extra))
     for job in jobs:
         job.result()
 
@@ -155,7 +151,7 @@ def train_all(a, pool):
 
 
 def pictures(a):
-    """{name: (3,256,256) in [-1,1]}, none of them trained on."""
+    """{name: (3,PICTURE,PICTURE) in [-1,1]}, none of them trained on."""
     files = sorted(glob(os.path.join(ROOT, "toy", "photographs", "*.jpg"))) + [os.path.join(ROOT, "assets", "img.png")]
     size = world.PICTURE
     found = {os.path.basename(f): data.fit_image(data.read_image(f), size, size) for f in files[-a.pictures:]}
@@ -163,73 +159,45 @@ def pictures(a):
 
 
 @torch.inference_mode()
-def generate(svd, first, frames, fps=world.FPS, known=None):
-    """What a model makes of a first frame (3,S,S): unscaled latents (1,frames,4,h,w).
-
-    known: latents that the first frames are held to, noised anew at every step.
-    """
-    s, generator = sample.DEFAULTS["toy"], torch.Generator().manual_seed(0)
-    def draw():
-        return torch.randn(1, frames, 4, SIZE // 8, SIZE // 8, generator=generator)
-
-    def noise():
-        return sample.shared_noise(draw(), s["share_noise"])
-
-    image_noise = torch.randn(first[None].shape, generator=generator)
-    cond, ctx = sample.condition(svd, first, s["aug"], image_noise, torch.device("cpu"))
-    ids = torch.tensor([[fps - 1, MOTION, s["aug"]]])
-
-    def denoise(x, sigma):
-        if known is not None:
-            held = known * exsvd.VAE_SCALE + sigma * draw()[:, :known.shape[1]]
-            x = torch.cat([held, x[:, known.shape[1]:]], dim=1)
-        return exsvd.denoise(svd.unet, x, sigma.expand(1), cond, ctx, ids)
-
-    sigmas = exsvd.karras_sigmas(s["steps"])
-    x = noise() * (sigmas[0]**2 + 1).sqrt()
-    return sample.SAMPLERS[s["sampler"]](denoise, x, sigmas, s["eta"], noise) / exsvd.VAE_SCALE
-
-
-@torch.inference_mode()
-def decode(svd, latents):
-    """Unscaled latents (1,T,4,h,w) -> (T,3,S,S) in [-1,1]"""
-    return torch.cat(list(sample.decode(svd.vae, latents, sample.DEFAULTS["toy"]["decode_chunk"]))).clamp(-1, 1)
+def generate(svd, first, frames, fps=world.FPS, overlap=None):
+    """What a model makes of a first frame (3,S,S): (frames,3,S,S) in [-1,1]. overlap: in rounds, which share frames."""
+    given = dict(size=(SIZE, SIZE), frames=frames, motion=MOTION, fps=fps, overlap=overlap)
+    s = sample.settings_for(svd, given)
+    latents = sample.make_latents(svd, first, s, torch.device("cpu"))
+    return torch.cat(list(sample.decode(svd.vae, latents / exsvd.VAE_SCALE, s.decode_chunk))).clamp(-1, 1)
 
 
 def imitate(svd, how, first):
     """40 frames by a base that knows 8: the alternatives of the paper's introduction."""
-    if how.startswith("interpolated"):  # 8 frames, or 8 that are further apart
-        latents = generate(svd, first, SHORT, 1.6 if how.endswith("1.6 fps") else world.FPS)
-        key = decode(svd, latents).flatten(1).T[None]                             # (1, pixels, 8)
-        return F.interpolate(key, T, mode="linear", align_corners=True)[0].T.unflatten(1, (3, SIZE, SIZE))
-    latents = generate(svd, first, SHORT)
-    overlap = OVERLAP if how.endswith("overlapping") else 1
-    while latents.shape[1] < T:  # the next window begins in this one's end
-        begin = decode(svd, latents[:, -SHORT:])[SHORT - overlap]
-        known = latents[:, -overlap:] if overlap > 1 else None
-        latents = torch.cat([latents, generate(svd, begin, SHORT, known=known)[:, overlap:]], dim=1)
-    return decode(svd, latents[:, :T])
+    if how == "chained windows":
+        return generate(svd, first, T, overlap=1)
+    key = generate(svd, first, SHORT, 1.6 if how.endswith("1.6 fps") else world.FPS)  # 8 frames, or 8 further apart
+    key = key.flatten(1).T[None]                                                  # (1, pixels, 8)
+    return F.interpolate(key, T, mode="linear", align_corners=True)[0].T.unflatten(1, (3, SIZE, SIZE))
 
 
 @torch.no_grad()
-def losses(svd, frames, clips=8):
+def losses(svd, frames, count=8):
     """EDM's loss on held-out clips, per noise level of SIGMAS: a list."""
     torch.manual_seed(0)
-    found = []
-    for i in range(clips):
-        video, fps, motion = world.clip(pretrain.HELD_OUT, i, frames, SIZE)
-        video = video.permute(0, 3, 1, 2) / 127.5 - 1
-        x = data.encode_frames(svd.vae, video)[None]
+    clips, found = world.clips(frames, (SIZE, SIZE), pretrain.HELD_OUT), []
+    for i in range(count):
+        item = clips[i]
+        video = data.to_float(item["video"])
+        x = data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE
         cond, ctx = data.encode_condition(svd.vae, svd.clip, video[0], 0.0, torch.zeros_like(video[0]))
-        ids, noise = torch.tensor([[fps - 1, motion, 0.0]]), torch.randn(x.shape)
-        told = cond[None, None], ctx[None, None], ids
-        x = x * exsvd.VAE_SCALE
-        found.append([exsvd.edm_loss(svd.unet, x, torch.tensor([s]), noise, *told).item() for s in SIGMAS])
+        ids, noise = exsvd.unet_ids(svd.unet.config.ids, item | {"aug": 0.0}), torch.randn(x.shape)
+        given = x, noise, cond[None, None], ctx[None, None], ids
+        found.append([loss_at(svd.unet, sigma, *given) for sigma in SIGMAS])
     return torch.tensor(found).mean(0).tolist()
 
 
+def loss_at(unet, sigma, x, noise, *conditions):
+    return exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, torch.tensor([sigma]), noise, *conditions).item()
+
+
 def measure_row(a, row):
-    """Writes what there is to know of a row to --out/rows, and frames of its first picture."""
+    """Measures a row and writes the numbers to --out/rows, with the frames of its first picture."""
     path = os.path.join(a.out, "rows", slug(row) + ".json")
     if os.path.exists(path):
         return
@@ -239,13 +207,12 @@ def measure_row(a, row):
     found = {"losses": model and losses(svd, T), "pictures": {}, "short": {}}
     for i, (name, picture) in enumerate(pictures(a).items()):
         first = F.avg_pool2d(picture, world.PICTURE // SIZE)
-        video = decode(svd, generate(svd, first, T)) if model else imitate(svd, row, first)
+        video = generate(svd, first, T) if model else imitate(svd, row, first)
         found["pictures"][name] = measure.measure(video, picture, MOTION, world.FPS)
         if i == 0:
             exsvd.save(path.replace(".json", ".safetensors"), {"video": sample.to_pixels(video)}, {})
         if model:
-            short = decode(svd, generate(svd, first, SHORT))
-            found["short"][name] = measure.measure(short, picture, MOTION, world.FPS)
+            found["short"][name] = measure.measure(generate(svd, first, SHORT), picture, MOTION, world.FPS)
     with open(path + ".tmp", "w") as f:
         json.dump(found, f)
     os.replace(path + ".tmp", path)
@@ -286,7 +253,7 @@ def table(found):
 
 def compared(a):
     """The rows that pictures show beside the fold's."""
-    return SHOWN if a.quick else (*SHOWN, SCRATCH)
+    return ALTERNATIVES if a.quick else (*ALTERNATIVES, SCRATCH)
 
 
 def figure(a, found):
@@ -364,9 +331,7 @@ def main():
     os.makedirs(os.path.join(a.out, "rows"), exist_ok=True)
     if a.row:
         return measure_row(a, a.row)
-    for seed in SEEDS[:a.seeds]:
-        start(a, "fold", seed)
-    for name in TABLES:
+    for name in UNTUNED:
         start(a, name, 0)
     with ThreadPoolExecutor(a.jobs) as pool:
         train_all(a, pool)

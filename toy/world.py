@@ -1,30 +1,76 @@
-"""The toy's world: a still picture into which a camera flies. All that the toy, its training and the study see.
+"""The toy's world: a still picture into which a camera flies. An example of clips that train.py can be given.
 
+    clips(frames, size, seed)          training clips, made on the fly: what `train.py --data toy/world.py` reads
     picture(seed, index)               a synthetic still in the colours of photographs
-    flight(image, scales, size)        a camera flies into an image: what it sees
-    clip(seed, index, frames, size)    a training clip, with its frame rate and its motion bucket
+    photograph(folder, rng)            a square of a picture in a folder
+    flight(image, scales, size)        what a camera sees that flies into an image
 
-The future of a first frame is determined: nothing appears that was not there at the start, and how fast the camera
-flies is told by the motion bucket, 1000 times its speed. At speed v the window that the camera sees of the picture
-shrinks by a factor of exp(-v) per second. So every sample can be compared with the truth, frame by frame
-(toy/measure.py).
+The first frame and the motion bucket determine the clip: nothing appears that was not there at the start, and the
+motion bucket is 1000 times the camera's speed. At speed v the window that the camera sees shrinks by a factor of
+exp(-v) per second. So every sample can be compared with the true flight, frame by frame (toy/measure.py).
 
-Pictures are "dead leaves", shapes of all sizes that hide each other, on 1/f noise: together they have the statistics of
-photographs (Lee, Mumford & Huang 2001). Images are float32 (3, H, W) in [-1, 1].
+Synthetic pictures are "dead leaves", shapes of all sizes that hide each other, on 1/f noise. Together they have the
+statistics of photographs (Lee, Mumford & Huang 2001). Images are float32 (3, H, W) in [-1, 1].
 """
 
 import colorsys
+import functools
 import math
+import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 FPS = 8                  # frames per second of long clips
 RATES = (8, 4, 1.6)      # of short ones: at 1.6 eight frames get as far as thirty-six do at 8
 SHORT = 8                # frames; clips of at most that many are short
 MAX_MOTION = 80          # the fastest motion bucket: 40 frames at FPS end at a window of 0.68
-PICTURE = 256            # pixels of a picture; clips are 128 or less, so that flying in finds detail
+PICTURE = 384            # pixels of a picture; clips are 256 or less, so that flying in finds detail
+LARGEST = 1500           # pixels of the largest square that is taken of a photograph
+
+
+class Clips:
+    """Item n is a clip that (seed, n) determines. pictures: a folder; half of the flights are then into its pictures.
+
+    The camera starts at a window of 0.7 to 1 of a picture, flies into that window's middle, and stands still in one of
+    eight clips. Short clips come at each of RATES, as SVD's did: the model learns what the frame rate means.
+    """
+
+    def __init__(self, frames, size, seed=0, pictures=None):
+        if size[0] != size[1]:
+            raise ValueError(f"the toy's clips are square: {size[0]}x{size[1]}")
+        self.frames, self.size, self.seed, self.pictures = frames, size[0], seed, pictures
+        self.id = f"toy/world.py {pictures or 'synthetic'}"
+
+    def __getitem__(self, n):
+        rng = np.random.default_rng([self.seed, n, 1])
+        fps = float(rng.choice(RATES)) if self.frames <= SHORT else float(FPS)
+        motion = 0.0 if rng.uniform() < 1 / 8 else rng.uniform(0, MAX_MOTION)
+        start = rng.uniform(0.7, 1)
+        offset = torch.from_numpy(rng.uniform(-1, 1, 2) * (1 - start)).float()
+        if self.pictures and rng.uniform() < 0.5:
+            image = photograph(self.pictures, rng)
+        else:
+            image = picture(self.seed, n)
+        video = flight(image, start * scales(motion, fps, self.frames), self.size, offset)
+        video = ((video + 1) * 127.5).round().to(torch.uint8)                     # (T, 3, size, size)
+        return dict(video=video, fps=fps, motion=motion, name=f"{self.seed}@{n}")
+
+    def describe(self):
+        return f"flights into {'pictures of ' + self.pictures if self.pictures else 'synthetic pictures'}"
+
+    def measure(self, frames, image, fps, motion):
+        """"arrival": the share of its way that the camera has flown at the last frame."""
+        from toy import measure
+        if motion == 0:
+            return {}
+        path = measure.camera_path(frames, image)
+        return {"arrival": measure.way(path, motion, fps)[-1].item()}
+
+
+clips = Clips
 
 
 def log_uniform(rng, low, high):
@@ -59,7 +105,7 @@ def outline(rng, x, y):
 def picture(seed, index):
     """A synthetic still, a function of (seed, index) alone: float32 (3, PICTURE, PICTURE) in [-1, 1]."""
     rng, size = np.random.default_rng([seed, index]), PICTURE
-    smooth, rough = power_noise(rng, size, rng.uniform(1.3, 1.9)), power_noise(rng, size, rng.uniform(0.8, 1.4))
+    smooth, rough = power_noise(rng, size, rng.uniform(1.3, 1.9)), power_noise(rng, size, rng.uniform(0.6, 1.4))
     y, x = np.mgrid[:size, :size].astype(np.float32)
 
     vivid = rng.uniform(0.1, 0.9)  # photographs are pale, and of few colours
@@ -76,10 +122,10 @@ def picture(seed, index):
     for field in (smooth[0], smooth[1], rough[0]):
         image = image + field[..., None] * rng.uniform(0, 0.08, 3).astype(np.float32)
 
-    radii = [log_uniform(rng, 4, 100) for _ in range(rng.choice([0, 10, 25, 40, 60]))]
+    radii = [log_uniform(rng, 4, 150) for _ in range(rng.choice([0, 15, 35, 60, 90]))]
     if rng.uniform() < 0.5:
         radii.sort(reverse=True)                                                  # small things in front
-    focus = log_uniform(rng, 0.7, 3)                                              # pixels, the width of an edge
+    focus = log_uniform(rng, 0.5, 3)                                              # pixels, the width of an edge
     for radius in radii:
         cx, cy = rng.uniform(0, size, 2)
         left, top = max(0, int(cx - 1.5 * radius)), max(0, int(cy - 1.5 * radius))
@@ -90,13 +136,31 @@ def picture(seed, index):
             distance = distance + smooth[0][part] * rng.uniform(0.05, 0.25)
         cover = np.clip(0.5 - distance * (radius / focus), 0, 1)[..., None].astype(np.float32)
         shade = rng.normal(0, 0.1) * u + rng.normal(0, 0.1) * v                   # light from one side, and texture
-        shade = shade + (rough if rng.uniform() < 0.5 else smooth)[1][part] * log_uniform(rng, 0.005, 0.1)
-        if rng.uniform() < 0.12:                                                  # stripes
-            waves = np.sin((math.cos(angle) * u + math.sin(angle) * v) * rng.uniform(3, 20))
+        shade = shade + (rough if rng.uniform() < 0.6 else smooth)[1][part] * log_uniform(rng, 0.005, 0.12)
+        if rng.uniform() < 0.15:                                                  # stripes
+            waves = np.sin((math.cos(angle) * u + math.sin(angle) * v) * rng.uniform(3, 30))
             shade = shade + rng.uniform(0.05, 0.3) * waves
         image[part] += cover * (colour() + shade[..., None].astype(np.float32) - image[part])
     image = (image - 0.5) * rng.uniform(0.6, 1.25) + 0.5 + rng.uniform(-0.12, 0.12)
     return torch.from_numpy(np.ascontiguousarray(image)).float().permute(2, 0, 1).clamp(0, 1) * 2 - 1
+
+
+@functools.cache
+def opened(folder):
+    """The pictures of a folder, each as uint8 (H, W, 3)."""
+    return [np.asarray(Image.open(os.path.join(folder, name)).convert("RGB")) for name in sorted(os.listdir(folder))]
+
+
+def photograph(folder, rng):
+    """A random square of a random picture, PICTURE to LARGEST pixels wide, or its mirror image, scaled to PICTURE:
+    float32 (3, PICTURE, PICTURE) in [-1, 1]."""
+    images = opened(folder)
+    image = images[rng.integers(len(images))]
+    side = int(log_uniform(rng, PICTURE, max(PICTURE, min(*image.shape[:2], LARGEST))))
+    top, left = (int(rng.integers(max(1, n - side + 1))) for n in image.shape[:2])
+    square = Image.fromarray(image[top:top + side, left:left + side]).resize((PICTURE, PICTURE), Image.LANCZOS)
+    square = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+    return square.flip(2) if rng.uniform() < 0.5 else square
 
 
 def windows(images, scales, offsets, size):
@@ -119,20 +183,7 @@ def flight(image, scales, size, offset=(0.0, 0.0)):
 
     scales (T,): of its window. offset: of the point it flies to, the middle of every frame, from the image's middle.
     """
+    if image.shape[-1] > 2 * size:                                                # or the windows would alias
+        image = F.interpolate(image[None], (2 * size, 2 * size), mode="bilinear", antialias=True)[0]
     offsets = torch.as_tensor(offset).expand(len(scales), 2)
     return windows(image.expand(len(scales), -1, -1, -1), scales, offsets, size)
-
-
-def clip(seed, index, frames, size):
-    """A clip to train on: uint8 (frames, size, size, 3), frames per second, motion bucket. Its arguments decide all.
-
-    The camera starts at a window of 0.7 to 1 of a synthetic picture, flies into that window's middle, and stands still
-    in one of eight clips. Short clips come at each of RATES, as SVD's did: the model learns what the frame rate says.
-    """
-    rng = np.random.default_rng([seed, index, 1])
-    fps = float(rng.choice(RATES)) if frames <= SHORT else float(FPS)
-    motion = 0.0 if rng.uniform() < 1 / 8 else rng.uniform(0, MAX_MOTION)
-    start = rng.uniform(0.7, 1)
-    offset = rng.uniform(-1, 1, 2) * (1 - start)
-    video = flight(picture(seed, index), start * scales(motion, fps, frames), size, torch.from_numpy(offset).float())
-    return ((video + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), fps, motion
