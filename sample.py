@@ -873,6 +873,13 @@ def peak_memory(device):
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
 
 
+def use_idle_cores():
+    """PyTorch waits for its slowest thread, so one on a busy core holds up all others."""
+    if hasattr(os, "getloadavg"):  # not on Windows
+        idle = os.cpu_count() - round(os.getloadavg()[0])
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), idle)))
+
+
 def main(argv=None):
     """The command. Raises WeightsError, MediaError, FloatingPointError and OSError for what the
     caller can mend."""
@@ -880,6 +887,8 @@ def main(argv=None):
     for _, _, out in a.jobs:
         check_writable(out, given.get("fps", 1))
     device = torch.device(a.device)
+    if device.type == "cpu":
+        use_idle_cores()
     model, extension = default_model(a)
     if a.decode_only:
         decode_again(a, given, model, device)
