@@ -1045,7 +1045,7 @@ def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
     assert os.listdir(tmp_path) == ["x.safetensors"], "no temporary file is left"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. data.py: pictures and videos in and out
 
 
@@ -1103,15 +1103,10 @@ def test_exif_orientations_come_out_upright(reads, form):
 
 
 def test_damaged_metadata_leaves_the_pixels_as_they_are(reads, capfd):
-    turn = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)
-    png, jpeg = file_of(corners(), "PNG"), file_of(corners(), "JPEG")
-    for exif in (b"", b"II", b"MM\0*\xff\xff\xff\xff", turn[:15]):
-        reads(png[:33] + png_chunk(b"eXIf", exif) + png[33:], corners())
-        block = b"Exif\0\0" + exif
-        size = struct.pack(">H", len(block) + 2)
-        reads(jpeg[:2] + b"\xff\xe1" + size + block + jpeg[2:], corners(), LOSS["JPEG"])
-    reads(png[:33] + png_chunk(b"iCCP", b"x\0\0junk")[:-1] + b"?" + png[33:], corners())  # checksum
-    reads(jpeg + b"\0\0\0\x18ftypmp42" + bytes(10**5), corners(), LOSS["JPEG"])  # a motion photo
+    jpeg = file_of(corners(), "JPEG")
+    for exif in (b"Exif\0\0", b"Exif\0\0II", b"Exif\0\0MM\0*\xff\xff\xff\xff"):
+        block = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+        reads(jpeg[:2] + block + jpeg[2:], corners(), LOSS["JPEG"])
     assert capfd.readouterr() == ("", "")
 
 
@@ -1153,13 +1148,9 @@ def test_sixteen_bits_are_scaled_not_clipped(reads):
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF"])
 def test_animations_give_their_first_frame(reads, form):
-    first = Image.new("RGBA", (80, 48))
-    first.paste(Image.fromarray(corners(20, 30)), (10, 5))
-    want = np.full((48, 80, 3), 255)
-    want[5:25, 10:40] = corners(20, 30)
-    second = Image.fromarray(corners()).convert("RGBA")
+    first, second = (Image.fromarray(x) for x in (corners(), 255 - corners()))
     file = file_of(first, form, save_all=True, append_images=[second], duration=100)
-    reads(file, want, 3 if form == "GIF" else 0)
+    reads(file, corners(), 3 if form == "GIF" else 0)
 
 
 def test_content_decides_not_the_name(tmp_path, monkeypatch):
@@ -1184,17 +1175,16 @@ def test_unreadable_files_raise_one_line(tmp_path, capfd):
             bad[f"{part} of {form}"] = whole[:int(len(whole) * part)]
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-    for name in [*bad, "missing.png", ".", "nu\0l"]:
+    for name in [*bad, "missing.png", "."]:
         with pytest.raises(data.MediaError) as e:
             data.read_image(tmp_path / name)
         assert str(e.value).isprintable() and data.one_line(tmp_path / name) in str(e.value), name
-        assert ("heif-convert" in str(e.value)) == (name == "x.heic")
     assert capfd.readouterr() == ("", "")
 
 
 def test_only_errors_of_the_library_are_called_damage(tmp_path, monkeypatch):
     data.write_png(tmp_path / "x.png", corners())
-    monkeypatch.setattr(data, "_still", lambda path, picture: undefined_name)  # noqa: F821
+    monkeypatch.setattr(data, "_picture_pixels", lambda picture: undefined_name)  # noqa: F821
     with pytest.raises(NameError):
         data.read_image(tmp_path / "x.png")
 
@@ -1249,12 +1239,6 @@ def test_fit_image_covers_crops_and_does_not_distort():
         assert error[:, 4:-4, 4:-4].abs().max() < 1 / scale + 2
 
 
-@pytest.mark.parametrize("H, W", [(1, 1), (10, 1000), (2, 3)])
-def test_fit_image_of_odd_shapes(H, W):
-    out = data.fit_image(torch.full((H, W, 3), 200, dtype=torch.uint8), 128, 64)
-    assert out.shape == (3, 64, 128) and (out - (200 / 127.5 - 1)).abs().max() < 1e-5
-
-
 def test_pixels_survive_float_and_back():
     x = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(data.to_uint8(data.to_float(x)), x)
@@ -1300,18 +1284,20 @@ def test_a_video_survives_writing(tmp_path, name, least):
     assert data.read_settings(tmp_path / name) == (None if name == "x.gif" else settings)
 
 
-def test_a_folder_of_pngs_is_lossless(tmp_path):
-    write(f"{tmp_path}/run1.5/", ramps().split(5))
-    files = sorted((tmp_path / "run1.5").iterdir())
-    assert [f.name for f in files] == [f"frame_{i:04d}.png" for i in range(12)]
-    assert torch.equal(torch.stack([data.read_image(f) for f in files]), ramps())
+def test_a_folder_of_pngs_is_lossless_and_replaced(tmp_path):
+    for frames in (ramps(), ramps(7), 255 - ramps(9)):
+        write(f"{tmp_path}/run1.5/", frames.split(5))
+        files = sorted((tmp_path / "run1.5").iterdir())
+        assert [f.name for f in files] == [f"frame_{i:04d}.png" for i in range(len(frames))]
+        assert torch.equal(torch.stack([data.read_image(f) for f in files]), frames)
+    assert os.listdir(tmp_path) == ["run1.5"]
 
 
-@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif"])
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif", "frames/"])
 def test_pieces_give_the_same_bytes_and_a_failure_leaves_the_old_file(tmp_path, name):
-    write(tmp_path / name, [ramps()], settings={"seed": 3})
+    write(f"{tmp_path}/{name}", [ramps()], settings={"seed": 3})
     old = contents(tmp_path)
-    write(tmp_path / name, ramps().split(1), settings={"seed": 3})
+    write(f"{tmp_path}/{name}", ramps().split(1), settings={"seed": 3})
     assert contents(tmp_path) == old
 
     def interrupted():
@@ -1321,7 +1307,7 @@ def test_pieces_give_the_same_bytes_and_a_failure_leaves_the_old_file(tmp_path, 
     for error, parts in zip((KeyboardInterrupt, ValueError, data.MediaError),
                             (interrupted(), two_sizes, none)):
         with pytest.raises(error):
-            write(tmp_path / name, parts)
+            write(f"{tmp_path}/{name}", parts)
         assert contents(tmp_path) == old
 
 
@@ -1345,18 +1331,20 @@ def test_mp4_is_what_browsers_play(tmp_path):
     assert (data.read_video(tmp_path / "x.mp4")[0].int() - red[0, 0, 0].int()).abs().max() <= 3
 
 
-def test_bad_targets_are_refused_before_any_work(tmp_path):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "file").write_bytes(b"x")
+@pytest.mark.parametrize("name, fps", [
+    ("x.avi", 5), ("x.png", 5), ("photos", 5), ("photos/a.png", 5), ("folder.mp4", 5), ("x.mp4", 0),
+    ("x.mp4", math.nan), ("x.gif", 60)])
+def test_bad_targets_are_refused_before_any_work(tmp_path, name, fps):
     (tmp_path / "folder.mp4").mkdir()
-    for name, fps in [("x.avi", 5), ("x.png", 5), ("photos", 5), ("file", 5), ("folder.mp4", 5),
-                      ("x.mp4", 0), ("x.mp4", math.nan), ("x.gif", 60)]:
-        with pytest.raises(data.MediaError):
-            data.VideoWriter(tmp_path / name, fps)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder.mp4", "photos"]
+    (tmp_path / "photos").mkdir()
+    data.write_png(tmp_path / "photos" / "a.png", corners())
+    before = contents(tmp_path)
+    with pytest.raises(data.MediaError):
+        data.VideoWriter(tmp_path / name, fps)
+    assert contents(tmp_path) == before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. data.py: videos to clips and latents
 
 
@@ -1369,24 +1357,22 @@ def scene(n, frames=48, size=64):
 
 PIXEL_FORMATS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "gif": "rgb8", "ffv1": "yuv444p"}
 CODEC_OPTIONS = {"libx264": {"crf": "12"}, "libx265": {"x265-params": "log-level=none"},
-           "libvpx-vp9": {"cpu-used": "8", "crf": "10", "b": "0"}}
+                 "libvpx-vp9": {"cpu-used": "8", "crf": "10", "b": "0"}}
 
 
-def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, mirror=None,
-                aspect=None, sound=None, **options):
-    """frames uint8 (T, H, W, 3); times in ms; rotation in degrees; mirror: "hflip" or "vflip";
-    sound: an audio stream before the video."""
+def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, aspect=None,
+                **options):
+    """frames uint8 (T, H, W, 3); times in ms; rotation in degrees."""
     base = Fraction(1, rate) if times is None else Fraction(1, 1000)
     with av.open(str(path), "w") as c:
-        audio = c.add_stream("aac", rate=44100, layout="mono") if sound else None
         s = c.add_stream(codec, rate=rate, options=CODEC_OPTIONS.get(codec, {}) | options)
         s.width, s.height = frames.shape[2], frames.shape[1]
         s.pix_fmt = PIXEL_FORMATS.get(codec, "yuv420p")
         s.codec_context.gop_size, s.codec_context.time_base = 12, base
         if codec.startswith(("mpeg", "mjpeg")):
             s.codec_context.qmin = s.codec_context.qmax = 2
-        if rotation or mirror:
-            s.set_display_rotation(rotation, **{mirror: True} if mirror else {})
+        if rotation:
+            s.set_display_rotation(rotation)
         if aspect:
             s.codec_context.sample_aspect_ratio = aspect
         for x, time_stamp in zip(frames, times or itertools.count()):
@@ -1395,10 +1381,6 @@ def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, 
             frame.pts, frame.time_base = time_stamp, base
             c.mux(s.encode(frame))
         c.mux(s.encode(None))
-        if audio:
-            beep = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-            beep.sample_rate, beep.pts = 44100, 0
-            c.mux([*audio.encode(beep), *audio.encode(None)])
     return path
 
 
@@ -1427,8 +1409,8 @@ def from_workers(dataset, numbers):
 
 
 @pytest.mark.parametrize("name, codec, options", [
-    ("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("c.avi", "mpeg4", {"bf": "2"}),
-    ("d.avi", "mjpeg", {}), ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}),
+    ("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("d.avi", "mjpeg", {}),
+    ("c.avi", "mpeg4", {"bf": "2"}), ("k.mts", "libx264", {"bf": "3"}), ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}),
     ("g.ts", "mpeg2video", {"bf": "2"}), ("h.mkv", "ffv1", {}), ("i.mkv", "libx265", {}),
     ("l.gif", "gif", {})])
 def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name, codec, options):
@@ -1436,7 +1418,7 @@ def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name
         pytest.skip(f"PyAV has no {codec} here")
     path = write_video(tmp_path / name, scene(3), codec, **options)
     entry, gif = data.scan(path), name == "l.gif"
-    assert entry["frames"] == 48 and entry["bad"] == 0 and entry["cuts"] == []
+    assert entry["frames"] == 48 and entry["cuts"] == []
     assert data.frame_rate(data._times(entry)) == pytest.approx(30, rel=0.02 if gif else 0.002)
     every = dict(data._numbered(path, entry, (64, 64)))
     assert list(every) == list(range(48))
@@ -1484,32 +1466,21 @@ def first_frame(path):
     return data.read_clip(path, data.scan(path), [0], (64, 64))[0]
 
 
-def test_rotated_and_mirrored_videos_come_out_upright(tmp_path):
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotated_videos_come_out_upright(tmp_path, degrees):
     x = np.broadcast_to(corners(64, 64), (4, 64, 64, 3))
     upright = first_frame(write_video(tmp_path / "0.mp4", x))
-    axis = {"hflip": [2], "vflip": [1], None: []}
-    for degrees, mirror in itertools.product((0, 90, 180, 270), axis):
-        want = upright.rot90(degrees // 90, (1, 2)).flip(axis[mirror])  # to the left, then mirrored
-        path = write_video(tmp_path / f"{degrees}{mirror}.mp4", x, rotation=degrees, mirror=mirror)
-        for image in (data.read_image(path).permute(2, 0, 1), first_frame(path)):
-            assert (image.int() - want.int()).abs().max() < 20, (degrees, mirror)
+    path = write_video(tmp_path / "turned.mp4", x, rotation=degrees)
+    for image in (data.read_image(path).permute(2, 0, 1), first_frame(path)):
+        assert (image.int() - upright.rot90(degrees // 90, (1, 2)).int()).abs().max() < 20
 
 
 def test_pixels_that_are_not_square(tmp_path):
     bar = np.full((4, 64, 64, 3), 230, np.uint8)
     bar[:, :, 20:24] = 0  # shown 128 wide, the sides cropped
-    wide = write_video(tmp_path / "wide.mp4", bar, aspect=Fraction(2))
-    assert data.scan(wide)["size"] == [128, 64]
-    dark = (first_frame(wide).float().mean((0, 1)) < 128).nonzero().flatten()
+    wide = first_frame(write_video(tmp_path / "wide.mp4", bar, aspect=Fraction(2)))
+    dark = (wide.float().mean((0, 1)) < 128).nonzero().flatten()
     assert dark.tolist() == list(range(8, 16))
-    tall = write_video(tmp_path / "tall.mp4", bar, aspect=Fraction(2), rotation=90)
-    assert data.scan(tall)["size"] == [64, 128]
-
-
-def test_sound_is_passed_over(tmp_path):
-    x = np.broadcast_to(corners(64, 64), (4, 64, 64, 3))
-    alone = first_frame(write_video(tmp_path / "0.mp4", x))
-    assert torch.equal(first_frame(write_video(tmp_path / "sound.mp4", x, sound="first")), alone)
 
 
 def test_clips_lie_between_hard_cuts_and_fast_motion_is_no_cut(tmp_path):
@@ -1526,7 +1497,7 @@ def test_clips_lie_between_hard_cuts_and_fast_motion_is_no_cut(tmp_path):
     assert cuts == {"cut.mp4": [30], "drawn.mp4": [], "fast.mp4": [], "flash.mp4": []}
     starts = [*range(21), *range(30, 47)]
     assert dataset.starts("cut.mp4") == starts
-    drawn = [dataset._draw(n, 0) for n in range(3000)]
+    drawn = [dataset._draw(n) for n in range(3000)]
     assert {row for name, row in drawn if name == "cut.mp4"} == set(range(len(starts)))
 
 
@@ -1580,14 +1551,14 @@ def test_what_cannot_be_used_is_left_out_and_named(mixed, capsys, monkeypatch):
     flags = ["--frames", 24, "--size", "96x64", "--skip-static", 0.002]
     assert run_data(monkeypatch, "check", mixed, *flags) == 0
     out = capsys.readouterr().out
-    for words in ("4 of 8 files", "1 with damaged packets", "4 smaller than 96x64", ", 0 cuts",
+    for words in ("4 of 8 files",
                   "stride 1, 1 cannot be read, 1 no time stamps, 1 static, 1 too short",
                   "short.mp4: too short: 12 frames, 12 without a cut",
                   'bare.h264: no time stamps: ', 'ffmpeg -i "bare.h264" -crf 16 out.mp4'):
         assert words in out, out
     dataset = open_clips(mixed, frames=24, skip_static=0.002)
     assert dataset.names == ["broken.avi", "cut off.ts", "deep/vp9.webm", "good.mp4"]
-    assert dataset.index["broken.avi"]["frames"] == 47 and dataset.index["broken.avi"]["bad"] == 1
+    assert dataset.index["broken.avi"]["frames"] == 47
     for n in range(8):  # all of them can be read
         data.check_item(dataset[n], 24, (64, 64))
 
@@ -1622,30 +1593,21 @@ def test_index_is_built_once_and_again_for_what_changed(mixed, scanned):
     assert scanned[8:] == ["short.mp4"] * 2
 
 
-def test_index_of_a_folder_that_cannot_be_written(mixed, scanned, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    open_clips(mixed)
-    open_clips(mixed)
-    assert len(scanned) == 8 and not (mixed / data.INDEX).exists()
-
-
 NAMES = ["good.mp4", "deep/vp9.webm"]
 ROWS = [f'a\u2028b\u0085c\x0cd,"e,\n{"f" * 200_000}",{name}' for name in NAMES]
 LISTS = {
-    "a.txt": "\ufeffgood.mp4\r\n# a comment\n\ndeep/vp9.webm\n",
+    "a.txt": "\ufeffgood.mp4\r\n\ndeep/vp9.webm\n",
     "b.csv": "path\n" + "\n".join(NAMES),
     "c.csv": "\ufeffcaption,extra,video\r\n" + "\r\n".join(ROWS),
-    "d.csv": "path,file\n,\n" + ",x\n".join(NAMES) + ",x",  # with a row whose cells are empty
+    "d.csv": "path,file\n,x\n" + ",x\n".join(NAMES) + ",x",  # with an empty cell
     "e.json": json.dumps(NAMES),
     "f.json": "\ufeff" + json.dumps([{"path": name, "cap": "x"} for name in NAMES])}
 BAD_LISTS = {
     "a.json": ('{"good.mp4": 1}', "not a list"), "b.json": ("[", "Expecting value"),
-    "c.json": ("[7]", "holds 7"), "d.json": ("[" * 10**5, "recursion"),
     "e.json": ('[{"cap": 1}]', "has the columns 'cap'; .* path, video or file"),
     "f.csv": ("file_name,text\na,b", "has the columns 'file_name', 'text'"),
     "g.csv": ("path;text\na;b", "has the columns 'path;text'"),
-    "h.txt": ("", "0 of 0 files"), "i.xyz": ("", "no folder")}
+    "h.txt": ("", "0 of 0 files"), "i.xyz": ("", "no such folder")}
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -1664,10 +1626,10 @@ def test_bad_lists_say_what_is_wrong(tmp_path, name):
 
 
 def test_names_that_cannot_be_opened_are_left_out(mixed):
-    names = ["good.mp4", "nu\0l.mp4", "two\nlines.mp4", "no \udcff.mp4"]
+    names = ["good.mp4", "two\nlines.mp4", "no \udcff.mp4"]
     (mixed / "odd.json").write_text(json.dumps(names))
     dataset = open_clips(mixed / "odd.json")
-    assert dataset.names == ["good.mp4"] and len(dataset.left_out) == 3
+    assert dataset.names == ["good.mp4"] and len(dataset.left_out) == 2
 
 
 def test_items_depend_on_seed_and_number_alone(mixed):
@@ -1694,7 +1656,7 @@ def test_a_file_that_goes_during_a_run_costs_a_line_and_another_clip(mixed, capf
         try:
             assert same_item(dataset[n], item) == (not gone)
         except data.MediaError:
-            assert dataset._draw(n, 1)[0] == "good.mp4"  # the other clip is of the same file
+            assert dataset._draw(n + 10**9)[0] == "good.mp4"  # the other clip is of the same file
     assert capfd.readouterr().err.count("other clips take its place") == 1
 
 
@@ -1706,41 +1668,25 @@ def test_the_error_of_a_worker_is_one_line(mixed):
         list(from_workers(dataset, [0]))
 
 
-MY_CLIPS = """
-import glob, os
-import numpy as np
-import torch
-
-class Arrays:
-    def __init__(self, frames, size, seed):
-        self.paths = sorted(glob.glob(os.path.dirname(__file__) + "/*.npy"))
-        self.frames, self.seed = frames, seed
-
-    def __getitem__(self, n):
-        path = np.random.default_rng([self.seed, n]).choice(self.paths)
-        video = torch.from_numpy(np.load(path)[:self.frames]).permute(0, 3, 1, 2)
-        return {"video": video, "fps": 8.0, "motion": 127.0, "name": str(path)}
-
-clips = Arrays
-"""
-
-
-def test_clips_of_npy_files_by_a_python_file(tmp_path, monkeypatch):
+def test_the_example_of_a_python_file_works(tmp_path, monkeypatch):
+    with open(data.__file__) as f:
+        lines = re.search("#   class Arrays.*clips = Arrays", f.read(), re.DOTALL)[0].split("\n")
+    example = ["import glob, torch", "import numpy as np", *(line[4:] for line in lines)]
+    (tmp_path / "my_clips.py").write_text("\n".join(example))
+    (tmp_path / "arrays").mkdir()
     for n in range(3):
-        np.save(tmp_path / f"{n}.npy", scene(n))
-    (tmp_path / "my_clips.py").write_text(MY_CLIPS)
-    dataset = open_clips(tmp_path / "my_clips.py", stride=1, fps=None)  # as train.py's defaults are
+        np.save(tmp_path / "arrays" / f"{n}.npy", scene(n))
+    monkeypatch.chdir(tmp_path)
+    dataset = open_clips("my_clips.py", stride=1, fps=None)  # as train.py's defaults are
     data.check_item(dataset[0], 8, (64, 64))
     assert same_item(next(iter(from_workers(dataset, [5]))), dataset[5])
-    flags = ["--frames", 8, "--size", "64x64"]
-    assert run_data(monkeypatch, "check", tmp_path / "my_clips.py", *flags) == 0
     with pytest.raises(data.MediaError, match="--stride.*for videos"):
-        open_clips(tmp_path / "my_clips.py", stride=2)
+        open_clips("my_clips.py", stride=2)
 
 
 @pytest.mark.parametrize("text, error, words", [
     ("clips = lambda frames, size, seed: undefined_name", NameError, "undefined_name"),
-    ("def clips(", SyntaxError, ""), ("", data.MediaError, "defines no clips")])
+    ("def clips(", SyntaxError, "never closed"), ("", data.MediaError, "defines no clips")])
 def test_a_bug_in_a_python_file_shows_its_traceback(tmp_path, text, error, words):
     (tmp_path / "my_clips.py").write_text(text)
     with pytest.raises(error, match=words):
@@ -1749,15 +1695,16 @@ def test_a_bug_in_a_python_file_shows_its_traceback(tmp_path, text, error, words
 
 def test_a_bug_in_a_dataset_of_files_shows_its_traceback(mixed, monkeypatch):
     dataset = open_clips(mixed)
-    monkeypatch.setattr(data, "motion_score", lambda video: video["typo"])
-    with pytest.raises(TypeError):
+    monkeypatch.setattr(data, "motion_score", lambda video: video.typo)
+    with pytest.raises(AttributeError):
         dataset[0]
 
 
 PIXELS = {"video": torch.zeros(8, 3, 48, 64, dtype=torch.uint8), "fps": 8.0,
-          "motion": np.float32(3), "name": "a"}
+          "motion": np.float32(3), "pan": 1, "name": "a"}
 LATENTS = {"latents": torch.zeros(8, 4, 6, 8), "cond": torch.zeros(4, 6, 8), "ctx": torch.zeros(16),
-           "aug": torch.tensor(0.1), "fps": 8, "motion": 3.0, "name": "a"}
+           "aug": torch.tensor(0.1), "fps": 8, "motion": 3.0, "pan": 0.5,
+           "name": "a"}
 
 
 @pytest.mark.parametrize("item, words", [
@@ -1768,18 +1715,12 @@ LATENTS = {"latents": torch.zeros(8, 4, 6, 8), "cond": torch.zeros(4, 6, 8), "ct
     (PIXELS | {"motion": math.nan}, '"motion".*found nan'), ({}, '"video".*found nothing'),
     (PIXELS | {"name": 3}, '"name".*found 3, wanted a str'),
     (LATENTS | {"ctx": torch.zeros(8)}, r'"ctx".*\(8,\), wanted .*\(16,\)'),
-    (LATENTS | {"aug": None}, '"aug".*None')])
+    (LATENTS | {"aug": None}, '"aug".*None'), (LATENTS | {"pan": None}, '"pan".*None')])
 def test_an_item_that_breaks_the_contract_is_named(item, words):
-    if words is None:
-        data.check_item(item, 8, (64, 48), ctx_dim=16)
-    else:
-        with pytest.raises(data.MediaError, match=words):
-            data.check_item(item, 8, (64, 48), ctx_dim=16)
-
-
-def test_numbers_of_a_modified_unet_are_asked_for():
-    with pytest.raises(data.MediaError, match='"pan".*found nothing, wanted a number'):
-        data.check_item(PIXELS, 8, (64, 48), ids=("fps", "motion", "aug", "pan"))
+    ids = ("fps", "motion", "aug", "pan")  # the UNet was modified: it wants a number more
+    expected = pytest.raises(data.MediaError, match=words) if words else contextlib.nullcontext()
+    with expected:
+        data.check_item(item, 8, (64, 48), ctx_dim=16, ids=ids)
 
 
 def test_motion_and_its_buckets_are_exvideos():
@@ -1825,7 +1766,7 @@ def pair(tmp_path):
     return tmp_path / "videos"
 
 
-CLIPS = {"frames": 4, "size": (64, 64), "stride": 2, "seed": 3}
+OPTIONS_4 = {"frames": 4, "size": (64, 64), "stride": 2, "seed": 3}
 
 
 @pytest.mark.parametrize("dtype, bound, more", [
@@ -1834,9 +1775,9 @@ CLIPS = {"frames": 4, "size": (64, 64), "stride": 2, "seed": 3}
 def test_latents_are_what_training_from_videos_sees(pair, tmp_path, coder, dtype, bound, more):
     svd = exsvd.load(coder, parts=("vae", "clip"))
     svd.clip.to(exsvd.best_dtype("cpu"))  # as encode() does
-    data.encode(coder, pair, tmp_path / "out", dtype, **CLIPS | more)
-    videos = data.open_dataset(pair, **CLIPS | more)
-    latents = data.open_dataset(tmp_path / "out", **CLIPS | more)
+    data.encode(coder, pair, tmp_path / "out", dtype, **OPTIONS_4 | more)
+    videos = data.open_dataset(pair, **OPTIONS_4 | more)
+    latents = data.open_dataset(tmp_path / "out", **OPTIONS_4 | more)
     assert latents.names == videos.names and latents.id == videos.id
     for n in range(4):
         a, b = videos[n], latents[n]
@@ -1850,16 +1791,16 @@ def test_latents_are_what_training_from_videos_sees(pair, tmp_path, coder, dtype
 
 
 def test_latents_are_of_one_kind_of_clip(pair, tmp_path, coder):
-    data.encode(coder, pair, tmp_path / "out", **CLIPS)
+    data.encode(coder, pair, tmp_path / "out", **OPTIONS_4)
     for change in ({"size": (64, 72)}, {"frames": 5}, {"stride": 1}, {"fps": 5.0}):
         with pytest.raises(data.MediaError, match=f"was encoded with {next(iter(change))}"):
-            data.open_dataset(tmp_path / "out", **CLIPS | change)
+            data.open_dataset(tmp_path / "out", **OPTIONS_4 | change)
 
 
 def test_start_every_keeps_fewer_condition_latents(pair, tmp_path, coder):
-    data.encode(coder, pair, tmp_path / "out", start_every=3, **CLIPS)
+    data.encode(coder, pair, tmp_path / "out", start_every=3, **OPTIONS_4)
     assert load_file(tmp_path / "out" / "a.mp4.safetensors")["cond"].shape == (3, 4, 8, 8)
-    latents = data.open_dataset(tmp_path / "out", **CLIPS)
+    latents = data.open_dataset(tmp_path / "out", **OPTIONS_4)
     assert latents.starts("a.mp4") == [0, 3, 6] and latents.starts("deep/b.mp4") == [0, 3]
     for n in range(10):
         data.check_item(latents[n], 4, (64, 64), ctx_dim=16)
@@ -1889,7 +1830,7 @@ def test_encoding_goes_on_where_it_was_killed(pair, tmp_path, coder, monkeypatch
 
 def test_flags_of_the_command_line(monkeypatch, capsys, coder, tmp_path):
     encode = ["encode", "--model", coder, "--data", tmp_path, "--out", tmp_path / "out"]
-    for flags, words in (["--size", "64"], "WIDTHxHEIGHT"), (["--shard", "3/2"], "I/N"):
+    for flags, words in (["--size", "64"], "size value"), (["--shard", "3/2"], "shard value"):
         with pytest.raises(SystemExit):
             run_data(monkeypatch, *encode, *flags)
         assert words in capsys.readouterr().err
