@@ -2,17 +2,21 @@
 
     1. Configurations         sizes of the three networks; SVD-XT is the default of each
     2. Primitives             sinusoid, attention, feed-forward
-    3. Spatio-temporal blocks slices of long videos; residual blocks over pixels, over frames, and the mix of the two
+    3. Spatio-temporal blocks residual blocks over pixels and over frames, and the mix of the two
     4. ExVideo                transformer block over frames, its positions and convolution, extend(), freeze()
     5. UNet                   (B,T,8,H,W) noisy and image latents -> (B,T,4,H,W)
     6. VAE                    image encoder, temporal decoder
     7. CLIP image encoder     ViT-H/14 and its antialiased preprocessing
-    8. EDM                    preconditioning, Karras sigmas, training loss
-    9. Checkpoints            every published weight file, by name rules; load(), load_weights(), save()
+    8. EDM                    preconditioning, Karras sigmas, training losses
+    9. Memory and speed       slices of long videos, weights that wait in CPU memory, torch.compile
+   10. Checkpoints            published weight files, by rules for names; load(), load_weights(), save()
 
 Shapes: B videos, T frames, C channels, H W size of latents (image size / 8), N = H*W pixels, D width of the context.
-Public functions speak (B, T, C, H, W). Inside there are three layouts, and every line that changes one says so:
-spatial (B*T, C, H, W), temporal convolution (B, C, T, H, W), temporal attention (B*N, T, C).
+Public functions take and return (B, T, C, H, W). Inside there are three layouts, and every line that changes one says
+so: spatial (B*T, C, H, W), temporal convolution (B, C, T, H, W), temporal attention (B*N, T, C).
+
+`slices` in a signature is a Slices of section 9: it applies a function to some frames or pixels at a time, so that long
+videos fit in memory. Read `slices(f, x)` as f(x).
 
 Sources. Method: ExVideo (Duan et al. 2024, arXiv:2406.14130), sections 3.2 and 3.3. Base model: Stable Video Diffusion
 (Blattmann et al. 2023, arXiv:2311.15127). Diffusion: EDM (Karras et al. 2022, arXiv:2206.00364). Facts no paper states
@@ -74,8 +78,9 @@ class CLIPConfig:
     image: int = 224
 
 
-# Norm epsilons differ between the public codes; the weights were trained with Stability's, so these are Stability's.
-# (diffusers has 1e-6 in most UNet residual blocks, DiffSynth 1e-5 in the UNet transformer and the VAE's last norm.)
+# Norm epsilons differ between the public codes. These are Stability's, with which SVD was trained. (diffusers has 1e-6 in
+# most UNet residual blocks, DiffSynth, under which ExVideo was tuned, 1e-5 in the UNet transformer and the VAE's last
+# norm: 1.2e-5 of the UNet's output.)
 EPS_UNET_RES = 1e-5          # residual blocks, spatial and temporal, and the last norm of the UNet
 EPS_UNET_TRANSFORMER = 1e-6  # GroupNorm that opens a transformer block
 EPS_LAYER_NORM = 1e-5        # every LayerNorm, CLIP's too
@@ -204,64 +209,6 @@ class Upsample(nn.Conv2d):
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Spatio-temporal blocks: (B*T, C, H, W) -> (B*T, C', H, W). A spatial branch sees each frame alone, a temporal one
 #    sees all frames, and a learned alpha = sigmoid(mix) blends them. T is known from B, the number of videos.
-#
-#    Long videos do not fit in memory, but hardly any layer needs all of one: spatial layers treat frames independently,
-#    temporal ones pixels. So the layers below hand Slices a function, and it is applied to some frames or pixels at a
-#    time; only the results are ever whole. What fits in one slice is computed as if none of this were here.
-
-CPU_SLICES = 4  # on a CPU transformers take slices so many times smaller, which its cache holds: 14 % less time a pass
-
-
-@dataclass
-class Slices:
-    """Applies functions slice by slice.
-
-    size: elements of the activation per slice, None: never cut. 16k tokens of 320 channels keep a GPU busy (below 8k,
-    launching kernels dominates) and make what is alive inside a slice small. checkpointed: with gradients, keep only a
-    slice's inputs and compute it again on the way back; without it gradients mean no slicing, which would save nothing.
-    """
-    size: int | None = 16384 * 320
-    checkpointed: bool = False
-
-    def count(self, *xs):
-        """Slices that tensors are to be cut into, the largest of them deciding."""
-        if self.size is None or (torch.is_grad_enabled() and not self.checkpointed):
-            return 1
-        largest = max(x.numel() for x in xs if x is not None)
-        return max(1, math.ceil(largest / self.size))
-
-    def length(self, dim, *xs):
-        """Of a slice along a dimension: a divisor if one is near, as torch.compile compiles again for a shorter one."""
-        n = xs[0].shape[dim]
-        most = math.ceil(n / min(n, self.count(*xs)))
-        if torch.is_grad_enabled():  # the checkpoint around it computes all but the last again: large slices save work
-            return most
-        return next((m for m in range(most, most // 2, -1) if n % m == 0), most)
-
-    def __call__(self, f, *xs, dim=0, out=None):
-        """f(*xs), where f treats the entries of one dimension independently. A None among xs is passed on as it is.
-
-        out: a tensor of the result's shape that may be overwritten where autograd is off; xs[0] itself may be it.
-        """
-        n, length = xs[0].shape[dim], self.length(dim, *xs)
-        if length == n:
-            return f(*xs)
-        pieces = [repeat(None) if x is None else x.split(length, dim) for x in xs]
-        return self.join(f, zip(*pieces), n, dim, out)
-
-    def join(self, f, slices, n, dim, out=None):
-        """f of every tuple in slices, concatenated to length n along dim."""
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(f, *xs, use_reentrant=False) for xs in slices], dim)
-        begin = 0
-        for xs in slices:
-            y = f(*xs)
-            if out is None:
-                out = y.new_empty([*y.shape[:dim], n, *y.shape[dim + 1:]])
-            out.narrow(dim, begin, y.shape[dim]).copy_(y)
-            begin += y.shape[dim]
-            del y  # or it would live through the next slice
-        return out
 
 
 class ResBlock(nn.Module):
@@ -301,14 +248,6 @@ class ResBlock(nn.Module):
         return e.reshape(e.shape + (1,) * (ndim - 2))
 
 
-def group_norm_(norm, x):
-    """norm(x), a GroupNorm, in place and half of the groups at a time: less is alive at once, the bits are the same."""
-    n = math.gcd(2, norm.num_groups)
-    for part, weight, bias in zip(x.chunk(n, dim=1), norm.weight.chunk(n), norm.bias.chunk(n)):
-        part.copy_(F.group_norm(part, norm.num_groups // n, weight, bias, norm.eps))
-    return x
-
-
 class SpatioTemporalRes(nn.Module):
     """A residual block per frame, one over frames on its output, blended. Without emb_dim it is the VAE decoder's.
 
@@ -321,10 +260,11 @@ class SpatioTemporalRes(nn.Module):
         self.temporal = ResBlock(c_out, c_out, emb_dim, temporal=True, groups=groups, eps=eps_temporal)
         self.mix = nn.Parameter(torch.tensor([0.5 if emb_dim else 0.0]))
 
-    def over_pixels(self, x, skip=None, emb=None, before=None, slices=Slices(), out=None):
-        """x (B*T, c, H, W), and skip (B*T, c', H, W) where c + c' = c_in, to (B*T, c_out, H, W).
+    def over_pixels(self, x, skip=None, emb=None, before=None, *, slices, out=None):
+        """x (B*T, c, H, W), and skip (B*T, c', H, W) where c + c' = c_in -> (B*T, c_out, H, W).
 
-        before: applied to x first, a slice at a time (the upsampling that ends the previous level). out: see Slices."""
+        before: applied to x first, a slice at a time (the upsampling that ends the previous level). out: see Slices.
+        """
         e = None if emb is None else self.spatial.embed(emb, len(x), 4)
 
         def per_frame(x, skip, e):
@@ -334,11 +274,12 @@ class SpatioTemporalRes(nn.Module):
 
         return slices(per_frame, x, skip, e, out=out)
 
-    def over_frames(self, x, B, emb=None, slices=Slices()):
-        """(B*T, C, H, W) -> (B*T, C, H, W); x may be overwritten where autograd is off.
+    def over_frames(self, x, B, emb=None, *, slices):
+        """(B*T, C, H, W) -> (B*T, C, H, W). x may be overwritten where autograd is off.
 
-        The norms see all frames and all pixels (cutting a clip in time changes the result, see VAE.decode), the
-        convolutions all frames of a pixel: statistics are taken in slices of frames, the rest in slices of rows.
+        The norms see all frames and all pixels, so a clip that is cut in time has other results (see VAE.decode). The
+        convolutions see all frames of one pixel. So statistics are taken in slices of frames, the rest in slices of
+        rows.
         """
         block, inplace = self.temporal, not torch.is_grad_enabled()
         e = 0 if emb is None else block.embed(emb, B, 5)
@@ -363,29 +304,6 @@ class SpatioTemporalRes(nn.Module):
         return slices(second, x, h, dim=2, out=x)
 
 
-def norm_over_frames(norm, x, B, slices):
-    """GroupNorm with the statistics of whole videos x (B*T, C, H, W), as a function of slices (B, C, T, h, W)."""
-    if slices.count(x) == 1:
-        return norm
-    wide = torch.promote_types(x.dtype, torch.float32)
-
-    def moments(x):
-        groups = x.to(wide).unflatten(1, (norm.num_groups, -1)).flatten(2)
-        var, mean = torch.var_mean(groups, dim=2, correction=0)
-        return torch.stack([mean, var], dim=1)                                            # (frames, 2, groups)
-
-    def per_channel(v):
-        return v.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)                  # (B, groups) -> (B, C)
-
-    means, variances = slices(moments, x).unflatten(0, (B, -1)).unbind(2)                 # (B, T, groups)
-    mean = means.mean(1, keepdim=True)
-    var = (variances + (means - mean) ** 2).mean(1)
-    scale = per_channel((var + norm.eps).rsqrt()) * norm.weight.to(wide)
-    shift = norm.bias.to(wide) - per_channel(mean[:, 0]) * scale
-    scale, shift = (v[..., None, None, None] for v in (scale, shift))                     # (B, C, 1, 1, 1)
-    return lambda x: torch.addcmul(shift, x, scale).to(x.dtype)  # computed in float32, rounded once, as in GroupNorm
-
-
 class SpatialBlock(nn.Module):
     """Transformer block over the pixels of each frame: (b, N, C) -> (b, N, C)."""
 
@@ -407,10 +325,10 @@ class SpatialBlock(nn.Module):
 #    The table starts by walking the positions the base knows to and fro, so that neighbouring frames always have
 #    neighbouring positions, and an extended model computes exactly what the base did on up to native_frames frames.
 #
-#    To try another extension, change this section: what extend() adds is trained, saved and loaded with the rest if
-#    is_extension_parameter() says so. It may hold parameters but no buffers, as load() builds networks without storage.
+#    To try another extension, change this section alone. What extend() adds is trained, saved and loaded if
+#    is_extension_parameter() says so. Add parameters but no buffers, as load() builds the networks without storage.
 
-ARCHITECTURE = "exvideo"  # names the code of this section in extension files: rename it when you change the block
+ARCHITECTURE = "exvideo"  # the name of this section's code in extension files: another block needs another name
 
 
 class TemporalBlock(nn.Module):
@@ -461,16 +379,10 @@ class FrameConv(nn.Conv3d):
         self.bias.zero_()
         self.weight.zero_()[:, :, 1, 1, 1] = torch.eye(len(self.bias), device=self.bias.device, dtype=self.bias.dtype)
 
-    def forward(self, x, positions, H, slices=Slices()):
-        """Tokens (B, T, H*W, C) plus their frame positions (T, 1, C), convolved: (B, T, H*W, C).
-
-        In slabs of frames, which take along the frame before and the frame after."""
-        T, length = x.shape[1], slices.length(1, x)
-        order = [min(1, T - 1), *range(T), max(T - 2, 0)]  # of frames: reflected at both ends
-        positions = reflect(positions, 0)
-        frames = x.unbind(1)  # not x[:, t], the gradient of which is as large as x
-
-        def slab(positions, *frames):
+    def forward(self, x, positions, H, slices):
+        """Tokens (B, T, H*W, C) plus their frame positions (T, 1, C), convolved: (B, T, H*W, C)."""
+        def convolve(positions, *frames):
+            """n + 2 frames (B, H*W, C), the neighbours at both ends among them -> n frames (B, n, H*W, C)"""
             x = torch.stack(frames, dim=1) + positions
             x = rearrange(x, "b t (h w) c -> b c t h w", h=H)
             x = reflect(x, 3)
@@ -478,9 +390,7 @@ class FrameConv(nn.Conv3d):
             x = super(FrameConv, self).forward(x)
             return rearrange(x, "b c t h w -> b t (h w) c").contiguous()  # as it is without: kernels choose by layout
 
-        slabs = [(positions[begin:begin + length + 2], *(frames[t] for t in order[begin:begin + length + 2]))
-                 for begin in range(0, T, length)]
-        return slab(*slabs[0]) if len(slabs) == 1 else slices.join(slab, slabs, T, dim=1)
+        return slices.with_neighbours(convolve, reflect(positions, 0), x)
 
 
 def reflect(x, axis):
@@ -545,7 +455,17 @@ def freeze(unet):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. UNet: four levels down, a middle, four levels up. `down` and `up` have twelve blocks each, numbered as in the
-#    published single file; a block is an optional residual, transformer and resampling (or input) convolution.
+#    published single file; a block is an optional residual, transformer and resampling (or input) convolution. Without
+#    what saves memory, a pass is
+#
+#        h = conv_in(x)                                               # the first block of `down`
+#        skips = [h]
+#        for block in down: h = block.conv(block.attn(block.res(h))); skips.append(h)
+#        for block in mid:  h = block.attn(block.res(h))
+#        for block in up:   h = block.conv(block.attn(block.res(concatenate(h, skips.pop()))))
+#        return conv_out(silu(norm_out(h)))
+#        # res(h):  a residual block over the pixels of each frame, one over the frames at each pixel, blended
+#        # attn(h): a transformer block over the pixels of each frame, one over the frames at each pixel, blended
 
 
 class SpatioTemporalTransformer(nn.Module):
@@ -561,11 +481,10 @@ class SpatioTemporalTransformer(nn.Module):
         self.mix = nn.Parameter(torch.tensor([0.5]))
         self.proj_out = nn.Linear(C, C)
 
-    def forward(self, x, ctx, slices=Slices()):
+    def forward(self, x, ctx, slices):
         B, H, temporal = len(ctx), x.shape[2], self.temporal
         alpha = self.mix.float().sigmoid().to(x.dtype)
-        if x.is_cpu and slices.size and not torch.is_grad_enabled():
-            slices = replace(slices, size=math.ceil(slices.size / CPU_SLICES))
+        slices = slices.for_cache(x)
 
         def per_frame(x, context):
             x = self.proj_in(rearrange(self.norm(x), "bt c h w -> bt (h w) c"))
@@ -592,32 +511,33 @@ class Block(nn.Module):
         super().__init__()
         self.res, self.attn, self.conv = res, attn, conv
 
-    def forward(self, inputs, emb, ctx, before=None, slices=Slices()):
+    def forward(self, inputs, emb, ctx, before, slices):
         """res and attn; conv is left to UNet.forward. inputs: [x, skip], see SpatioTemporalRes.over_pixels.
 
-        The list hands them over, and is empty afterwards: the call of a module keeps its arguments alive to the end,
-        and these are the largest tensors there are, of no use once the residual block has read them.
+        inputs is a list that is emptied here: the call of a module keeps its arguments alive to the end, and these are
+        the largest tensors there are, of no use once the residual block has read them.
         """
-        h = self.res.over_pixels(*inputs, emb, before, slices)
+        h = self.res.over_pixels(*inputs, emb, before, slices=slices)
         inputs.clear()
-        h = self.res.over_frames(h, len(ctx), emb, slices)
+        h = self.res.over_frames(h, len(ctx), emb, slices=slices)
         return h if self.attn is None else self.attn(h, ctx, slices)
 
 
 class UNet(nn.Module):
     """SVD's spatio-temporal UNet (SVD-XT: 1,524,623,082 parameters).
 
-    Long videos are worked on in slices; `unet.slice_size = None` switches that off (see Slices). In training mode
-    activations are checkpointed, in residual and transformer blocks alike: per slice, and per block around that.
-    `unet.checkpointing` is "memory" (default: every block that has a transformer), "speed" (blocks of the finest level
-    only: a sixth less work, twice the memory) or None (keep everything). `unet.stream = Stream(unet, device)` keeps
-    weights and skips in CPU memory until they are needed.
+    config: the UNetConfig. max_frames: the most frames that it can make after extend(); None for a base.
+    slice_size: elements per slice of long videos (see Slices); None switches slices off.
+    checkpointing: which activations training computes again on the way back instead of keeping them, in slices and
+        around whole blocks. "memory": those of every block that has a transformer; "speed": of the finest level's
+        blocks alone (a sixth less work, twice the memory); None: keep all.
+    stream: Stream(unet, device) keeps weights and skips in CPU memory until they are needed.
     """
 
     def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
-        self.max_frames = None  # set by extend(): the most frames the UNet can make. None for a base
+        self.max_frames = None  # set by extend()
         self.checkpointing = "memory"
         self.slice_size = Slices.size
         self.stream = None
@@ -729,100 +649,6 @@ def unet_ids(names, values, device=None):
     if "fps" in ids:
         ids["fps"] = ids["fps"] - 1
     return torch.stack(torch.broadcast_tensors(*ids.values()), dim=1)
-
-
-class Resident:
-    """Weights and skips of a UNet where they are, in the order in which a pass asks for them."""
-
-    def visit(self, blocks, skips=()):
-        return blocks
-
-    def put(self, skip):
-        return skip
-
-
-class Stream(Resident):
-    """For small cards: what a pass does not need yet waits in CPU memory. `unet.stream = Stream(unet, device)`.
-
-    The weights of two blocks are on the device: of the one that computes, and of the next, copied meanwhile. Skips of
-    at least `large` bytes leave as soon as they are there, and come back while the block before theirs computes. CUDA
-    does this in a stream of its own and from pinned memory; without CUDA the same lines run one after the other. The
-    results are the same bits. For inference alone: no gradient reaches weights that are copies.
-    """
-
-    def __init__(self, unet, device, large=2**26):
-        self.device, self.large = torch.device(device), large
-        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        waiting = {p for block in (*unet.down, *unet.mid, *unet.up) for _, _, p in self.weights(block)}
-        for module in unet.modules():
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, self.copy(p, "cpu" if p in waiting else self.device))
-
-    def weights(self, block):
-        """(module, name, parameter) of a block but its conv, always on the device: upsampling is left to the next."""
-        parts = [part for part in (block.res, block.attn) if part is not None]
-        return [(m, *named) for part in parts for m in part.modules() for named in m.named_parameters(recurse=False)]
-
-    @torch.inference_mode(False)  # there nothing requires a gradient, by which torch.matmul chooses its way
-    def copy(self, t, device):
-        pinned = self.side is not None and device == "cpu"  # else the copy would not run beside what computes
-        copy = torch.empty_like(t, device=device, pin_memory=pinned).copy_(t.detach(), non_blocking=True)
-        return nn.Parameter(copy, t.requires_grad) if isinstance(t, nn.Parameter) else copy
-
-    @contextmanager
-    def aside(self):
-        """Copies in here run beside what computes, after all that was asked for so far."""
-        if self.side is None:
-            yield
-        else:
-            self.side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.side):
-                yield
-
-    def put(self, skip):
-        if skip.nbytes < self.large:
-            return skip
-        with self.aside():
-            waiting = self.copy(skip, "cpu")
-        if self.side is not None:
-            skip.record_stream(self.side)  # its memory is not to be used again before it is copied
-        return waiting
-
-    def visit(self, blocks, skips=()):
-        """Yields the blocks, each with its weights and the last of the skips on the device."""
-        fetched, arrived = self.fetch(blocks[0], skips, -1)
-        for block, following in zip(blocks, [*blocks[1:], None]):
-            at_home = self.weights(block)
-            for (module, name, _), t in zip(at_home, fetched):
-                setattr(module, name, t)
-            if arrived is not None:
-                torch.cuda.current_stream(self.device).wait_event(arrived)
-            if following is not None:
-                fetched, arrived = self.fetch(following, skips, -2)
-            try:
-                yield block
-            finally:
-                for module, name, p in at_home:
-                    setattr(module, name, p)
-
-    def fetch(self, block, skips, i):
-        """Begin to copy a block's weights, and skips[i] if it left, to the device: (copies, event at their end)."""
-        with self.aside():
-            copies = [self.copy(p, self.device) for _, _, p in self.weights(block)]
-            if len(skips) >= -i and skips[i].nbytes >= self.large:
-                skips[i] = self.copy(skips[i], self.device)
-            return copies, None if self.side is None else self.side.record_event()
-
-
-def compile_blocks(unet):
-    """torch.compile in place, per repeated block: transformer blocks and residual blocks over pixels. Loops over slices
-    stay in Python, and with them the residual blocks over frames, whose norms span slices. It takes the first pass
-    minutes."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # sizes differ between levels
-    blocks = [m for m in unet.modules() if isinstance(m, (SpatialBlock, TemporalBlock))]
-    blocks += [m.spatial for m in unet.modules() if isinstance(m, SpatioTemporalRes)]
-    for block in blocks:
-        block.compile(fullgraph=flash_attn_func is None)  # flash-attn may break the graph, nothing else does
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1101,7 +927,218 @@ def training_loss(unet, loss, x, sigma, noise, image_latents, ctx, ids):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. Checkpoints. Our parameter names, put through short lists of substitutions, give the names in each published file;
+# 9. Memory and speed. Long videos do not fit in memory, but hardly any layer needs all of one: spatial layers treat
+#    frames independently, temporal ones pixels. So layers hand Slices a function, which is applied to some frames or
+#    pixels at a time; only the results are ever whole. What fits in one slice is computed as if there were no slices.
+
+CPU_SLICES = 4  # transformers on a CPU take slices so many times smaller: 14 % less time for a pass of the UNet
+
+
+@dataclass
+class Slices:
+    """Applies functions to long videos slice by slice: slices(f, x) is f(x), if f treats frames (or pixels) one by one.
+
+    size: elements of the activation per slice; None never cuts. 16k tokens of 320 channels keep a GPU busy (below 8k,
+        launching kernels dominates) and make what is alive inside a slice small.
+    checkpointed: with gradients, keep only the inputs of a slice and compute it again on the way back. With gradients
+        and without checkpoints nothing is cut, as that would save nothing.
+    """
+    size: int | None = 16384 * 320
+    checkpointed: bool = False
+
+    def count(self, *xs):
+        """Number of slices for some tensors: that of the largest."""
+        if self.size is None or (torch.is_grad_enabled() and not self.checkpointed):
+            return 1
+        largest = max(x.numel() for x in xs if x is not None)
+        return max(1, math.ceil(largest / self.size))
+
+    def length(self, dim, *xs):
+        """Length of a slice along a dimension: a divisor of the whole if one is near, since torch.compile compiles again
+        for a last slice that is shorter."""
+        n = xs[0].shape[dim]
+        most = math.ceil(n / min(n, self.count(*xs)))
+        if torch.is_grad_enabled():  # the checkpoint around it computes all but the last again: large slices save work
+            return most
+        for length in range(most, most // 2, -1):
+            if n % length == 0:
+                return length
+        return most
+
+    def for_cache(self, x):
+        """These slices; for inference on a CPU smaller ones, which its cache holds."""
+        if self.size is None or not x.is_cpu or torch.is_grad_enabled():
+            return self
+        return replace(self, size=math.ceil(self.size / CPU_SLICES))
+
+    def __call__(self, f, *xs, dim=0, out=None):
+        """f(*xs), where f treats the entries of one dimension independently. xs may contain None.
+
+        out: a tensor of the result's shape that may be overwritten where autograd is off; it may be xs[0] itself.
+        """
+        n, length = xs[0].shape[dim], self.length(dim, *xs)
+        if length == n:
+            return f(*xs)
+        pieces = [repeat(None) if x is None else x.split(length, dim) for x in xs]
+        return self.join(f, zip(*pieces), n, dim, out)
+
+    def with_neighbours(self, f, positions, x):
+        """f of all frames of x (B, T, n, C), for an f that needs the frame before and the frame after each.
+
+        f(positions, *frames) is given some frames (B, n, C), a neighbour more at both ends (reflected at the ends of the
+        video), and the rows of positions (T + 2, ...) for all of these. It returns the inner frames, (B, ., n, C).
+        """
+        T, length = x.shape[1], self.length(1, x)
+        order = [min(1, T - 1), *range(T), max(T - 2, 0)]
+        frames = x.unbind(1)  # not x[:, t], the gradient of which is as large as x
+        slabs = []
+        for begin in range(0, T, length):
+            end = begin + length + 2
+            slabs.append((positions[begin:end], *(frames[t] for t in order[begin:end])))
+        return f(*slabs[0]) if len(slabs) == 1 else self.join(f, slabs, T, dim=1)
+
+    def join(self, f, slices, n, dim, out=None):
+        """f of every tuple in slices, concatenated to length n along dim."""
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(f, *xs, use_reentrant=False) for xs in slices], dim)
+        begin = 0
+        for xs in slices:
+            y = f(*xs)
+            if out is None:
+                out = y.new_empty([*y.shape[:dim], n, *y.shape[dim + 1:]])
+            out.narrow(dim, begin, y.shape[dim]).copy_(y)
+            begin += y.shape[dim]
+            del y  # or it would live through the next slice
+        return out
+
+
+def norm_over_frames(norm, x, B, slices):
+    """GroupNorm with the statistics of whole videos x (B*T, C, H, W), as a function of slices (B, C, T, h, W)."""
+    if slices.count(x) == 1:
+        return norm
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def moments(x):
+        groups = x.to(wide).unflatten(1, (norm.num_groups, -1)).flatten(2)
+        var, mean = torch.var_mean(groups, dim=2, correction=0)
+        return torch.stack([mean, var], dim=1)                                            # (frames, 2, groups)
+
+    def per_channel(v):
+        return v.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)                  # (B, groups) -> (B, C)
+
+    means, variances = slices(moments, x).unflatten(0, (B, -1)).unbind(2)                 # (B, T, groups)
+    mean = means.mean(1, keepdim=True)
+    var = (variances + (means - mean) ** 2).mean(1)
+    scale = per_channel((var + norm.eps).rsqrt()) * norm.weight.to(wide)
+    shift = norm.bias.to(wide) - per_channel(mean[:, 0]) * scale
+    scale, shift = (v[..., None, None, None] for v in (scale, shift))                     # (B, C, 1, 1, 1)
+    return lambda x: torch.addcmul(shift, x, scale).to(x.dtype)  # computed in float32, rounded once, as in GroupNorm
+
+
+def group_norm_(norm, x):
+    """norm(x), a GroupNorm, in place and half of the groups at a time: less is alive at once, the bits are the same."""
+    n = math.gcd(2, norm.num_groups)
+    for part, weight, bias in zip(x.chunk(n, dim=1), norm.weight.chunk(n), norm.bias.chunk(n)):
+        part.copy_(F.group_norm(part, norm.num_groups // n, weight, bias, norm.eps))
+    return x
+
+
+class Resident:
+    """Weights and skips of a UNet where they are, in the order in which a pass asks for them."""
+
+    def visit(self, blocks, skips=()):
+        return blocks
+
+    def put(self, skip):
+        return skip
+
+
+class Stream(Resident):
+    """For small cards: what a pass does not need yet waits in CPU memory. `unet.stream = Stream(unet, device)`.
+
+    The weights of two blocks are on the device: of the one that computes, and of the next, copied meanwhile. Skips of
+    at least `large` bytes leave as soon as they are there, and come back while the block before theirs computes. CUDA
+    does this in a stream of its own and from pinned memory; without CUDA the same lines run one after the other. The
+    results are the same bits. For inference alone: no gradient reaches weights that are copies.
+    """
+
+    def __init__(self, unet, device, large=2**26):
+        self.device, self.large = torch.device(device), large
+        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        waiting = {p for block in (*unet.down, *unet.mid, *unet.up) for _, _, p in self.weights(block)}
+        for module in unet.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, self.copy(p, "cpu" if p in waiting else self.device))
+
+    def weights(self, block):
+        """(module, name, parameter) of a block but its conv, always on the device: upsampling is left to the next."""
+        parts = [part for part in (block.res, block.attn) if part is not None]
+        return [(m, *named) for part in parts for m in part.modules() for named in m.named_parameters(recurse=False)]
+
+    @torch.inference_mode(False)  # there nothing requires a gradient, by which torch.matmul chooses its way
+    def copy(self, t, device):
+        pinned = self.side is not None and device == "cpu"  # else the copy would not run beside what computes
+        copy = torch.empty_like(t, device=device, pin_memory=pinned).copy_(t.detach(), non_blocking=True)
+        return nn.Parameter(copy, t.requires_grad) if isinstance(t, nn.Parameter) else copy
+
+    @contextmanager
+    def aside(self):
+        """Copies in here run beside what computes, after all that was asked for so far."""
+        if self.side is None:
+            yield
+        else:
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.side):
+                yield
+
+    def put(self, skip):
+        if skip.nbytes < self.large:
+            return skip
+        with self.aside():
+            waiting = self.copy(skip, "cpu")
+        if self.side is not None:
+            skip.record_stream(self.side)  # its memory is not to be used again before it is copied
+        return waiting
+
+    def visit(self, blocks, skips=()):
+        """Yields the blocks, each with its weights and the last of the skips on the device."""
+        fetched, arrived = self.fetch(blocks[0], skips, -1)
+        for block, following in zip(blocks, [*blocks[1:], None]):
+            at_home = self.weights(block)
+            for (module, name, _), t in zip(at_home, fetched):
+                setattr(module, name, t)
+            if arrived is not None:
+                torch.cuda.current_stream(self.device).wait_event(arrived)
+            if following is not None:
+                fetched, arrived = self.fetch(following, skips, -2)
+            try:
+                yield block
+            finally:
+                for module, name, p in at_home:
+                    setattr(module, name, p)
+
+    def fetch(self, block, skips, i):
+        """Begin to copy a block's weights, and skips[i] if it left, to the device: (copies, event at their end)."""
+        with self.aside():
+            copies = [self.copy(p, self.device) for _, _, p in self.weights(block)]
+            if len(skips) >= -i and skips[i].nbytes >= self.large:
+                skips[i] = self.copy(skips[i], self.device)
+            return copies, None if self.side is None else self.side.record_event()
+
+
+def compile_blocks(unet):
+    """torch.compile in place, per repeated block: transformer blocks and residual blocks over pixels. Loops over slices
+    stay in Python, and with them the residual blocks over frames, whose norms span slices. It takes the first pass
+    minutes."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # sizes differ between levels
+    blocks = [m for m in unet.modules() if isinstance(m, (SpatialBlock, TemporalBlock))]
+    blocks += [m.spatial for m in unet.modules() if isinstance(m, SpatioTemporalRes)]
+    for block in blocks:
+        block.compile(fullgraph=flash_attn_func is None)  # flash-attn may break the graph, nothing else does
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Checkpoints. Our parameter names, put through short lists of substitutions, give the names in each published file;
 #    so one list both reads and writes a format, and the names a file must have are known before it is opened.
 
 

@@ -282,7 +282,7 @@ def test_borders_of_the_frame_convolution(shape):
     tokens, nothing = x.permute(0, 2, 3, 4, 1).flatten(2, 3), torch.zeros(shape[0], 1, 6)
     for size in (None, 1, x.numel() // 2):  # whole, frame by frame, in two slabs
         close(conv(tokens, nothing, shape[1], exsvd.Slices(size)), expected, 1e-6, f"convolution of {shape}")
-    assert torch.equal(exsvd.FrameConv(6)(tokens, nothing, shape[1]), tokens)
+    assert torch.equal(exsvd.FrameConv(6)(tokens, nothing, shape[1], exsvd.Slices()), tokens)
 
 
 def test_inputs_that_fit_and_that_do_not():
