@@ -3234,7 +3234,7 @@ def test_gradients_that_stay_bad_stop_the_run(small, clips, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("args, words", [
-    ("--nonsense", "unrecognized"), ("--size 100x100", "multiples of 64"), ("--size 64", "write it as WIDTHxHEIGHT"),
+    ("--nonsense", "unrecognized"), ("--size 100x100", "multiples of 64"), ("--size 64", "WIDTHxHEIGHT"),
     ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"), ("--motion much", "must be a number"),
     ("--data missing", "missing"), ("--sample-image missing.png", "missing.png"), ("--loss l2", "invalid choice"),
     ("--train nothing", "names no parameter"), ("--train (", "no regular expression"),
