@@ -850,11 +850,8 @@ def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
         raise FloatingPointError(f"{out}: the latents are not finite: try another --dtype")
     meta = {"settings": asdict(s), "keyframes": list(keyframes)}
     exsvd.save(latents_path(out), {"latents": latents}, meta)  # should decoding fail
-    try:
-        write_video(svd.vae, latents, s, out, keyframes)
-    except BaseException:
-        print(f"the latents are saved: use --decode-only '{latents_path(out)}'", file=sys.stderr)
-        raise
+    print(f"{latents_path(out)}: latents, to decode again with --decode-only")
+    write_video(svd.vae, latents, s, out, keyframes)
     print(f"{out}: {s.frames} frames of {s.size[0]}x{s.size[1]} at {s.fps:g} fps, "
           f"{sampled - begin:.1f} s to sample, {time.perf_counter() - sampled:.1f} s to decode, "
           f"{peak_memory(device)} at the peak")
@@ -865,10 +862,9 @@ def peak_memory(device):
     held."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
-    try:
-        import resource  # not on Windows
-    except ImportError:
+    if sys.platform == "win32":
         return "memory not measured"
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
 
