@@ -9,7 +9,7 @@
     7. CLIP image encoder     ViT-H/14 and its antialiased preprocessing
     8. EDM                    preconditioning, Karras sigmas, training losses
     9. Memory and speed       slices of long videos, weights that wait in CPU memory, torch.compile
-   10. Checkpoints            published weight files, rules for names; load(), load_weights(), save()
+   10. Checkpoints            weight files, rules for names; load(), load_weights(), save()
 
 Shapes: B videos, T frames, C channels, H W size of latents (image size / 8), N = H*W pixels, D
 width of the context. Public functions take and return (B, T, C, H, W). Inside there are three
@@ -81,15 +81,15 @@ class CLIPConfig:
 
 
 # Norm epsilons differ between the public codes. These are Stability's, with which SVD was trained.
-# diffusers has 1e-6 in most UNet residual blocks. DiffSynth, under which ExVideo was tuned, has 1e-5
-# in the UNet transformer and the VAE's last norm, which changes the UNet's output by 1.2e-5.
+# diffusers has 1e-6 in most UNet residual blocks. DiffSynth, under which ExVideo was tuned, has
+# 1e-5 in the UNet transformer and the VAE's last norm, which changes the UNet's output by 1.2e-5.
 EPS_UNET_RES = 1e-5          # residual blocks, spatial and temporal, and the last norm of the UNet
 EPS_UNET_TRANSFORMER = 1e-6  # GroupNorm that opens a transformer block
 EPS_LAYER_NORM = 1e-5        # every LayerNorm, CLIP's too
 EPS_VAE = 1e-6               # every VAE norm ...
 EPS_VAE_TEMPORAL = 1e-5      # ... but the decoder's temporal residual blocks
 
-VAE_SCALE = 0.18215  # the UNet's video latents are VAE latents times this; its image latents are not
+VAE_SCALE = 0.18215  # the UNet's video latents are VAE latents times this, its image latents not
 EXVIDEO_ENCODE_SCALE = 0.13025  # DiffSynth, in which ExVideo was made, encodes with SDXL's scale
 ID_DIM = 256  # width of the sinusoid of each of UNetConfig.ids
 
@@ -327,11 +327,11 @@ class SpatialBlock(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. ExVideo (section 3.2, Figure 1). Each temporal transformer block gets a trainable table of frame
-#    positions in place of the sinusoid, and then a 3D convolution that starts as the identity. The
-#    table starts by walking up and down the positions that the base knows, so that neighbouring
-#    frames have neighbouring positions. Up to native_frames frames, an extended model computes
-#    exactly what the base did.
+# 4. ExVideo (section 3.2, Figure 1). Each temporal transformer block gets a trainable table of
+#    frame positions in place of the sinusoid, and then a 3D convolution that starts as the
+#    identity. The table starts by walking up and down the positions that the base knows, so that
+#    neighbouring frames have neighbouring positions. Up to native_frames frames, an extended model
+#    computes exactly what the base did.
 #
 #    To try another extension, change this section alone. What extend() adds is trained, saved and
 #    loaded if is_extension_parameter() says so. Add parameters but no buffers: load() builds the
@@ -407,7 +407,7 @@ class FrameConv(nn.Conv3d):
 
 
 def reflect(x, axis):
-    """x with one entry more at both ends of an axis. (F.pad has no deterministic gradient on CUDA.)"""
+    """x with an entry more at both ends of an axis. F.pad's CUDA gradient isn't deterministic."""
     n = x.shape[axis]
     first, last = x.narrow(axis, min(1, n - 1), 1), x.narrow(axis, max(n - 2, 0), 1)
     return torch.cat([first, x, last], axis)
@@ -486,7 +486,7 @@ def freeze(unet):
 #        for block in up:   h = block.conv(block.attn(block.res(cat([h, skips.pop()]))))
 #        return conv_out(silu(norm_out(h)))
 #
-#    where res and attn work on the pixels of each frame, then on the frames at each pixel, and blend.
+#    where res and attn work on the pixels of each frame, on the frames at each pixel, and blend.
 
 
 class SpatioTemporalTransformer(nn.Module):
@@ -813,7 +813,7 @@ def exact_float32():
 
 
 class VAE(nn.Module):
-    """SVD's VAE (97.7 M parameters). Its latents are unscaled, those of the UNet times VAE_SCALE."""
+    """SVD's VAE (97.7 M parameters). Its latents are unscaled; the UNet's are times VAE_SCALE."""
 
     def __init__(self, config=VAEConfig()):
         super().__init__()
@@ -960,7 +960,7 @@ def edm_draw(n, T, generator):
 
 
 def edm_weight(sigma, T):
-    """EDM's lambda for sigma_data = 1: an untrained F has a loss of about 1 at every noise level."""
+    """EDM's lambda for sigma_data = 1. An untrained F has a loss of about 1 at every level."""
     return (sigma**2 + 1) / sigma**2
 
 
@@ -1000,7 +1000,7 @@ CPU_SLICES = 4  # transformers on a CPU take slices this many times smaller: 14 
 
 @dataclass
 class Slices:
-    """slices(f, x) is f(x), computed slice by slice, for f that treats frames (or pixels) one by one.
+    """slices(f, x) is f(x), slice by slice, for an f that treats frames (or pixels) one by one.
 
     size: elements of x per slice; None never cuts. 16k tokens of 320 channels keep a GPU busy (with
         fewer than 8k, launching kernels dominates) and make what is alive inside a slice small.
@@ -1050,9 +1050,9 @@ class Slices:
     def with_neighbours(self, f, positions, x):
         """f of all frames of x (B, T, n, C), where f needs the frames before and after, too.
 
-        f(positions, *frames) is given frames (B, n, C) with a neighbour more at both ends (reflected
-        at the ends of the video), and their rows of positions (T + 2, ...). It returns the frames
-        without these neighbours, (B, ., n, C).
+        f(positions, *frames) is given frames (B, n, C) with a neighbour more at both ends
+        (reflected at the ends of the video), and their rows of positions (T + 2, ...). It returns
+        the frames without these neighbours, (B, ., n, C).
         """
         T, length = x.shape[1], self.length(1, x)
         order = [min(1, T - 1), *range(T), max(T - 2, 0)]
@@ -1191,7 +1191,7 @@ class Stream(Resident):
                     setattr(module, name, p)
 
     def fetch(self, block, skips, i):
-        """Begins to copy a block's weights and skips[i] to the device: (copies, event at the end)."""
+        """Begins to copy a block's weights and skips[i] to the device: (copies, final event)."""
         with self.aside():
             copies = [self.copy(p, self.device) for _, _, p in self.weights(block)]
             if len(skips) >= -i and skips[i].nbytes >= self.large:
@@ -1212,8 +1212,8 @@ def compile_blocks(unet):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Checkpoints. Lists of substitutions turn our parameter names into those of a published file. So
-#     one list reads and writes a format, and which names a file must have is known beforehand.
+# 10. Checkpoints. Lists of substitutions turn our parameter names into those of a published file.
+#     So one list reads and writes a format, and which names a file must have is known beforehand.
 
 
 class WeightsError(ValueError):
@@ -1402,12 +1402,13 @@ class Tensors:
             return noted
         for name in sorted(self.names):
             if name.endswith(("positional_embedding.embeddings", "frame_table")):
-                return [*self.shape(name), None][0] or None
+                shape = self.shape(name)
+                return shape[0] if len(shape) > 1 and shape[0] > 0 else None
         return None
 
 
 def open_safetensors(path):
-    """-> the opened file, our metadata in it. Raises WeightsError, which says what it is instead."""
+    """-> the opened file, our metadata in it. The WeightsError says what the file is instead."""
     if not os.path.isfile(path):
         raise WeightsError(f"{path}: no such weight file")
     try:
@@ -1508,8 +1509,8 @@ def best_layout(module, tensors):
 
 @torch.no_grad()
 def read_into(module, located, dtype_of=None, device=None):
-    """Read what locate() found into a module, tensor by tensor. Parameters on the meta device become
-    real ones on the given device, of dtype_of(our name)."""
+    """Read what locate() found into a module, tensor by tensor. Parameters on the meta device
+    become real ones on the given device, of dtype_of(our name)."""
     for ours, (tensors, names) in located.items():
         path, _, leaf = ours.rpartition(".")
         parent = module.get_submodule(path)
