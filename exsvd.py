@@ -50,10 +50,6 @@ try:  # optional, CUDA only; everything works without it
 except ImportError:
     flash_attn_func = None
 
-# By default cuDNN rounds what convolutions in float32 take to 10 bits. Here float32 is chosen where
-# it is needed: in the VAE's encoder.
-torch.backends.cudnn.allow_tf32 = False
-
 # --------------------------------------------------------------------------------------------------
 # 1. Configurations. The defaults are SVD-XT. `heads` and `channels` have one entry per level.
 
