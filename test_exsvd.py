@@ -3336,9 +3336,9 @@ HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_support
     "float16", marks=pytest.mark.skipif(not HAS_FP16, reason="no fp16 on this CPU"))])
 def test_half_precision_keeps_fp32_masters(small, clips, tmp_path, dtype):
     """A resumed run keeps its dtype."""
-    args = ("--model", small, "--data", clips, "--out", tmp_path)
-    train_here(*args, "--frames", 2, "--train", "to_q", "--steps", 1, "--dtype", dtype)
-    assert train.parse([*map(str, args)]).dtype == dtype
+    train_here("--model", small, "--data", clips, "--out", tmp_path, "--frames", 2,
+               "--train", "to_q", "--steps", 1, "--dtype", dtype)
+    assert train.default_dtype(tmp_path) == dtype
     master = flat(tmp_path, 1, "master", groups=1)[0]
     assert master.dtype == torch.float32
     assert not torch.equal(master, master.to(getattr(torch, dtype)).float())
