@@ -2302,14 +2302,16 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(fail_at, capsys):
 @torch.no_grad()
 def test_seams_do_not_show():
     """The mean change from frame to frame beside that of the whole decode: at the seams as
-    elsewhere."""
+    elsewhere, to 2 % in the mean of three flights into photographs and to 0.05 of 255 in each. (Of
+    a smooth picture, a rocket in the sky, it is 7 %, and 0.02 of 255.)"""
     vae = exsvd.load(os.path.join(HERE, "assets", "toy.safetensors"), parts=("vae",)).vae
     overlap, ratios = 4, []
-    for number in range(2):
-        flight = world.flight(world.picture(9, number), world.scales(60, world.FPS, 40), 64)
-        z = vae.encode(flight)[None]
+    for name in ("astronaut", "chelsea", "coffee"):
+        photograph = data.read_image(os.path.join(HERE, "toy", "photographs", f"{name}.jpg"))
+        photograph = data.fit_image(photograph, 256, 256)
+        z = vae.encode(world.flight(photograph, world.scales(60, world.FPS, 48), 64))[None]
         whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, 16))
-        video, seam = torch.cat(pieces), torch.zeros(39, dtype=torch.bool)
+        video, seam = torch.cat(pieces), torch.zeros(47, dtype=torch.bool)
         for begin in np.cumsum([len(p) for p in pieces])[:-1]:
             seam[begin - 1:begin + overlap] = True  # every change that involves a blended frame
         change, true = ((x[1:] - x[:-1]).abs().mean((1, 2, 3)) * 127.5 for x in (video, whole))
@@ -2319,7 +2321,7 @@ def test_seams_do_not_show():
         print(f"change at the seams x {ratios[-1]:.3f} of elsewhere, {excess:+.3f} of 255; "
               f"PSNR against the whole decode {psnr:.1f} dB")  # pytest -s shows it
         assert psnr > 50 and abs(excess) < 0.05
-    assert abs(torch.stack(ratios).mean() - 1) <= 0.03, ratios
+    assert abs(torch.stack(ratios).mean() - 1) <= 0.02, ratios
 
 
 @torch.no_grad()
@@ -3338,7 +3340,7 @@ def test_half_precision_keeps_fp32_masters(small, clips, tmp_path, dtype):
     """A resumed run keeps its dtype."""
     train_here("--model", small, "--data", clips, "--out", tmp_path, "--frames", 2,
                "--train", "to_q", "--steps", 1, "--dtype", dtype)
-    assert train.default_dtype(tmp_path) == dtype
+    assert train.dtype_of_run(tmp_path) == dtype
     master = flat(tmp_path, 1, "master", groups=1)[0]
     assert master.dtype == torch.float32
     assert not torch.equal(master, master.to(getattr(torch, dtype)).float())
