@@ -2625,7 +2625,7 @@ def test_default_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "HERE", str(tmp_path))
 
     def chosen(model=None, extension=None):
-        paths = sample.default_model(argparse.Namespace(model=model, extension=extension))
+        paths = sample.default_model(argparse.Namespace(model=model, extension=extension, unet=None))
         return tuple(path and os.path.relpath(path, tmp_path) for path in paths)
 
     assert chosen() == ("assets/toy.safetensors", "assets/toy-exvideo.safetensors")
