@@ -1286,6 +1286,17 @@ def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
     assert os.listdir(tmp_path) == ["x.safetensors"], "no temporary file is left"
 
 
+def test_ids_that_a_file_lacks_have_no_effect_yet():
+    """A code that conditions on one more number loads the files of before."""
+    code = exsvd.UNetConfig(ids=("fps", "motion", "aug", "pan"))
+    assert exsvd.configure(code, {"ids": ["fps", "motion", "aug"]}, "a file").ids == code.ids
+    weight = torch.randn(4, 3 * exsvd.ID_DIM)
+    for name in ("model.diffusion_model.label_emb.0.0", "add_embedding.linear_1", "cond_embed.0"):
+        wider = exsvd.convert([f"{name}.weight"], [weight], (4, 4 * exsvd.ID_DIM))
+        assert torch.equal(wider[:, :weight.shape[1]], weight)
+        assert not wider[:, weight.shape[1]:].any() and wider.shape == (4, 4 * exsvd.ID_DIM)
+
+
 # --------------------------------------------------------------------------------------------------
 # 2. data.py: pictures and videos in and out
 
@@ -3298,6 +3309,10 @@ def test_accumulated_passes_are_one_large_batch(small, clips, tmp_path):
     losses = [[float(row["loss"]) for row in run] for run in rows]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     close(moments[1], moments[0], 1e-3, "first moments")
+    # the number of passes may change within a run: there are fewer ranks, say
+    train_here("--model", small, "--data", clips, "--out", out, "--steps", 3, "--accumulate", 3)
+    state = json.loads((out / "state-00000003" / "state.json").read_text())
+    assert state["shards"]["updates"] == 3 and state["videos"] == 7, "the average follows"
 
 
 def test_optimiser_on_the_cpu(small, clips, tmp_path):
