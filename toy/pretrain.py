@@ -256,7 +256,7 @@ class Discriminator(nn.Sequential):
 
 
 def gradient_loss(a, b):
-    """L1 between the differences of neighbouring pixels of images (n,3,H,W): edges as sharp as the true ones. Scalar."""
+    """L1 between the differences of neighbouring pixels of images (n,3,H,W), so that edges stay sharp. Scalar."""
     return sum((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for d in (2, 3))
 
 
@@ -284,7 +284,7 @@ def sharpen(args):
     torch.manual_seed(0)
     judge, path = Discriminator(), os.path.join(args.out, "sharpen-state.pt")
     opt = torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.5, 0.99), weight_decay=1e-3)
-    judge_opt = torch.optim.AdamW(judge.parameters(), lr=4e-4, betas=(0.5, 0.99), weight_decay=1e-3)
+    judge_opt = torch.optim.AdamW(judge.parameters(), lr=1e-3, betas=(0.5, 0.99), weight_decay=1e-3)
     noise = (vae.quant_conv.bias[4:] / 2).exp().view(4, 1, 1)                     # what normalise() left there
     stills = torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(args.stills)])
     step, start, mean = 0, time.time(), {}
@@ -337,7 +337,8 @@ def sharpen(args):
 
 def tune(args):
     """The UNet on clips of several sizes, each of them encoded once and used --reuse times with other noise. A base
-    trains as a whole, an extension (--extension, or extended afresh) as the paper's. Resumes from --out/tune-state.pt."""
+    trains as a whole; with clips longer than SHORT an extension trains, as in the paper. Resumes from
+    --out/tune-state.pt."""
     svd = exsvd.load(args.tune, args.extension)
     unet, kinds = svd.unet.train(), [parse_kind(text) for text in args.clips]
     unet.checkpointing, long = None, max(frames for frames, _, _ in kinds) > world.SHORT
@@ -349,7 +350,9 @@ def tune(args):
         p.requires_grad_(True)
     opt = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.01)
     average = {name: p.detach().clone() for name, p in trained.items()}
-    sources = [world.clips(frames, (size, size), args.seed + i, args.pictures) for i, (frames, size, _) in enumerate(kinds)]
+    sources = []
+    for i, (frames, size, _) in enumerate(kinds):
+        sources.append(world.clips(frames, (size, size), args.seed + i, args.pictures))
     step, drawn, stores, path = 0, [0] * len(kinds), [[] for _ in kinds], os.path.join(args.out, "tune-state.pt")
     if os.path.exists(path):
         state = torch.load(path)
