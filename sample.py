@@ -1,13 +1,13 @@
 """Image to video.
 
-    python sample.py assets/img.png                                     # the toy that ships with the repository
+    python sample.py assets/img.png                                # the toy in this repository
     python sample.py photo.jpg --model svd_xt.safetensors --extension model.fp16.safetensors
-    python sample.py photo.jpg --end last.jpg                           # the same picture twice makes a loop
-    python sample.py photo.jpg --frames 300 --keyframe 200=c.png        # in rounds, past the length the model knows
-    python sample.py photo.jpg --video out/photo.mp4 --steps 25 --size 1024x1024   # the ExVideo authors' second pass
-    python sample.py photos/*.jpg --seeds 5                             # a batch: videos that exist are skipped
+    python sample.py photo.jpg --end last.jpg                      # the same picture twice: a loop
+    python sample.py photo.jpg --frames 300 --keyframe 200=c.png   # in rounds, past the model's length
+    python sample.py photo.jpg --video out/photo.mp4 --steps 25 --size 1024x1024    # a second pass
+    python sample.py photos/*.jpg --seeds 5                        # a batch; what exists is skipped
     python sample.py photo.jpg --unet animatelcm_svd.safetensors --sampler lcm --steps 4 --cfg 1 1.2
-    python sample.py --decode-only out/photo.latents.safetensors        # decode saved latents again
+    python sample.py --decode-only out/photo.latents.safetensors   # decode saved latents again
 
 In this order: the settings, the samplers, the conditioning, sampling, decoding, the command. The
 image is encoded by CLIP and the VAE, a sampler carries noise down the sigmas, the latents are
@@ -92,10 +92,10 @@ def dpm(denoise, x, sigmas, s, draw):
     """
     D_before = None
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-        D = denoise(x, sigma)
-        target = D
+        D = target = denoise(x, sigma)
         if D_before is not None and sigma_next > 0:
-            target = D + (D - D_before) * (sigma / sigma_next).log() / (sigmas[i - 1] / sigma).log() / 2
+            slope = (D - D_before) / (sigmas[i - 1] / sigma).log()
+            target = D + slope * (sigma / sigma_next).log() / 2
         x = target + (x - target) * (sigma_next / sigma)
         D_before = D
     return x
@@ -142,7 +142,8 @@ class Sampler:
     schedule: str = "karras"
 
 
-SCHEDULES = {"karras": exsvd.karras_sigmas, "ays": ays_sigmas, "lcm": lcm_sigmas}  # steps -> sigmas (steps + 1,)
+# steps -> sigmas (steps + 1,)
+SCHEDULES = {"karras": exsvd.karras_sigmas, "ays": ays_sigmas, "lcm": lcm_sigmas}
 SAMPLERS = {
     "euler": Sampler(euler),
     "ddim": Sampler(ddim),
@@ -181,10 +182,10 @@ def frame_size(value):
     try:
         W, H = (int(n) for n in (value.lower().split("x") if isinstance(value, str) else value))
     except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"{value}: write it as WIDTHxHEIGHT, for example 512x512") from None
+        raise argparse.ArgumentTypeError(f"{value}: write it as WIDTHxHEIGHT, like 512x512") from None
     if min(W, H) < 64 or W % 64 or H % 64:
         near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
-        raise argparse.ArgumentTypeError(f"{W}x{H}: both must be multiples of 64; the nearest is {near}")
+        raise argparse.ArgumentTypeError(f"{W}x{H}: use multiples of 64; the nearest is {near}")
     return W, H
 
 
@@ -225,21 +226,24 @@ def defaults_in_file(cls, meta, part, path):
     settings = {}
     for name, value in found.items():
         if name not in known:
-            raise exsvd.WeightsError(f"{path}: its defaults name {name}, which is no setting that a file may carry")
-        check = known[name]["check"]
+            raise exsvd.WeightsError(f"{path}: its defaults name {name}, which no file may set")
+        check, count = known[name]["check"], known[name].get("nargs")
         try:
             if not callable(check):
-                good, settings[name] = value in check, value
+                good = value in check
             elif check is bool:
-                good, settings[name] = isinstance(value, bool), value
-            elif "nargs" in known[name]:
-                good, settings[name] = len(value) == known[name]["nargs"], tuple(check(v) for v in value)
+                good = isinstance(value, bool)
+            elif count:
+                value = tuple(map(check, value))
+                good = len(value) == count
             else:
-                good, settings[name] = True, check(value)
+                value = check(value)
+                good = True
         except (argparse.ArgumentTypeError, TypeError) as e:
             raise exsvd.WeightsError(f"{path}: its default of {name} is not usable ({e})") from e
         if not good:
             raise exsvd.WeightsError(f"{path}: its default of {name} is not usable ({value})")
+        settings[name] = value
     return settings
 
 
@@ -298,7 +302,8 @@ def settings_for(svd, given=None, model="the model", extension="the extension"):
     s = Settings(**(published | in_model | in_extension | (given or {})))
     native = s.native or svd.unet.config.native_frames
     dtype = s.dtype or str(svd.unet.conv_out.weight.dtype).removeprefix("torch.")
-    return replace(s, native=native, dtype=dtype, schedule=s.schedule or SAMPLERS[s.sampler].schedule)
+    schedule = s.schedule or SAMPLERS[s.sampler].schedule
+    return replace(s, native=native, dtype=dtype, schedule=schedule)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,8 +313,8 @@ def settings_for(svd, given=None, model="the model", extension="the extension"):
 def condition(svd, img, aug, noise, device):
     """Conditioning on an image (3,H,W) in [-1,1]: image latents (1,1,4,h,w), unscaled, and ctx
     (1,1,D)."""
-    img = img[None].to(device)
-    ctx = svd.clip(exsvd.preprocess_clip(img, svd.clip.config.image))[:, None]  # CLIP sees the frame at video size
+    img = img[None].to(device)  # CLIP too sees it at the size of the video
+    ctx = svd.clip(exsvd.preprocess_clip(img, svd.clip.config.image))[:, None]
     return svd.vae.encode(img + aug * noise.to(device))[:, None], ctx
 
 
@@ -328,8 +333,9 @@ def guided(unet, image_latents, ctx, ids, cfg, frames, interval=None):
         inside = interval is None or interval[0] < sigma <= interval[1]
         sigma = sigma.to(x).expand(len(x))
         D = exsvd.denoise(unet, x, sigma, image_latents, ctx, ids)
-        if matters and inside:  # one pass after the other: a batch of two would need twice the memory
-            D0 = exsvd.denoise(unet, x, sigma, torch.zeros_like(image_latents), torch.zeros_like(ctx), ids)
+        if matters and inside:  # a second pass, since a batch of two would need twice the memory
+            nothing = torch.zeros_like(image_latents), torch.zeros_like(ctx)
+            D0 = exsvd.denoise(unet, x, sigma, *nothing, ids)
             D = D0 + scale * (D - D0)
         return D
 
@@ -401,8 +407,9 @@ def noise_levels(s, refine):
     if not refine:
         return SCHEDULES[s.schedule](s.steps)
     if s.schedule == "karras":
-        low, high = exsvd.SIGMA_MIN ** (1 / exsvd.RHO), exsvd.SIGMA_MAX ** (1 / exsvd.RHO)
-        return exsvd.karras_sigmas(s.steps, sigma_max=(s.strength * high + (1 - s.strength) * low) ** exsvd.RHO)
+        low, high = (sigma ** (1 / exsvd.RHO) for sigma in (exsvd.SIGMA_MIN, exsvd.SIGMA_MAX))
+        first = (s.strength * high + (1 - s.strength) * low) ** exsvd.RHO
+        return exsvd.karras_sigmas(s.steps, sigma_max=first)
     return SCHEDULES[s.schedule](s.steps)[-1 - max(1, round(s.strength * s.steps)):]
 
 
@@ -437,7 +444,7 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
 
     def draw():  # on the CPU: a seed gives the same video on every device
         noise = torch.randn(1, length, 4, H // 8, W // 8, generator=generator)
-        if s.share_mean:  # each frame stays standard normal: the mean and what is left without it are independent
+        if s.share_mean:  # frames stay standard normal: a mean and the rest are independent
             mean = noise.mean(dim=(3, 4), keepdim=True)
             noise = noise - mean + mean[:, :1]
         return noise.to(device)
@@ -445,7 +452,7 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
     def conditioned(img, own_latents=None):
         image_noise = torch.randn(1, 3, H, W, generator=generator)
         image_latents, ctx = condition(svd, img, s.aug, image_noise, device)
-        if own_latents is not None:  # decoded and encoded again they would lose contrast, round by round
+        if own_latents is not None:  # decoding and encoding them loses contrast in each round
             image_latents = own_latents
         return guided(svd.unet, image_latents, ctx, ids, s.cfg, length, s.cfg_interval)
 
@@ -454,7 +461,8 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
         z = video.to(device) * s.encode_scale
     known = torch.zeros(s.frames)  # 1 for key frames, whose latents z holds
     made = 0                       # frames that earlier rounds have made
-    with tqdm(total=len(parts) * sampler.passes(len(sigmas) - 1), desc="sampling", unit="pass") as bar:
+    passes = len(parts) * sampler.passes(len(sigmas) - 1)
+    with tqdm(total=passes, desc="sampling", unit="pass") as bar:
         for start, stop in parts:
             noise = draw()
             with on_device(device, svd.clip, svd.vae):
@@ -463,7 +471,7 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
                         z[:, number] = svd.vae.encode(frame[None].to(device)) * s.encode_scale
                         known[number] = 1
                     denoise = conditioned(img)
-                else:  # the round's own first frame as a viewer sees it, without noise, though the third id says s.aug
+                else:  # on its own first frame as a viewer sees it; without noise, whatever s.aug
                     shown = adjust(z[:, :made], s, keyframes)
                     img = decoded_frame(svd.vae, shown, start, s.decode_chunk)
                     denoise = conditioned(img, shown[:, start:start + 1] / exsvd.VAE_SCALE)
@@ -480,7 +488,9 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
                 bar.update()
                 return D
 
-            level = (sigmas[0] ** 2 + 1).sqrt() if video is None else sigmas[0]  # latents have a variance of about 1
+            level = sigmas[0]
+            if video is None:
+                level = (level**2 + 1).sqrt()  # latents, here unknown, have a variance of about 1
             with on_device(device, svd.unet):
                 x = z[:, start:stop] + level * noise
                 z[:, start:stop] = sampler.function(counted, x, sigmas, s, draw)
@@ -510,19 +520,19 @@ def decode(vae, z, chunk):
     T, start, tail = z.shape[1], 0, None
     while start < T:
         end = min(start + chunk, T)
-        first = max(0, end - chunk)  # the last chunk is as long as the others: its head is decoded again and dropped
+        first = max(0, end - chunk)  # the last chunk is as long as the others, its head is dropped
         frames = None
         try:
-            frames = vae.decode(z[:, first:end])[0, start - first:].float().cpu()         # (end - start, 3, 8h, 8w)
+            frames = vae.decode(z[:, first:end])[0, start - first:].float().cpu()
         except RuntimeError as e:
             if not is_out_of_memory(e) or chunk == 1:
                 raise
-        if frames is None:  # handled out here, where the exception no longer keeps the tensors of the attempt alive
+        if frames is None:  # out here the exception no longer keeps the attempt's tensors alive
             chunk //= 2
             print(f"out of memory: decoding goes on with chunks of {chunk} frames", file=sys.stderr)
             if z.is_cuda:
                 torch.cuda.empty_cache()
-            if tail is not None and chunk <= len(tail):  # too short to blend with what the larger chunk left
+            if tail is not None and chunk <= len(tail):  # too short to blend with the larger one
                 yield tail
                 start, tail = start + len(tail), None
             continue
@@ -532,7 +542,7 @@ def decode(vae, z, chunk):
             frames = torch.cat([blended, frames[n:]])
         overlap = 0
         if end < T:
-            overlap = max(chunk // 4, min(4, chunk // 2))  # below 4 frames the seams of small chunks show
+            overlap = max(chunk // 4, min(4, chunk // 2))  # below 4 frames seams show
         yield frames[:len(frames) - overlap]
         start, tail = end - overlap, frames[len(frames) - overlap:]
 
@@ -570,8 +580,9 @@ def write_video(vae, latents, s, out, keyframes=()):
           tqdm(total=z.shape[1], desc="decoding", unit="frame") as bar):
         for frames in decode(vae, z, s.decode_chunk):
             if not frames.isfinite().all():
-                raise FloatingPointError(f"{out}: the decoder overflows in {s.dtype}: decode the saved latents with "
-                                         f"--decode-only {latents_path(out)} --dtype float32")
+                raise FloatingPointError(
+                    f"{out}: the frames are not finite in {s.dtype}: decode the saved latents with "
+                    f"--decode-only {latents_path(out)} --dtype float32")
             video.write(to_pixels(frames))
             bar.update(len(frames))
 
@@ -580,9 +591,9 @@ def write_video(vae, latents, s, out, keyframes=()):
 def on_device(device, *networks):
     """Networks on the device for a while, then back where they wait. Nothing moves where that is
     the same place."""
-    networks = [network for network in networks if getattr(network, "stream", None) is None]  # else it moves by itself
+    networks = [n for n in networks if getattr(n, "stream", None) is None]  # a Stream moves the UNet
     homes = [next(network.parameters()).device for network in networks]
-    with torch.inference_mode(False):  # parameters that moved in inference mode could never be trained again
+    with torch.inference_mode(False):  # parameters moved in inference mode can't be trained again
         for network in networks:
             network.to(device)
     try:
@@ -592,7 +603,7 @@ def on_device(device, *networks):
             for network, home in zip(networks, homes):
                 network.to(home)
         if device.type == "cuda" and homes and homes[0].type == "cpu":
-            torch.cuda.empty_cache()  # or the memory stays reserved in blocks that the next network does not fit
+            torch.cuda.empty_cache()  # the next network may not fit the blocks that stay reserved
 
 
 # --------------------------------------------------------------------------------------------------
@@ -603,42 +614,49 @@ def keyframe(text):
     """A check: NUMBER=IMAGE -> (number, path)."""
     number, _, path = text.partition("=")
     if not number.isdigit() or not path:
-        raise argparse.ArgumentTypeError(f"{text}: write it as NUMBER=IMAGE, for example 64=photo.png")
+        raise argparse.ArgumentTypeError(f"{text}: write it as NUMBER=IMAGE, like 64=photo.png")
     return int(number), path
 
 
 def parse(argv):
     """-> (arguments, {name: value} of the settings that were given)"""
     p = argparse.ArgumentParser(
-        usage="sample.py IMAGE... [options], --help lists them", argument_default=None,
-        description="Image to video with SVD and ExVideo. In [brackets]: the default; a model's file may hold others.")
+        usage="sample.py IMAGE... [options], --help lists them",
+        description="Image to video with SVD and ExVideo. In [brackets]: the default; a model's file "
+                    "may hold others.")
     add = p.add_argument_group("what").add_argument
-    add("images", nargs="*", metavar="IMAGE", help="pictures (PNG, JPEG, WebP, ...), or videos, of which the first frame")
-    add("--model", help="single .safetensors file or diffusers folder [weights/svd_xt.safetensors, or else the toy]")
-    add("--extension", help="ExVideo release or own extension [the default model: weights/exvideo.safetensors or "
-                            "model.fp16.safetensors; the toy: its own]")
-    add("--unet", metavar="FILE", help="a UNet by itself, in place of the model's: AnimateLCM-SVD, say")
-    add("--end", metavar="IMAGE", help="how the video ends; the first IMAGE again makes a loop. Takes twice the time")
+    add("images", nargs="*", metavar="IMAGE", help="pictures, or videos, whose first frame is used")
+    add("--model", help="single .safetensors file or diffusers folder [weights/svd_xt.safetensors, "
+                        "or the toy]")
+    add("--extension", help="ExVideo release or own extension [with the default model: "
+                            "weights/exvideo.safetensors or model.fp16.safetensors; the toy's own]")
+    add("--unet", metavar="FILE", help="a UNet in place of the model's, such as AnimateLCM-SVD")
+    add("--end", metavar="IMAGE", help="the last frame; the first IMAGE again makes a loop. It takes "
+                                       "twice the time")
     add("--keyframe", type=keyframe, action="append", default=[], metavar="NUMBER=IMAGE",
         help="what a frame shows, counted from 0; may be given several times")
     add("--video", metavar="FILE",
-        help="refine a video, or its *.latents.safetensors, instead of making one from noise. IMAGE is by default its "
-             "first frame; --size, --frames and --fps are by default its own")
-    add("--decode-only", metavar="FILE", help="decode the latents of an earlier run again, instead of sampling")
-    add("--out", help="a .mp4, .webm or .gif file, or with a final slash a folder of PNGs. {name} is the image's name, "
-                      "{seed} the seed [out/{name}.mp4; with --video out/{name}-refined.mp4]")
-    add("--seeds", type=whole(1), default=1, metavar="N", help="videos of each image, from --seed on [1]")
-    add("--overwrite", action="store_true", help="of several videos, make those again that exist [they are skipped]")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one, else cpu]")
-    add("--offload", action="store_true", help="for small GPUs: what is not at work waits in CPU memory")
-    add("--compile", action="store_true", help="torch.compile of the UNet's blocks; the first step takes minutes")
+        help="refine a video, or its *.latents.safetensors, instead of starting from noise. By default "
+             "IMAGE is its first frame, and --size, --frames and --fps are its own")
+    add("--decode-only", metavar="FILE", help="decode the latents of an earlier run, without sampling")
+    add("--out", help="a .mp4, .webm or .gif file, or with a final slash a folder of PNGs. {name} is "
+                      "the image's name, {seed} the seed [out/{name}.mp4; of --video "
+                      "out/{name}-refined.mp4]")
+    add("--seeds", type=whole(1), default=1, metavar="N", help="videos of each image [1]")
+    add("--overwrite", action="store_true", help="of several videos, make again those that exist")
+    cuda = torch.cuda.is_available()
+    add("--device", default="cuda" if cuda else "cpu", help="[cuda if there is one, else cpu]")
+    add("--offload", action="store_true", help="for small GPUs: what is not at work waits on the CPU")
+    add("--compile", action="store_true", help="torch.compile; the first step takes minutes")
     add_flags(p.add_argument_group("settings"), Settings)
     a = p.parse_args(argv)
     given = {f.name: getattr(a, f.name) for f in fields(Settings) if hasattr(a, f.name)}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
 
     if bool(a.images or a.video) == bool(a.decode_only):
-        p.error("give at least one image, such as assets/img.png, or --decode-only FILE, and not both")
+        p.error("give at least one image, such as assets/img.png, or --decode-only FILE")
     if a.video and len(a.images) > 1:
         p.error("--video refines one video: give one IMAGE, or none")
     try:
@@ -648,7 +666,7 @@ def parse(argv):
     a.jobs = jobs_of(a, given.get("seed", Settings.seed))
     outs = [out for _, _, out in a.jobs]
     if len(set(outs)) < len(outs):
-        p.error("two images would be written to the same file: put {name} into --out, and give images of other names")
+        p.error("two images would be written to the same file: put {name} into --out, or rename one")
     read = [*a.images, *(path for _, path in a.keyframe), a.video, a.end, a.decode_only]
     read = {Path(path).resolve() for path in read if path}
     for out in outs:
@@ -680,10 +698,10 @@ def default_model(a):
                           ("svd_xt.safetensors", "exvideo.safetensors", "model.fp16.safetensors"))
     if os.path.exists(model):
         return model, a.extension or next(filter(os.path.exists, extensions), None)
-    print("no weights/svd_xt.safetensors: using the toy in assets/. README.md says how to get the real weights",
-          file=sys.stderr)
-    toy, tuned = (os.path.join(HERE, "assets", name) for name in ("toy.safetensors", "toy-exvideo.safetensors"))
-    return toy, a.extension or tuned
+    print("no weights/svd_xt.safetensors: using the toy in assets/. README.md says how to get the "
+          "real weights", file=sys.stderr)
+    toy = os.path.join(HERE, "assets", "toy.safetensors")
+    return toy, a.extension or os.path.join(HERE, "assets", "toy-exvideo.safetensors")
 
 
 def latents_path(out):
@@ -701,7 +719,7 @@ def check_writable(out, fps):
         open(probe, "x").close()
         os.remove(probe)
     except OSError as e:
-        raise data.MediaError(f"{out}: cannot be written ({e.strerror}); choose another --out") from e
+        raise data.MediaError(f"{out}: cannot be written ({e.strerror}): try another --out") from e
 
 
 def saved_latents(path):
@@ -717,7 +735,7 @@ def saved_latents(path):
     if s.frames is None or latents.shape != (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8):
         raise exsvd.WeightsError(wanted)
     if not latents.isfinite().all():
-        raise exsvd.WeightsError(f"{path}: the latents are not finite; sample again, with another --dtype")
+        raise exsvd.WeightsError(f"{path}: the latents are not finite: sample with another --dtype")
     return latents, s, file.meta.get("keyframes", [])
 
 
@@ -743,19 +761,20 @@ def open_video(path, size, vae, device):
     if path.endswith(".safetensors"):
         latents, s, keyframes = saved_latents(path)
         if size and size != s.size:
-            raise data.MediaError(f"{path}: the latents are of {s.size[0]}x{s.size[1]}; give the video itself to "
-                                  "--video, or leave --size out")
+            raise data.MediaError(f"{path}: the latents are of {s.size[0]}x{s.size[1]}; give the video "
+                                  "itself to --video, or leave --size out")
         shown = adjust(latents, s, keyframes)
         with on_device(device, vae):
             first = decoded_frame(vae, shown.to(device), 0, s.decode_chunk)
         return Video(shown[0] / exsvd.VAE_SCALE, s.fps, to_pixels(first[None])[0])
     latents, times, first = [], [], None
     with on_device(device, vae), tqdm(desc="encoding", unit="frame") as bar:
-        for frame, seconds, declared in data.video_frames(path):  # one by one: the whole of it may not fit memory
+        for frame, seconds, declared in data.video_frames(path):  # one by one, to save memory
             if first is None:
                 H, W = frame.shape[:2]
                 first, size = frame, size or data.default_size(W, H, W * H)
-            latents.append(vae.encode(data.fit_image(frame, *size)[None].to(device))[0].float().cpu())
+            frame = data.fit_image(frame, *size)[None].to(device)
+            latents.append(vae.encode(frame)[0].float().cpu())
             times.append(seconds)
             bar.update()
     return Video(torch.stack(latents), data.frame_rate(times, declared), first)
@@ -776,8 +795,9 @@ def load(a, given, model, extension, device):
     if a.compile:
         exsvd.compile_blocks(svd.unet)
     parameters = sum(p.numel() for p in svd.unet.parameters())
-    print(f"{os.path.basename(model.rstrip('/'))}: {parameters / 1e6:.1f} M parameters in the UNet, "
-          f"{svd.unet.max_frames or s.native} frames, {s.dtype} on {device}")
+    name, frames = os.path.basename(model.rstrip("/")), svd.unet.max_frames or s.native
+    print(f"{name}: {parameters / 1e6:.1f} M parameters in the UNet, {frames} frames, {s.dtype} on "
+          f"{device}")
     return svd, s
 
 
@@ -794,20 +814,22 @@ def complete(s, a, given, svd, img, seed, video=None):
     elif "size" not in given:
         size = data.default_size(img.shape[1], img.shape[0], math.prod(s.size))
     chunk = s.decode_chunk
-    if a.offload and "decode_chunk" not in given:  # about 3 GB: 4 frames of 1024x1024 at once, 16 of 512x512
+    if a.offload and "decode_chunk" not in given:  # about 3 GB: 4 frames of 1024x1024, 16 of 512x512
         chunk = max(4, min(chunk, 2**22 // math.prod(size)))
     overlap = s.overlap
     if overlap is None and svd.unet.max_frames:
         overlap = max(1, known // 8)
     if frames > known and overlap is None:
-        print(f"warning: {frames} frames, but this model without extension knows {known}: expect motion that jitters or "
-              "fades after those (--extension for longer videos, --overlap for rounds)", file=sys.stderr)
+        print(f"warning: {frames} frames, but this model without extension knows {known}: expect motion "
+              "that jitters or fades after those (--extension for longer videos, --overlap for rounds)",
+              file=sys.stderr)
     elif frames > known and overlap >= known:
-        raise data.MediaError(f"--overlap {overlap}: must be less than a round, which is {known} frames")
+        raise data.MediaError(f"--overlap {overlap}: must be less than a round of {known} frames")
     for number, _ in a.keyframe:
         if number >= frames:
             raise data.MediaError(f"--keyframe {number}: the video has the frames 0 to {frames - 1}")
-    return replace(s, frames=frames, size=size, fps=fps, decode_chunk=chunk, overlap=overlap, seed=seed)
+    return replace(
+        s, frames=frames, size=size, fps=fps, decode_chunk=chunk, overlap=overlap, seed=seed)
 
 
 def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
@@ -825,13 +847,13 @@ def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
                            {number: fit(frame) for number, frame in keyframes.items()})
     sampled = time.perf_counter()
     if not latents.isfinite().all():
-        raise FloatingPointError(f"{out}: the latents are not finite; try another --dtype than {s.dtype}")
+        raise FloatingPointError(f"{out}: the latents are not finite: try another --dtype")
     meta = {"settings": asdict(s), "keyframes": list(keyframes)}
-    exsvd.save(latents_path(out), {"latents": latents}, meta)  # an hour's work, should the decoder fail
+    exsvd.save(latents_path(out), {"latents": latents}, meta)  # should decoding fail
     try:
         write_video(svd.vae, latents, s, out, keyframes)
     except BaseException:
-        print(f"the latents are saved: go on with --decode-only '{latents_path(out)}'", file=sys.stderr)
+        print(f"the latents are saved: use --decode-only '{latents_path(out)}'", file=sys.stderr)
         raise
     print(f"{out}: {s.frames} frames of {s.size[0]}x{s.size[1]} at {s.fps:g} fps, "
           f"{sampled - begin:.1f} s to sample, {time.perf_counter() - sampled:.1f} s to decode, "
@@ -864,8 +886,10 @@ def main(argv=None):
         return
 
     # what can't be read is to be known before the networks are loaded
-    if a.video and not a.video.endswith(".safetensors") and len(list(itertools.islice(data.video_frames(a.video), 2))) < 2:
-        raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE, without --video")
+    if a.video and not a.video.endswith(".safetensors"):
+        two_frames = itertools.islice(data.video_frames(a.video), 2)
+        if len(list(two_frames)) < 2:
+            raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE")
     end = data.read_image(a.end) if a.end else None
     keyframes = {number: data.read_image(path) for number, path in a.keyframe}
     batch, svd, video, failed = len(a.jobs) > 1, None, None, []
@@ -890,7 +914,8 @@ def main(argv=None):
             print(f"sample.py: {e}", file=sys.stderr)  # the others are made all the same
             failed.append(out)
     if failed:
-        raise data.MediaError(f"{len(failed)} of {len(a.jobs)} videos were not made: {', '.join(failed)}")
+        names = ", ".join(failed)
+        raise data.MediaError(f"{len(failed)} of {len(a.jobs)} videos were not made: {names}")
 
 
 OUT_OF_MEMORY = """out of memory. While sampling, from what costs least to what costs most:
@@ -898,12 +923,14 @@ OUT_OF_MEMORY = """out of memory. While sampling, from what costs least to what 
     --offload           only the network at work is on the device: some seconds more per video
     --frames 64         fewer frames: a shorter video
     --size 512x320      fewer pixels: less detail
-While decoding, which went down to one frame at a time by itself: --decode-only FILE (no UNet in memory), or --size."""
+While decoding, which went down to one frame at a time by itself: --decode-only FILE (no UNet in
+memory), or --size."""
 
 
 def command(argv=None):
     """main(), for a shell: what the user can mend is one line and exit code 1."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("sample.py: terminated"))  # an exception removes temporary files
+    # as an exception, which removes temporary files
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("sample.py: terminated"))
     try:
         main(argv)
     except (exsvd.WeightsError, data.MediaError, FloatingPointError, OSError) as e:

@@ -2517,7 +2517,7 @@ def test_a_video_is_refined_from_where_the_strength_says(make, small_vae, extens
     condition = spied(monkeypatch, sample, "condition")
     for source, z in ((first, encoded), (sample.latents_path(str(first)), latents / exsvd.VAE_SCALE)):
         for extension, scale in ((None, exsvd.VAE_SCALE), (extensions[1], 0.13025)):
-            shown, _ = oracle(monkeypatch, torch.zeros(1, 4, 4, 8, 8))
+            shown, _ = oracle(monkeypatch, torch.randn(1, 4, 4, 8, 8))
             flags = ("--extension", extension) if extension else ()
             out = make("--video", source, "--strength", strength, "--steps", 4, "--seed", 5, "--frames", 4, *flags,
                        images=(), name="refined.mp4")

@@ -555,6 +555,8 @@ def save_state(out, shards, position):
             about = position | {"shards": saved, "ranks": shards.world}
             write(os.path.join(part, "state.json"), json.dumps(about))
             sync(part)
+            if os.path.exists(final):  # it could not be read, or the run would not be here
+                shutil.rmtree(final)
             os.rename(part, final)
             sync(out)
             for folder in saved_states(out)[:-2]:
