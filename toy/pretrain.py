@@ -265,7 +265,7 @@ def views(stills, folder, n, frames, size, rng):
     of them synthetic. A pixel of a crop is as large as one of a picture of 256 pixels, or up to 1.5 times smaller."""
     videos = []
     for i in range(n):
-        if rng.uniform() < 0.6:
+        if folder and rng.uniform() < 0.6:
             image = world.photograph(folder, rng)
         else:
             image = stills[rng.integers(len(stills))].float() / 127.5 - 1
