@@ -1,6 +1,6 @@
 """Reads and writes pictures and videos, and makes clips for training out of sets of videos.
 
-    python data.py check videos/       # which files would be used, and why the others would not
+    python data.py check videos/       # which files can be used, and why the others cannot
     python data.py encode --model svd_xt.safetensors --data videos/ --out latents/
 
     1. Reading            read_image, read_video, video_frames, fit_image, to_float, ...
@@ -11,10 +11,10 @@
     6. Encoding           encode_frames, encode_condition, encode
     7. Command line       check, main
 
-T frames, H W pixels; a size is (W, H). Pixels that were read are uint8 RGB, channel last:
-(H, W, 3) or (T, H, W, 3). fit_image turns them into what the model takes, float32 (3, H, W) in
-[-1, 1]. Pillow reads pictures, FFmpeg (through PyAV) reads videos. Colour profiles of pictures are
-applied; those of videos, and HDR transfer curves, are not.
+T is the number of frames; H and W are in pixels; a size is (W, H). The functions that read return
+uint8 RGB, channels last: (H, W, 3) or (T, H, W, 3). fit_image turns a frame into what the model
+takes: float32 (3, H, W) in [-1, 1]. Pillow reads pictures, FFmpeg (through PyAV) reads videos.
+Colour profiles of pictures are applied; those of videos, and HDR transfer curves, are not.
 """
 import argparse
 import bisect
@@ -35,9 +35,9 @@ import types
 import warnings
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fractions import Fraction
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import av
@@ -45,20 +45,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
-from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from safetensors import safe_open
 from tqdm import tqdm
 
 import exsvd
 
-# We print one line about a damaged file; what the libraries print would hide it.
+# We print one line about a damaged file. These libraries would print more about it.
 av.logging.set_level(None)
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module="PIL")
 
 
 def one_line(text):
-    """Text with what cannot be printed escaped: file names may hold line breaks or broken UTF-8."""
+    """Text with unprintable characters escaped: a file name may hold line breaks."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -66,17 +66,15 @@ class MediaError(ValueError):
     """A file or an item that cannot be used. The message is one line: which one, what is wrong."""
 
     def __init__(self, message):
-        # A DataLoader raises the error of a worker again, with the worker's traceback as message.
-        # What follows the last "MediaError: " in it is our message.
+        # A DataLoader raises the error of a worker again, with the worker's whole traceback as
+        # its message. Our own message is what follows the last "MediaError: ".
         super().__init__(one_line(message.rsplit("MediaError: ", 1)[-1].strip()))
 
 
 def unreadable(path, reason):
-    """The MediaError of a file. reason: a text, or what a library raised while it read the file."""
-    if isinstance(reason, (LookupError, TypeError, AttributeError, AssertionError)):
-        reason = "it is damaged"  # the texts of these mean nothing to a user
-    elif isinstance(reason, Exception):
-        text = str(getattr(reason, "strerror", None) or reason or type(reason).__name__)
+    """The MediaError of a file. reason: a text, or what a library raised."""
+    if isinstance(reason, Exception):
+        text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
         reason = text.splitlines()[0].rstrip(". ")
     return MediaError(f"{path}: cannot be read: {reason}")
 
@@ -84,35 +82,23 @@ def unreadable(path, reason):
 # --------------------------------------------------------------------------------------------------
 # 1. Reading
 
-MAX_PIXELS = 200_000_000  # of one frame; with more, a small file could fill the memory
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow raises an error beyond twice this number
 PICTURES = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PNG PPM QOI TIFF WEBP".split()  # else FFmpeg
-HEIC = [b"ftyp" + x for x in b"heic heix heim heis hevc hevx mif1 msf1".split()]
 # Bilinear, accurate rounding, full chroma (PyAV has names for these flags from version 18 on).
 # Without them swscale repeats chroma samples, and coloured edges come out wrong.
 EXACT = 0x2 | 0x40000 | 0x2000
-SAFE = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}  # a playlist opens no files
 UNTAGGED = 2  # FFmpeg's number for a colour space that the file does not name
 
 
-def _open(path):
+def _open_picture(path):
+    """The first frame of a picture as a Pillow image, upright. None if Pillow does not know it."""
     try:
-        return open(path, "rb")
-    except (OSError, ValueError) as e:  # ValueError: a null byte in the name
-        raise unreadable(path, e) from e
-
-
-def _open_picture(path, file):
-    """The file as a Pillow image that is not decoded yet, or None if it is none of PICTURES."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = True  # accepts damaged metadata; pixels are read without it
-    try:
-        return Image.open(file, formats=PICTURES)
+        picture = Image.open(path, formats=PICTURES)
+        picture.load()
+        return ImageOps.exif_transpose(picture)
     except UnidentifiedImageError:
         return None
     except Exception as e:  # a damaged file can make Pillow raise anything
         raise unreadable(path, e) from e
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 def _srgb(picture, profile):
@@ -123,14 +109,8 @@ def _srgb(picture, profile):
     return picture.convert("RGB")
 
 
-def _still(path, picture):
-    """The first frame of a Pillow image, upright, in sRGB, on white: uint8 (H, W, 3)."""
-    try:
-        picture.load()
-    except Exception as e:
-        raise unreadable(path, e) from e
-    with contextlib.suppress(Exception):  # damaged EXIF makes Pillow raise anything
-        picture = ImageOps.exif_transpose(picture)
+def _picture_pixels(picture):
+    """A Pillow image in sRGB, on white: uint8 (H, W, 3)."""
     profile = picture.info.get("icc_profile", b"")
     if picture.mode[0] in "IF":  # grey of more than 8 bits, which convert() would clip
         grey = np.asarray(picture) * (255.0 if picture.mode == "F" else 1 / 257)
@@ -143,13 +123,18 @@ def _still(path, picture):
     return torch.from_numpy(np.array(image))
 
 
-def _open_container(path, file):
-    """An open file as a PyAV container. FFmpeg sees the content alone; it would interpret names
-    such as a%03d.png or http://x."""
-    content = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+@contextlib.contextmanager
+def _container(path):
+    """The PyAV container of a file. An error of FFmpeg within the `with` block is a MediaError."""
     try:
-        return av.open(content, options=SAFE)
-    except Exception as e:
+        with open(path, "rb") as file:
+            # FFmpeg gets the content alone, since it would interpret a name such as a%03d.png. The
+            # whitelist keeps a playlist from opening other files.
+            content = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+            options = {"protocol_whitelist": "none"}
+            with av.open(content, options=options, metadata_errors="replace") as container:
+                yield container
+    except (OSError, av.FFmpegError) as e:
         raise unreadable(path, e) from e
 
 
@@ -158,20 +143,10 @@ def _tags(source):
     return {key.lower(): value for key, value in source.metadata.items()}
 
 
-def _best_stream(path, container):
-    """The largest video stream; an attached picture (cover art) only where nothing else is."""
-    streams = [s for s in container.streams.video if s.codec_context]  # SVG has no decoder
-    if not streams:
-        raise unreadable(path, "it holds no picture that can be decoded")
-    cover = av.stream.Disposition.attached_pic
-    best = max(streams, key=lambda s: (not s.disposition & cover, s.width * s.height))
-    if best.width * best.height > MAX_PIXELS:
-        raise unreadable(path, f"{best.width}x{best.height} pixels are more than {MAX_PIXELS}")
-    return best
-
-
-def _decoder(stream):
+def _decoder(path, stream):
     """The codec context that decodes a stream."""
+    if stream is None or stream.codec_context is None:  # FFmpeg finds SVG, but does not decode it
+        raise unreadable(path, "it holds no picture that can be decoded")
     decoder = stream.codec_context
     # FFmpeg's own decoders of VP8 and VP9 drop an alpha channel, those of libvpx keep it.
     libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
@@ -181,49 +156,41 @@ def _decoder(stream):
     return decoder
 
 
-def _packets(path, container, stream, seek):
-    try:
-        if seek is not None:
-            container.seek(int(seek), stream=stream)
-        yield from container.demux(stream)
-    except av.FFmpegError as e:
-        raise unreadable(path, e) from e
-
-
 def _decode(path, seek=None):
     """Yields (PyAV frame, stream) for the frames of a video in the order in which they are shown,
     from the start or from the key frame at or before the time stamp `seek`.
 
-    The frame is None where a packet is damaged. Raises MediaError, also if all are."""
+    Frames that are damaged are left out. Raises MediaError, also if a whole video is."""
     decoded = False
-    with _open(path) as file, _open_container(path, file) as container:
-        stream = _best_stream(path, container)
-        decoder = _decoder(stream)
-        for packet in _packets(path, container, stream, seek):
+    with _container(path) as container:
+        stream = container.streams.best("video")
+        decoder = _decoder(path, stream)
+        if seek is not None:
+            container.seek(int(seek), stream=stream)
+        for packet in container.demux(stream):
             try:
                 frames = decoder.decode(packet)
             except (av.FFmpegError, ValueError):
-                frames = [None]
+                continue
             for frame in frames:
-                if frame is not None and frame.is_corrupt:
-                    frame = None
-                decoded = decoded or frame is not None
-                yield frame, stream
-    if not decoded:
+                if not frame.is_corrupt:
+                    decoded = True
+                    yield frame, stream
+    if not decoded and seek is None:
         raise unreadable(path, "none of its frames can be decoded")
 
 
 def _convert(path, frame, form, **options):
     """The pixels of a PyAV frame in another format: uint8 (H, W, C)."""
-    # A reformatter of our own: the one of a frame has threads, and where a forked worker of a
-    # DataLoader frees the frame, it hangs.
+    # This reformatter is our own, since that of a frame has threads. A forked worker of a
+    # DataLoader that frees such a frame hangs.
     try:
         return VideoReformatter().reformat(frame, format=form, **options).to_ndarray()
     except (av.FFmpegError, ValueError) as e:
         raise unreadable(path, e) from e
 
 
-def _pixels(path, frame):
+def _frame_pixels(path, frame):
     """A PyAV frame on white, rotated as its container says: uint8 (H, W, 3)."""
     # As players do: untagged video of 720 lines and more is BT.709, the rest BT.601.
     hd = frame.colorspace == UNTAGGED and frame.height >= 720
@@ -232,37 +199,24 @@ def _pixels(path, frame):
     x, alpha = x[..., :3], x[..., 3:]
     if alpha.min() < 255:
         x = np.rint(255 - (255 - x) * (alpha / np.float32(255))).astype(np.uint8)
-    display = None
-    with contextlib.suppress(ValueError):  # PyAV does not know all kinds of side data
-        display = frame.side_data.get("DISPLAYMATRIX")
-    if display is not None:
-        a, b, _, c, d = np.frombuffer(display, np.int32)[:5].tolist()
-        if a * d < b * c:  # mirrored, which frame.rotation does not say
-            x = x[::-1]
     return torch.from_numpy(np.rot90(x, frame.rotation // 90).copy())  # counterclockwise
 
 
 def read_image(path):
     """The picture, or the first frame of the animation or video, at `path`: uint8 (H, W, 3),
     upright, on white. The content decides what the file is, not the name. Raises MediaError."""
-    with _open(path) as file:
-        picture = _open_picture(path, file)
-        if picture is not None:
-            return _still(path, picture)
-        file.seek(4)
-        if file.read(8) in HEIC:
-            raise unreadable(path, "it is HEIC; convert it to JPEG, for example with heif-convert")
-    for frame, _ in _decode(path):
-        if frame is not None:
-            return _pixels(path, frame)
+    picture = _open_picture(path)
+    if picture is not None:
+        return _picture_pixels(picture)
+    frame, _ = next(_decode(path))
+    return _frame_pixels(path, frame)
 
 
 def video_frames(path):
     """Yields the frames of a video or an animation: (uint8 (H, W, 3), its time in seconds or None,
     the frame rate that the file declares or None). Raises MediaError."""
     for frame, stream in _decode(path):
-        if frame is not None:
-            yield _pixels(path, frame), frame.time, stream.average_rate
+        yield _frame_pixels(path, frame), frame.time, stream.average_rate
 
 
 def frame_rate(times, declared=None):
@@ -277,19 +231,13 @@ def frame_rate(times, declared=None):
 def read_video(path):
     """All frames of a video, uint8 (T, H, W, 3), and its frames per second. Raises MediaError."""
     frames, times, declared = zip(*video_frames(path))
-    if len({x.shape for x in frames}) > 1:
-        raise unreadable(path, "its frames have several sizes; convert it to one size")
     return torch.stack(frames), frame_rate(times, declared[-1])
 
 
 def read_settings(path):
-    """The settings that VideoWriter stored in a video; None without any. Raises MediaError."""
-    with _open(path) as file, _open_container(path, file) as container:
-        comment = _tags(container).get("comment", "null")
-    try:
-        return json.loads(comment)
-    except ValueError:  # a comment by somebody else
-        return None
+    """The settings that VideoWriter stored in an .mp4 or .webm; None if there are none."""
+    with _container(path) as container:
+        return json.loads(_tags(container).get("comment", "null"))
 
 
 def fit_image(img, width, height, aspect=1):
@@ -336,6 +284,7 @@ ENCODERS = {  # extension: codec, its options
     ".webm": ("libvpx-vp9", {"crf": "20", "b": "0", "deadline": "good", "cpu-used": "4"}),
     ".gif": ("gif", {}),
 }
+PNG_NAME = "frame_{:04d}.png"
 
 
 def write_png(path, img):
@@ -352,10 +301,11 @@ class VideoWriter:
             video.write(frames)  # uint8 (T, H, W, 3), any number of times
 
     The name decides the format: .mp4 (H.264, plays in browsers), .webm (VP9), .gif (a palette per
-    frame), or a new folder of PNGs if it has no extension or ends in a slash. settings: a dict for
-    JSON, kept in the comment tag of .mp4 and .webm. The file appears when the `with` block ends
-    without an error; until then an older one stays. Same machine, versions and frames: same bytes.
-    Raises MediaError at once if the name or the rate cannot be used."""
+    frame), or a folder of PNGs if it has no extension or ends in a slash. settings: a dict for
+    JSON, kept in the comment tag of .mp4 and .webm. The output appears when the `with` block ends
+    without an error, and replaces an older one of the same kind. The same frames give the same
+    bytes, given the same machine and versions. Raises MediaError at once if the name or the rate
+    cannot be used."""
 
     def __init__(self, path, fps, settings=None):
         self.path, self.settings = Path(path), settings or {}
@@ -365,10 +315,17 @@ class VideoWriter:
         fastest = 50 if self.kind == ".gif" else 1000
         if not 0 < fps <= fastest:
             raise MediaError(f"{path}: {fps} frames per second: must be above 0, at most {fastest}")
-        if self.path.is_dir() or (self.path.exists() and not self.kind):
-            raise MediaError(f"{path}: exists and is not replaced; choose another name")
+        if not self._may_replace():
+            raise MediaError(f"{path}: exists and is not such a video; choose another name")
         self.fps = Fraction(fps).limit_denominator(1001)  # 30000/1001 and 7.5 alike
         self.count, self.size, self.container = 0, None, None
+
+    def _may_replace(self):
+        """Whether the name is free, or has a file of this kind or a folder of our PNGs."""
+        if not self.path.is_dir():
+            return bool(self.kind) or not self.path.exists()
+        names = os.listdir(self.path)
+        return not self.kind and set(names) == {PNG_NAME.format(i) for i in range(len(names))}
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -383,14 +340,13 @@ class VideoWriter:
         """Appends uint8 (T, H, W, 3); H and W are those of the first call."""
         frames = torch.as_tensor(frames).cpu().numpy()
         self.size = self.size or frames.shape[1:]
-        if frames.dtype != np.uint8 or frames.shape[1:] != self.size or self.size[2:] != (3,):
-            found = f"{frames.dtype} {frames.shape}"
-            raise ValueError(f"frames must be uint8 (T, H, W, 3), all of one size, not {found}")
+        if frames.dtype != np.uint8 or frames.shape[1:] != self.size:
+            raise ValueError(f"{frames.dtype} {frames.shape}: not uint8 (T, H, W, 3) of one size")
         for x in frames:
             if self.kind:
                 self._encode(x)
             else:
-                write_png(self.new / f"frame_{self.count:04d}.png", x)
+                write_png(self.new / PNG_NAME.format(self.count), x)
             self.count += 1
 
     def _encode(self, x):
@@ -443,6 +399,8 @@ class VideoWriter:
             if self.kind:
                 self.container.mux(self.stream.encode(None))
                 self.container.close()
+            elif self.path.exists():  # os.replace refuses a folder that holds files
+                os.replace(self.path, Path(self.temporary.name, "old"))
             os.replace(self.new, self.path)
 
 
@@ -504,7 +462,7 @@ def draw_condition(seed, name, size):
 # shown. Headers are not used: they count damaged, hidden and missing frames. A shot is what lies
 # between two hard cuts; clips never cross one.
 
-INDEX = ".exsvd-index-4.jsonl"  # the number changes with the format
+INDEX = ".exsvd-index-5.jsonl"  # the number changes with the format
 SUFFIXES = set(".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf"
                " .ogv .ts .vob .webm .wmv .y4m".split())  # in folders; a list may name any file
 COLUMNS = ("path", "video", "file")  # where the path is in a .csv or .json list
@@ -512,42 +470,30 @@ csv.field_size_limit(2**31 - 1)  # captions may be long
 
 
 def _read_list(source):
-    """The entries of a list: texts of a .txt file, dicts of a .csv file, either of a .json file."""
+    """The paths that a list holds, as they stand there."""
     kind = source.suffix.lower()
-    if not source.exists():
-        raise unreadable(source, "there is no such file or folder")
     if kind not in (".txt", ".csv", ".json"):
-        raise unreadable(source, "it is no folder, no .txt, .csv or .json list, no .py file")
+        raise unreadable(source, "there is no such folder, and it is no .txt, .csv or .json list")
     try:
-        with open(source, encoding="utf-8-sig", newline="") as f:  # drops a byte order mark
-            text = f.read()
-    except (OSError, ValueError) as e:
+        with open(source, encoding="utf-8-sig", newline="") as f:  # -sig drops a byte order mark
+            if kind == ".csv":
+                rows = list(csv.DictReader(f))
+            else:
+                rows = json.load(f) if kind == ".json" else f.read().split("\n")
+    except (OSError, ValueError, csv.Error) as e:
         raise unreadable(source, e) from e
-    if kind == ".txt":
-        return [line.strip() for line in text.split("\n") if not line.startswith("#")]
-    try:
-        if kind == ".csv":
-            return list(csv.DictReader(io.StringIO(text, newline="")))
-        entries = json.loads(text)
-    except (ValueError, RecursionError, csv.Error) as e:
-        raise unreadable(source, e) from e
-    if not isinstance(entries, list):
+    if not isinstance(rows, list):
         raise unreadable(source, "its JSON is not a list: give a list of paths or of objects")
-    return entries
-
-
-def _path_of(source, entry):
-    """The path in an entry of a list; "" if it is empty."""
-    if isinstance(entry, dict):
-        cells = [entry[key] for key in COLUMNS if key in entry]
-        if not cells:
-            found = ", ".join(map(repr, list(entry)[:10]))
-            wanted = "the path must be in a column named path, video or file"
-            raise unreadable(source, f"it has the columns {found}; {wanted}")
-        entry = next(filter(None, cells), "")
-    if not isinstance(entry, str):
-        raise unreadable(source, f"it holds {str(entry):.40} where a path should be")
-    return entry
+    paths = []
+    for row in rows:
+        if isinstance(row, dict):
+            column = next((key for key in COLUMNS if key in row), None)
+            if column is None:
+                raise unreadable(source, f"it has the columns {', '.join(map(repr, row))}; the "
+                                         "path must be in a column named path, video or file")
+            row = row[column]
+        paths.append(str(row or "").strip())
+    return paths
 
 
 def list_files(source):
@@ -562,7 +508,7 @@ def list_files(source):
         found = [p for p in Path(root).rglob("*") if p.suffix.lower() in SUFFIXES]
         paths = [str(p) for p in found if p.is_file() and not p.name.startswith(".")]
     else:
-        paths = [_path_of(source, entry) for entry in _read_list(source)]
+        paths = _read_list(source)
     files = {}
     for path in filter(None, paths):
         path = os.path.abspath(os.path.join(root, path))
@@ -579,9 +525,9 @@ CUT_RATIO = 2.0  # by this many times the third largest step nearby
 def find_cuts(lags):
     """Numbers of the frames that follow a hard cut.
 
-    lags (N, 3): how far each frame is from the 1, 2 and 3 before it. At a cut both frames before
-    it differ from both after it, unlike at a flash of one frame, and by far more than frames nearby
-    differ, unlike in fast motion or in drawings that change every second or third frame."""
+    lags (N, 3): how far each frame is from the 1, 2 and 3 before it. At a cut, both frames before
+    it differ from both after it, unlike at a flash of one frame. They also differ by far more than
+    frames nearby do, unlike in fast motion or in drawings that change every few frames."""
     after = np.concatenate([lags[1:], np.full((1, 3), np.inf)])
     jump = np.minimum(lags[:, :2].min(1), after[:, 1:].min(1))
     steps = np.pad(np.where(np.isfinite(lags[:, 0]), lags[:, 0], 0), 6, "reflect")
@@ -594,12 +540,9 @@ def find_cuts(lags):
 
 def scan(path):
     """What the index keeps of one file, for JSON; {"error": why} if the file cannot be used."""
-    stamps, lags, bad, recent = [], [], 0, deque(maxlen=3)
+    stamps, lags, recent = [], [], deque(maxlen=3)
     try:
         for frame, stream in _decode(path):
-            if frame is None:
-                bad += 1
-                continue
             if stamps and stamps[-1] is not None and frame.pts == stamps[-1]:
                 continue  # two frames at one time: the second is never shown
             x = _convert(path, frame, "rgb24", **THUMBNAIL) / np.float32(255)
@@ -607,7 +550,7 @@ def scan(path):
             lags.append(distances + [math.inf] * (3 - len(recent)))
             recent.appendleft(x)
             stamps.append(frame.pts)
-            last, base, aspect = frame, stream.time_base, stream.sample_aspect_ratio or 1
+            base = stream.time_base
     except MediaError as e:
         return {"error": str(e).removeprefix(f"{one_line(path)}: ")}
     file = one_line(os.path.basename(path))
@@ -623,9 +566,7 @@ def scan(path):
     changes = []  # how much the thumbnails of each shot change per frame
     for a, b in itertools.pairwise([0, *cuts, len(stamps)]):
         changes.append(round(float(lags[a + 1:b, 0].mean()), 6) if b > a + 1 else 0.0)
-    size = [round(last.width * aspect), last.height]  # of square pixels
-    return {"frames": len(stamps), "bad": bad, "cuts": cuts, "change": changes,
-            "size": size[::-1] if last.rotation % 180 else size,
+    return {"frames": len(stamps), "cuts": cuts, "change": changes,
             "base": [base.numerator, base.denominator], "start": stamps[0],
             "steps": [[k, len(list(run))] for k, run in itertools.groupby(steps.tolist())]}
 
@@ -641,49 +582,31 @@ def _times(entry):
     return _stamps(entry) * (entry["base"][0] / entry["base"][1])
 
 
-def _key(path):
-    """Size and time of the last change of a file, None if it cannot be opened."""
-    try:
-        with _open(path) as f:
-            stat = os.fstat(f.fileno())
-    except MediaError:
-        return None
-    return [stat.st_size, stat.st_mtime_ns]
-
-
 def build_index(source, files):
-    """{name: what scan() found, and the file's key}. A file is scanned again if its key changed.
+    """{name: what scan() found}. A file that was changed is scanned again.
 
-    The index is kept beside the videos, or under ~/.cache where they are read-only: a line of JSON
-    per file, written when the file was scanned, so that an interrupted build can go on."""
+    The index is a file beside the videos, or beside their list (give a list if the folder of the
+    videos is read-only). It has a line of JSON per video, written when the video was scanned, so
+    that an interrupted build goes on where it was."""
     source = Path(os.path.abspath(source))
     cache = source / INDEX if source.is_dir() else source.with_name(f".{source.name}{INDEX}")
-    if not os.access(cache.parent, os.W_OK):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        name = hashlib.blake2b(os.fsencode(source), digest_size=12).hexdigest()
-        cache = home / "exsvd" / (name + INDEX)
     known = {}
     for line in cache.read_bytes().split(b"\n") if cache.exists() else []:
         with contextlib.suppress(ValueError):  # empty, or cut off while it was written
             name, entry = json.loads(line)
             known[name] = entry
-    keys = {name: _key(path) for name, path in files.items()}
-    todo = [name for name in files if name not in known or known[name]["key"] != keys[name]]
+    changed = {name: os.path.exists(path) and os.stat(path).st_mtime_ns
+               for name, path in files.items()}
+    todo = [name for name in files if known.get(name, {}).get("changed") != changed[name]]
     if todo:
-        cache.parent.mkdir(parents=True, exist_ok=True)
         linux = hasattr(os, "sched_getaffinity")  # there it is what this process may use
         cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-        pool = ThreadPoolExecutor(cores)  # FFmpeg lets other threads run
-        try:
-            jobs = {pool.submit(scan, files[name]): name for name in todo}
-            with open(cache, "a") as f:
-                for job in tqdm(as_completed(jobs), "index", len(todo), unit="file"):
-                    name = jobs[job]
-                    known[name] = job.result() | {"key": keys[name]}
-                    f.write("\n" + json.dumps([name, known[name]]))
-                    f.flush()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with ThreadPool(cores) as pool, open(cache, "a") as f:  # FFmpeg lets other threads run
+            scanned = pool.imap_unordered(lambda name: (name, scan(files[name])), todo)
+            for name, entry in tqdm(scanned, "index", len(todo), unit="file"):
+                known[name] = entry | {"changed": changed[name]}
+                f.write("\n" + json.dumps([name, known[name]]))
+                f.flush()
     return {name: known[name] for name in files}
 
 
@@ -727,19 +650,18 @@ def build_index(source, files):
 
 def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion")):
     """Raises MediaError if an item is not as described above: its key, what was found, what is
-    wanted. ctx_dim: the D of the UNet. ids: the numbers that it needs ("aug" if encoded only)."""
+    wanted. ctx_dim: the D of the UNet. ids: the numbers that the UNet needs."""
     if not isinstance(item, dict):
         raise MediaError(f"dataset[0]: found {type(item).__name__}, wanted a dict")
     W, H = size
-    latent = (4, H // 8, W // 8)
-    ids = [key for key in ids if key != "aug"]
+    shapes, dtype = {"video": (frames, 3, H, W)}, torch.uint8
+    names = [name for name in ids if name != "aug"]  # of a clip of pixels, train.py draws it
     if "latents" in item:
-        shapes = {"latents": (frames, *latent), "cond": latent}
+        latent = (4, H // 8, W // 8)
+        shapes, dtype = {"latents": (frames, *latent), "cond": latent}, torch.float32
         if ctx_dim:
             shapes["ctx"] = (ctx_dim,)
-        dtype, ids = torch.float32, [*ids, "aug"]
-    else:
-        shapes, dtype = {"video": (frames, 3, H, W)}, torch.uint8
+        names.append("aug")
 
     def refuse(key, wanted):
         x = item.get(key, "nothing")
@@ -749,9 +671,9 @@ def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion")):
 
     for key, shape in shapes.items():
         x = item.get(key)
-        if not isinstance(x, torch.Tensor) or x.dtype != dtype or tuple(x.shape) != shape:
-            refuse(key, f"Tensor of {dtype} {shape}")
-    for key in ids:
+        if not isinstance(x, torch.Tensor) or x.dtype != dtype or x.shape != shape:
+            refuse(key, f"Tensor of {dtype} {tuple(shape)}")
+    for key in names:
         x = item.get(key)
         x = x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x
         if not isinstance(x, numbers.Real) or not math.isfinite(x) or (key == "fps" and x <= 0):
@@ -763,21 +685,18 @@ def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion")):
 def _numbered(path, entry, size, wanted=None, seek=None):
     """Yields (number, pixels) for a file's frames, from its start or the key frame at or before
     the time stamp `seek`. Pixels are uint8 (3, H, W), None for frames that are not in `wanted`."""
-    if entry.get("key") not in (None, _key(path)):
-        raise unreadable(path, "it was changed after it was indexed; start again")
     number_of = {stamp: i for i, stamp in enumerate(_stamps(entry).tolist())}
     before = -1
     for frame, stream in _decode(path, seek):
-        number = None if frame is None else number_of.get(frame.pts)
-        # After a seek, frames may be damaged that the index does not have, since they depend on
-        # earlier ones. Of two frames with one time stamp only the first has a number.
+        number = number_of.get(frame.pts)
+        # After a seek, a damaged frame that the index does not have may be decoded all the same.
+        # Of two frames with one time stamp only the first counts.
         if number is None or number <= before:
             continue
         before, pixels = number, None
         if wanted is None or number in wanted:
-            aspect = stream.sample_aspect_ratio or 1
-            aspect = 1 / aspect if frame.rotation % 180 else aspect
-            pixels = to_uint8(fit_image(_pixels(path, frame), *size, aspect))
+            img = _frame_pixels(path, frame)
+            pixels = to_uint8(fit_image(img, *size, stream.sample_aspect_ratio or 1))
         yield number, pixels
 
 
@@ -785,18 +704,16 @@ def read_clip(path, entry, numbers, size):
     """Frames of a video by number: uint8 (T, 3, H, W); size (W, H). Raises MediaError."""
     first, last, wanted = int(numbers[0]), int(numbers[-1]), set(map(int, numbers))
     at, second = _stamps(entry)[first], entry["base"][1] / entry["base"][0]
-    # Key frames are found by decoding time, and may be shown after `first`: then seek earlier.
-    for seek in (at, at - 2 * second, at - 20 * second, None):
+    earlier = max(at - 2 * second, entry["start"])
+    # FFmpeg finds a key frame by the time of its decoding. It may be shown after `first`. Then the
+    # second attempt seeks further back, and the third starts at the beginning.
+    for seek in (at, earlier, None):
         got = {}
-        try:
-            for i, pixels in _numbered(path, entry, size, wanted, seek):
-                if pixels is not None:
-                    got[i] = pixels
-                if i >= last or (i > first and first not in got):
-                    break
-        except MediaError:  # not every container can seek
-            if seek is None:
-                raise
+        for i, pixels in _numbered(path, entry, size, wanted, seek):
+            if pixels is not None:
+                got[i] = pixels
+            if i >= last or (i > first and first not in got):
+                break
         if len(got) == len(wanted):
             return torch.stack([got[int(i)] for i in numbers])
     raise unreadable(path, "its frames are not those of the index; remove the index")
@@ -804,7 +721,8 @@ def read_clip(path, entry, numbers, size):
 
 @dataclass
 class Clips:
-    """Clips out of files. An epoch takes one clip, anywhere in it, of each usable file."""
+    """Clips of videos; items hold "video". An epoch takes one clip of each usable file, from
+    anywhere in it."""
     source: str  # what list_files() takes, or a folder that encode() wrote
     frames: int  # of a clip
     size: tuple  # (W, H): frames are scaled to cover it and centre cropped
@@ -817,10 +735,10 @@ class Clips:
 
     def __post_init__(self):
         self.size = W, H = list(self.size)  # a list, as in JSON
-        positive = min(self.frames, self.stride, self.start_every, W, H) > 0
-        if not positive or (self.fps or 1) <= 0 or self.seed < 0 or W % 8 or H % 8:
-            raise MediaError(f"frames {self.frames}, stride {self.stride}, fps {self.fps}, seed "
-                             f"{self.seed}, size {W}x{H}: must be positive, sizes multiples of 8")
+        positive = min(self.frames, self.stride, self.fps or 1, self.start_every, W, H) > 0
+        if not positive or W % 8 or H % 8:
+            raise MediaError(f"frames {self.frames}, stride {self.stride}, fps {self.fps}, size "
+                             f"{W}x{H}: must be positive, sizes multiples of 8")
         self.index = self._open()  # {name: what scan() found}
         self.usable, self.left_out = {}, {}  # {name: ranges of first frames}, {name: why not}
         for name, entry in self.index.items():
@@ -831,6 +749,10 @@ class Clips:
         self.names = list(self.usable)
         self.id = hashlib.blake2b(repr(self.usable).encode(), digest_size=8).hexdigest()
         self.warned = set()
+
+    def _open(self):
+        self.files = list_files(self.source)
+        return build_index(self.source, self.files)
 
     def _find_clips(self, name, entry):
         every = np.arange(entry["frames"])
@@ -871,16 +793,18 @@ class Clips:
         return (f"{self.source}: {len(self.names)} of {len(self.index)} files hold {clips:,} clips "
                 f"of {self.frames} frames at {rate}{left_out}")
 
-    def _draw(self, n, attempt):
+    def _draw(self, n):
         """The file of clip n, and which of its starts."""
-        rng = np.random.default_rng([self.seed, 1, n, attempt])
-        if attempt == 0:
-            epoch, i = divmod(n, len(self.names))
-            order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.names))
-            name = self.names[order[i]]
-        else:
-            name = self.names[rng.integers(len(self.names))]
-        return name, int(rng.integers(len(self.starts(name))))
+        epoch, i = divmod(n, len(self.names))
+        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.names))
+        name = self.names[order[i]]
+        row = np.random.default_rng([self.seed, 1, n]).integers(len(self.starts(name)))
+        return name, int(row)
+
+    def _load(self, name, row, numbers):
+        """What an item holds of its own kind, and the motion score of the clip."""
+        video = read_clip(self.files[name], self.index[name], numbers, self.size)
+        return {"video": video}, motion_score(video)
 
     def _read(self, name, row):
         start, times = self.starts(name)[row], _times(self.index[name])
@@ -891,61 +815,38 @@ class Clips:
         return item | {"name": f"{name}@{start}", "fps": fps, "motion": motion}
 
     def __getitem__(self, n):
-        name, row = self._draw(int(n), 0)
+        name, row = self._draw(int(n))
         try:
             return self._read(name, row)
-        except MediaError as e:  # removed or changed during the run: take one other clip instead
+        except MediaError as e:  # the file was removed or changed during the run
             if name not in self.warned:
                 print(f"{e}; other clips take its place", file=sys.stderr, flush=True)
             self.warned.add(name)
-        return self._read(*self._draw(int(n), 1))
-
-
-class VideoClips(Clips):
-    """Items hold "video"."""
-
-    def _open(self):
-        self.files = list_files(self.source)
-        return build_index(self.source, self.files)
-
-    def _load(self, name, row, numbers):
-        video = read_clip(self.files[name], self.index[name], numbers, self.size)
-        return {"video": video}, motion_score(video)
+        return self._read(*self._draw(int(n) + 10**9))  # a clip that no run comes to
 
 
 class LatentClips(Clips):
-    """Items hold "latents", "cond", "ctx", "aug", from a folder that encode() wrote.
-
-    The noise in "cond" is that of the seed with which they were encoded."""
+    """Clips from a folder that encode() wrote; items hold "latents", "cond", "ctx", "aug". The
+    noise in "cond" is that of the seed with which they were encoded."""
 
     def _open(self):
         encoded = json.loads(Path(self.source, SETTINGS).read_text())
-        for key in ("size", "frames", "stride", "fps"):
+        for key in ("size", "frames", "stride", "fps", "skip_static"):
             ours, theirs = getattr(self, key), encoded[key]
             if ours != theirs:
                 raise MediaError(f"{self.source}: was encoded with {key} {theirs}, not {ours}")
-        if self.skip_static not in (0, encoded["skip_static"]):
-            raise MediaError(f"{self.source}: skip static shots when you encode, not later")
-        self.skip_static, self.start_every = encoded["skip_static"], encoded["start_every"]
-        self.total = encoded["total"]
+        self.start_every = encoded["start_every"]
         index = {}
         for path in sorted(Path(self.source).rglob("*.safetensors")):
             name = str(path.relative_to(self.source)).removesuffix(".safetensors")
             index[name] = exsvd.Tensors(str(path)).meta["index"]
         return dict(sorted(index.items()))
 
-    def describe(self):
-        missing = self.total - len(self.index)
-        return super().describe() + (f"; {missing} are not encoded yet" if missing > 0 else "")
-
     def _load(self, name, row, numbers):
-        path, first, last = _latents_file(self.source, name), int(numbers[0]), int(numbers[-1])
-        try:
-            with safe_open(path, "pt") as f:
-                rows = {key: f.get_slice(key)[row] for key in ("cond", "ctx", "aug", "motion")}
-                latents = f.get_slice("latents")[first:last + 1]
-        except (OSError, SafetensorError) as e:
-            raise unreadable(path, f"{e}; run data.py encode again") from e
+        first, last = int(numbers[0]), int(numbers[-1])
+        with safe_open(_latents_file(self.source, name), "pt") as f:
+            rows = {key: f.get_slice(key)[row] for key in ("cond", "ctx", "aug", "motion")}
+            latents = f.get_slice("latents")[first:last + 1]
         latents = latents[torch.from_numpy(numbers - first)].float()
         item = {"latents": latents, "cond": rows["cond"].float(), "ctx": rows["ctx"].float()}
         return item | {"aug": rows["aug"].item()}, rows["motion"].item()
@@ -963,21 +864,21 @@ def _from_python(path, frames, size, seed):
     return module.clips(frames, tuple(size), seed)
 
 
-def open_dataset(source, frames, size, seed=0, or_nothing=False, **settings):
-    """The dataset of a source, as described above. Raises MediaError, also if it holds no clip,
-    unless or_nothing.
+def open_dataset(source, frames, size, seed=0, **settings):
+    """The dataset of a source, as described above. Raises MediaError, also if it holds no clip.
 
     source: videos (see list_files), a folder that encode() wrote, or a Python file that defines
-    clips(frames, size, seed). size: (W, H). settings: of Clips; a Python file takes none. Of
-    several processes one must open the videos first: it builds the index that the others find."""
+    clips(frames, size, seed). size: (W, H). settings: of Clips; a Python file takes none. If
+    several processes use the same videos, one must open them first: it builds the index that the
+    others find."""
     if str(source).endswith(".py") and os.path.isfile(source):
         if settings != {key: getattr(Clips, key) for key in settings}:
             raise MediaError(f"{source}: --stride, --fps, --motion and --skip-static are for "
                              "videos; leave them out")
         return _from_python(source, frames, size, seed)
-    kind = LatentClips if os.path.exists(os.path.join(source, SETTINGS)) else VideoClips
+    kind = LatentClips if os.path.exists(os.path.join(source, SETTINGS)) else Clips
     dataset = kind(source, frames, size, seed, **settings)
-    if not dataset.names and not or_nothing:
+    if not dataset.names:
         raise MediaError(f"{dataset.describe()}: nothing to use; python data.py check says why")
     return dataset
 
@@ -985,9 +886,9 @@ def open_dataset(source, frames, size, seed=0, or_nothing=False, **settings):
 # --------------------------------------------------------------------------------------------------
 # 6. Encoding: every frame once, so that training needs neither the VAE nor CLIP
 #
-# A .safetensors file per video: "latents" of all frames; and a row for each frame at which a clip
-# can start, in this order, of "cond", "ctx", "aug", "motion" (the score). Its metadata is its entry
-# in the index.
+# There is a .safetensors file per video. It holds "latents" of all frames, and a row of "cond",
+# "ctx", "aug" and "motion" (the score) for each frame at which a clip can start, in this order. Its
+# metadata is the video's entry in the index.
 
 SETTINGS = "latents.json"  # in a folder of latents: with what it was encoded
 
@@ -1007,9 +908,9 @@ def encode_frames(vae, video):
 
 @torch.no_grad()
 def encode_condition(vae, clip, frame, aug, noise):
-    """What a first frame, float (3, H, W) in [-1, 1], conditions the model on: the unscaled mean
-    latent (4, H/8, W/8) of frame + aug * noise, and the CLIP embedding (D,) of the frame alone, at
-    this size, as in Stability's code."""
+    """What the model is conditioned on, given a first frame, float (3, H, W) in [-1, 1]: the
+    unscaled mean latent (4, H/8, W/8) of frame + aug * noise, and the CLIP embedding (D,) of the
+    frame alone, taken at this size as in Stability's code."""
     device = next(vae.parameters()).device
     frame, aug, noise = (torch.as_tensor(x).to(device) for x in (frame, aug, noise))
     ctx = clip(exsvd.preprocess_clip(frame[None], clip.config.image))
@@ -1017,12 +918,14 @@ def encode_condition(vae, clip, frame, aug, noise):
 
 
 def _encode_file(dataset, name, svd, dtype, progress):
-    """The tensors of one file. It holds the pixels of no more frames than a clip spans."""
-    times, starts = _times(dataset.index[name]), dataset.starts(name)
-    can_start, device = set(starts), svd.vae.quant_conv.weight.device
+    """The tensors of one video. Only as many frames as a clip spans are in memory at a time."""
+    path, entry, device = dataset.files[name], dataset.index[name], svd.vae.quant_conv.weight.device
+    times, starts = _times(entry), dataset.starts(name)
+    can_start = set(starts)
+    clips = deque(dataset._picks(times, start, np.arange(dataset.frames)) for start in starts)
     tensors = {"latents": [], "cond": [], "ctx": [], "aug": [], "motion": []}
     window = {}  # {number: pixels} of the frames that clips still need
-    for i, pixels in _numbered(dataset.files[name], dataset.index[name], dataset.size):
+    for i, pixels in _numbered(path, entry, dataset.size):
         window[i] = pixels.to(device)
         frame = to_float(window[i])
         tensors["latents"].append(encode_frames(svd.vae, frame[None])[0].to("cpu", dtype))
@@ -1032,17 +935,13 @@ def _encode_file(dataset, name, svd, dtype, progress):
             tensors["cond"].append(cond.to("cpu", dtype))
             tensors["ctx"].append(ctx.to("cpu", dtype))
             tensors["aug"].append(aug)
-        for start in starts[len(tensors["motion"]):]:
-            clip = dataset._picks(times, start, np.arange(dataset.frames)).tolist()
-            if clip[-1] > i:  # it does not end yet
-                break
-            score = motion_score([window[k] for k in clip])
+        while clips and clips[0][-1] <= i:  # all its frames are here
+            score = motion_score([window[k] for k in clips.popleft().tolist()])
             tensors["motion"].append(torch.tensor(score, dtype=torch.float64))
-        waiting = starts[len(tensors["motion"]):]
-        window = {k: x for k, x in window.items() if waiting and k >= waiting[0]}
+        window = {k: x for k, x in window.items() if clips and k >= clips[0][0]}
         progress.update()
     if len(tensors["latents"]) != len(times):
-        raise unreadable(dataset.files[name], "its frames are not those of the index")
+        raise unreadable(path, "its frames are not those of the index; remove the index")
     return {key: torch.stack(rows) for key, rows in tensors.items()}
 
 
@@ -1052,28 +951,22 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
     dtype: of what is stored. shard: (I, N), the I-th of N parts. settings: frames, size, seed and
     others of Clips. The VAE's encoder runs in float32, which it needs, CLIP in best_dtype().
     Raises MediaError, also if `out` was begun with other settings."""
-    dataset = open_dataset(source, **settings)
-    if not isinstance(dataset, VideoClips):
-        raise MediaError(f"{source}: only videos can be encoded")
+    dataset = Clips(source, **settings)
     svd = exsvd.load(model, device=device, parts=("vae", "clip"))
     svd.clip.to(exsvd.best_dtype(device))
-    ours = {"model": Path(model).name, "dtype": str(dtype), "total": len(dataset.names)}
+    ours = {"model": Path(model).name, "dtype": str(dtype)}
     for key in ("seed", "size", "frames", "stride", "fps", "skip_static", "start_every"):
         ours[key] = getattr(dataset, key)
     store = Path(out, SETTINGS)
     theirs = json.loads(store.read_text()) if store.exists() else ours
     for key in ours:
-        if key != "total" and theirs[key] != ours[key]:
+        if theirs[key] != ours[key]:
             raise MediaError(f"{out}: was begun with {key} {theirs[key]}, not {ours[key]}")
     store.parent.mkdir(parents=True, exist_ok=True)
     store.write_text(json.dumps(ours))
     part, parts = shard
-    todo = []
-    for name in dataset.names:
-        path, mine = _latents_file(out, name), zlib.crc32(name.encode()) % parts == part - 1
-        entry = exsvd.Tensors(path).meta["index"] if os.path.exists(path) else None
-        if mine and entry != dataset.index[name]:
-            todo.append(name)
+    mine = [name for name in dataset.names if zlib.crc32(name.encode()) % parts == part - 1]
+    todo = [name for name in mine if not os.path.exists(_latents_file(out, name))]
     frames = sum(dataset.index[name]["frames"] for name in todo)
     with tqdm(desc="encode", total=frames, unit="frame") as progress:
         for name in todo:
@@ -1088,82 +981,63 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
 # 7. Command line
 
 COST = """Computed, not measured: in float32 the encoder takes 1.1 TFLOP for a frame of 512x512. For
-the 40,258 videos of Open-Sora-Plan 1.0 (274 hours, 29 million frames) that is 116 hours of 8 A100
+the 40,258 videos of Open-Sora-Plan 1.0 (274 hours, 29 million frames) that is 116 hours on 8 A100
 at half of their 19.5 TFLOP/s, and as much again for the condition latents; --start-every 16 makes
 these 7 hours. An epoch of train.py encodes 128 frames of each video, so encoding all frames first
 pays off after 6 epochs."""
 
 
 def check(source, **settings):
-    """Prints which files of a set would be used, and why others would not. -> files to be used"""
-    dataset = open_dataset(source, or_nothing=True, **settings)
-    if not isinstance(dataset, Clips):
-        check_item(dataset[0], settings["frames"], settings["size"])
-        print(f"{source}: dataset[0] is as it should be")
-        return 1
+    """Prints which files of a set of videos cannot be used and why. -> number of the others"""
+    dataset = Clips(source, **settings)
     for name, why in dataset.left_out.items():
         print(f"  left out  {name}: {why}")
     print(dataset.describe())
-    used = [dataset.index[name] for name in dataset.names]
-    if used:
-        times = [_times(entry) for entry in used]
-        rates = [frame_rate(t) for t in times]
-        hours = sum(t[-1] - t[0] for t in times) / 3600
-        cuts = sum(len(entry["cuts"]) for entry in used)
-        damaged = sum(entry["bad"] > 0 for entry in used)
-        W, H = dataset.size
-        small = sum(entry["size"][0] < W or entry["size"][1] < H for entry in used)
-        print(f"  {hours:.2f} hours, {cuts} cuts, {min(rates):.5g} to {max(rates):.5g} frames per "
-              f"second; {damaged} with damaged packets, {small} smaller than {W}x{H}")
-    return len(used)
+    return len(dataset.names)
 
 
-def frame_size(text):
-    """An argparse type: WxH -> (W, H)."""
-    try:
-        W, H = map(int, text.lower().split("x"))
-    except ValueError:
-        message = f"{text}: write it as WIDTHxHEIGHT, for example 512x512"
-        raise argparse.ArgumentTypeError(message) from None
+def size(text):
+    """WxH -> (W, H), for argparse, which names this function in its message."""
+    W, H = map(int, text.lower().split("x"))
     return W, H
 
 
 def shard(text):
-    """An argparse type: I/N -> (I, N)."""
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise argparse.ArgumentTypeError(f"{text}: write it as I/N, from 1/N to N/N")
-    return int(part), int(parts)
+    """I/N -> (I, N), for argparse."""
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError
+    return part, parts
 
 
 def main():
-    p = argparse.ArgumentParser(description="Look at a set of videos, or encode it for training.")
+    p = argparse.ArgumentParser(description="Check a set of videos, or encode it for training.")
     commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("check", help="say which files would be used, and why others would not")
-    c.add_argument("data", help="folder, .txt, .csv or .json list, encoded latents or Python file")
-    e = commands.add_parser("encode", epilog=COST,
-                            help="store latents and embeddings; run again, it goes on")
-    e.add_argument("--model", required=True, help="SVD-XT, for its VAE and CLIP")
-    e.add_argument("--data", required=True, help="folder of videos, or .txt, .csv or .json list")
-    e.add_argument("--out", required=True, help="folder for the latents")
-    e.add_argument("--seed", type=int, default=0, help="of the noise on condition images [0]")
-    e.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"],
-                   help="of what is stored; float16 changes the loss of a clip by up to 5e-5 of "
-                   "itself, bfloat16 by 9e-4, float32 not at all [float16]")
-    e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="[cuda if there is one]")
-    e.add_argument("--start-every", type=int, default=1, metavar="K", help="clips start at every "
-                   "K-th frame only, so that fewer condition latents are needed [1]")
-    e.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="encode the I-th of "
-                   "N parts, on a GPU each; `data.py check` before that builds the index once")
-    for q in (c, e):
-        q.add_argument("--frames", type=int, help="of a clip [what the model says, else 128]")
-        q.add_argument("--size", type=frame_size, metavar="WxH",
-                       help="multiples of 8 [what the model says, else 512x512]")
-        q.add_argument("--stride", type=int, default=1, help="take every so many frames [1]")
-        q.add_argument("--fps", type=float, help="take the frames nearest to this rate instead")
-        q.add_argument("--skip-static", type=float, default=0.0,
-                       help="leave out shots that change less than this; 0.002 finds stills [0]")
+    check_it = commands.add_parser("check", help="say which files cannot be used, and why")
+    encode_it = commands.add_parser("encode", epilog=COST, help="store latents and embeddings; the "
+                                    "same command goes on where it was stopped")
+    videos = "folder of videos, or a .txt, .csv or .json list of them"
+    check_it.add_argument("data", help=videos)
+    flag = encode_it.add_argument
+    flag("--model", required=True, help="SVD-XT, for its VAE and CLIP")
+    flag("--data", required=True, help=videos)
+    flag("--out", required=True, help="folder for the latents")
+    flag("--seed", type=int, default=0, help="of the noise on condition images [0]")
+    flag("--dtype", default="float16", choices=["float32", "float16", "bfloat16"],
+         help="of what is stored; float16 changes the loss of a clip by up to 5e-5 of itself, "
+         "bfloat16 by 9e-4, float32 not at all [float16]")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[a GPU]")
+    flag("--start-every", type=int, default=1, metavar="K", help="clips start at every K-th frame "
+         "only, so that fewer condition latents are needed [1]")
+    flag("--shard", type=shard, default=(1, 1), metavar="I/N", help="encode the I-th of N parts, "
+         "one per GPU; run `data.py check` first, which builds the index")
+    for flag in check_it.add_argument, encode_it.add_argument:
+        flag("--frames", type=int, help="of a clip [what the model says, else 128]")
+        flag("--size", type=size, metavar="WxH", help="[what the model says, else 512x512]")
+        flag("--stride", type=int, default=1, help="take every so many frames [1]")
+        flag("--fps", type=float, help="take the frames nearest to this rate instead")
+        flag("--skip-static", type=float, default=0.0, help="leave out shots that change less than "
+             "this; 0.002 finds stills [0]")
     a = p.parse_args()
     settings = {"frames": 128, "size": (512, 512)}
     try:

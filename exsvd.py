@@ -1,22 +1,28 @@
-"""ExSVD: Stable Video Diffusion extended to long videos by ExVideo, in one file, read from top to bottom.
+"""ExSVD: Stable Video Diffusion extended to long videos by ExVideo. Read it from top to bottom.
 
     1. Configurations         sizes of the three networks; SVD-XT is the default of each
     2. Primitives             sinusoid, attention, feed-forward
-    3. Spatio-temporal blocks slices of long videos; residual blocks over pixels, over frames, and the mix of the two
-    4. ExVideo                transformer block over frames, its positions and convolution, extend(), freeze()
+    3. Spatio-temporal blocks residual blocks over pixels and over frames, and the mix of the two
+    4. ExVideo                transformer block over frames, its extension; extend(), freeze()
     5. UNet                   (B,T,8,H,W) noisy and image latents -> (B,T,4,H,W)
     6. VAE                    image encoder, temporal decoder
     7. CLIP image encoder     ViT-H/14 and its antialiased preprocessing
-    8. EDM                    preconditioning, Karras sigmas, training loss
-    9. Checkpoints            every published weight file, by name rules; load(), load_weights(), save()
+    8. EDM                    preconditioning, Karras sigmas, training losses
+    9. Memory and speed       slices of long videos, weights that wait in CPU memory, torch.compile
+   10. Checkpoints            weight files, rules for names; load(), load_weights(), save()
 
-Shapes: B videos, T frames, C channels, H W size of latents (image size / 8), N = H*W pixels, D width of the context.
-Public functions speak (B, T, C, H, W). Inside there are three layouts, and every line that changes one says so:
-spatial (B*T, C, H, W), temporal convolution (B, C, T, H, W), temporal attention (B*N, T, C).
+Shapes: B videos, T frames, C channels, H W size of latents (image size / 8), N = H*W pixels, D
+width of the context. Public functions take and return (B, T, C, H, W). Inside there are three
+layouts, and every line that changes one says so: spatial (B*T, C, H, W), temporal convolution
+(B, C, T, H, W), temporal attention (B*N, T, C).
 
-Sources. Method: ExVideo (Duan et al. 2024, arXiv:2406.14130), sections 3.2 and 3.3. Base model: Stable Video Diffusion
-(Blattmann et al. 2023, arXiv:2311.15127). Diffusion: EDM (Karras et al. 2022, arXiv:2206.00364). Facts no paper states
-(orders, epsilons, names) were read off Stability-AI/generative-models, diffusers 0.42 and DiffSynth-Studio 1.1.9.
+`slices` in a signature is a Slices of section 9: it applies a function to some frames or pixels at
+a time, so that long videos fit in memory. Read `slices(f, x)` as f(x).
+
+Sources. Method: ExVideo (Duan et al. 2024, arXiv:2406.14130), sections 3.2 and 3.3. Base model:
+Stable Video Diffusion (Blattmann et al. 2023, arXiv:2311.15127). Diffusion: EDM (Karras et al.
+2022, arXiv:2206.00364). Facts no paper states (orders, epsilons, names) were read off
+Stability-AI/generative-models, diffusers 0.42 and DiffSynth-Studio 1.1.9.
 """
 
 import json
@@ -44,8 +50,8 @@ try:  # optional, CUDA only; everything works without it
 except ImportError:
     flash_attn_func = None
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Configurations. The defaults are SVD-XT; `heads` and `channels` have one entry per resolution level.
+# --------------------------------------------------------------------------------------------------
+# 1. Configurations. The defaults are SVD-XT. `heads` and `channels` have one entry per level.
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class UNetConfig:
     heads: tuple = (5, 10, 20, 20)  # head size 64 on every level of SVD
     context_dim: int = 1024         # D, width of the CLIP image embedding
     groups: int = 32                # of every GroupNorm
-    native_frames: int = 25         # what the base was trained on: SVD-XT 25, SVD 14. Not visible in the weights
+    native_frames: int = 25         # the base was trained on: SVD-XT 25, SVD 14. No weight shows it
     ids: tuple = ("fps", "motion", "aug")  # numbers that the UNet is conditioned on, see unet_ids()
 
 
@@ -74,35 +80,37 @@ class CLIPConfig:
     image: int = 224
 
 
-# Norm epsilons differ between the public codes; the weights were trained with Stability's, so these are Stability's.
-# (diffusers has 1e-6 in most UNet residual blocks, DiffSynth 1e-5 in the UNet transformer and the VAE's last norm.)
+# Norm epsilons differ between the public codes. These are Stability's, with which SVD was trained.
+# diffusers has 1e-6 in most UNet residual blocks. DiffSynth, under which ExVideo was tuned, has
+# 1e-5 in the UNet transformer and the VAE's last norm, which changes the UNet's output by 1.2e-5.
 EPS_UNET_RES = 1e-5          # residual blocks, spatial and temporal, and the last norm of the UNet
 EPS_UNET_TRANSFORMER = 1e-6  # GroupNorm that opens a transformer block
 EPS_LAYER_NORM = 1e-5        # every LayerNorm, CLIP's too
 EPS_VAE = 1e-6               # every VAE norm ...
 EPS_VAE_TEMPORAL = 1e-5      # ... but the decoder's temporal residual blocks
 
-VAE_SCALE = 0.18215  # the UNet's video latents are VAE latents times this (unit variance); its image latents are not
-EXVIDEO_ENCODE_SCALE = 0.13025  # what DiffSynth, with which the ExVideo release was made, has there: that of SDXL
-ID_DIM = 256         # width of the sinusoid of each of UNetConfig.ids
+VAE_SCALE = 0.18215  # the UNet's video latents are VAE latents times this, its image latents not
+EXVIDEO_ENCODE_SCALE = 0.13025  # DiffSynth, in which ExVideo was made, encodes with SDXL's scale
+ID_DIM = 256  # width of the sinusoid of each of UNetConfig.ids
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Primitives. Tokens are (batch, length, C).
 
 
 def sinusoid(t, dim):
-    """Sinusoidal features of scalars (Vaswani et al. 2017), cosines first as in SVD: (...) -> (..., dim), float32."""
-    freqs = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, dtype=torch.float32, device=t.device))
+    """Sinusoidal features (Vaswani et al. 2017), cosines first: (...) -> (..., dim), float32."""
+    k = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    freqs = torch.exp(-math.log(10000) / (dim // 2) * k)
     angles = t.float()[..., None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def best_dtype(device, training=False):
-    """The dtype that the networks should have on a device: torch.float16, torch.bfloat16 or torch.float32.
+    """The dtype for the networks on a device: torch.float16, torch.bfloat16 or torch.float32.
 
-    Sampling on a GPU uses float16, as Stability, diffusers and DiffSynth do; it is 8 times closer to float32 than
-    bfloat16. Training on a GPU uses bfloat16, or float16 before compute capability 8.0. A CPU without instructions for
-    bfloat16 computes it many times slower than float32.
+    Sampling on a GPU uses float16, as Stability, diffusers and DiffSynth do; it is 8 times closer
+    to float32 than bfloat16. Training on a GPU uses bfloat16, or float16 before compute capability
+    8.0. A CPU without instructions for bfloat16 computes it many times slower than float32.
     """
     device = torch.device(device)
     if device.type == "cuda" and training and torch.cuda.get_device_capability(device) >= (8, 0):
@@ -116,19 +124,22 @@ def best_dtype(device, training=False):
 
 
 def flash_fits(q):
-    """Whether flash-attn can take q (b, n, h, d): it has kernels for half precision on compute capability >= 8.0."""
+    """Whether flash-attn has a kernel for q (b, n, h, d)."""
     if flash_attn_func is None or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return False
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return False
     head_size = q.shape[-1]  # 64 in the UNet, 80 in CLIP; the VAE's 512 does not fit
-    return head_size <= 256 and head_size % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return head_size <= 256 and head_size % 8 == 0
 
 
 def attention(q, k, v, heads):
-    """softmax(q k^T / sqrt(d)) v in every head: q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d)."""
+    """softmax(q k^T / sqrt(d)) v: q (b, n, heads*d), k and v (b, m, heads*d) -> (b, n, heads*d)."""
     q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=heads) for x in (q, k, v))
     if flash_fits(q):
-        deterministic = torch.are_deterministic_algorithms_enabled()  # of its gradients
-        return rearrange(flash_attn_func(q, k, v, deterministic=deterministic), "b n h d -> b n (h d)")
+        deterministic = torch.are_deterministic_algorithms_enabled()  # matters for gradients
+        out = flash_attn_func(q, k, v, deterministic=deterministic)
+        return rearrange(out, "b n h d -> b n (h d)")
     q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
@@ -145,8 +156,9 @@ class SelfAttention(nn.Module):
 
 
 class ContextAttention(nn.Module):
-    """Cross-attention to the one context token. A softmax over one key is 1, so every query gets the same value: this
-    *is* cross-attention, exactly. to_q and to_k (and the norm before them) can't matter; they are loaded and saved."""
+    """Cross-attention to the one context token. A softmax over one key is 1, so every query gets
+    the same value, and this is cross-attention exactly. to_q, to_k and the norm before them have no
+    effect; they are loaded and saved."""
 
     def __init__(self, C, context_dim):
         super().__init__()
@@ -159,10 +171,8 @@ class ContextAttention(nn.Module):
 
 
 def no_idle_autograd(method):
-    """Makes a method of a network run without autograd if no parameter and no input needs a gradient.
-
-    So a caller who forgets torch.no_grad() gets the results in slices and the small memory all the same.
-    """
+    """Makes a network's method run without autograd if no parameter or input needs a gradient, so
+    that it takes as little memory for a caller who forgets torch.no_grad()."""
     @wraps(method)
     def run(self, *inputs, **named):
         tensors = [t for t in (*inputs, *named.values(), *self.parameters()) if torch.is_tensor(t)]
@@ -173,7 +183,7 @@ def no_idle_autograd(method):
 
 
 class FeedForward(nn.Module):
-    """GEGLU: the first half of the projection is the value, the second half the gate, through the exact (erf) GELU."""
+    """GEGLU: the first half of proj_in is the value, the second the gate, through an exact GELU."""
 
     def __init__(self, C):
         super().__init__()
@@ -183,7 +193,7 @@ class FeedForward(nn.Module):
     def forward(self, x):
         w_value, w_gate = self.proj_in.weight.chunk(2)
         b_value, b_gate = self.proj_in.bias.chunk(2)
-        h = F.gelu(F.linear(x, w_gate, b_gate))  # two products instead of one cut in two: less is alive at once
+        h = F.gelu(F.linear(x, w_gate, b_gate))  # two products instead of one: less memory at once
         if torch.is_grad_enabled():
             h = h * F.linear(x, w_value, b_value)
         else:
@@ -201,71 +211,15 @@ class Upsample(nn.Conv2d):
         return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Spatio-temporal blocks: (B*T, C, H, W) -> (B*T, C', H, W). A spatial branch sees each frame alone, a temporal one
-#    sees all frames, and a learned alpha = sigmoid(mix) blends them. T is known from B, the number of videos.
-#
-#    Long videos do not fit in memory, but hardly any layer needs all of one: spatial layers treat frames independently,
-#    temporal ones pixels. So the layers below hand Slices a function, and it is applied to some frames or pixels at a
-#    time; only the results are ever whole. What fits in one slice is computed as if none of this were here.
-
-CPU_SLICES = 4  # on a CPU transformers take slices so many times smaller, which its cache holds: 14 % less time a pass
-
-
-@dataclass
-class Slices:
-    """Applies functions slice by slice.
-
-    size: elements of the activation per slice, None: never cut. 16k tokens of 320 channels keep a GPU busy (below 8k,
-    launching kernels dominates) and make what is alive inside a slice small. checkpointed: with gradients, keep only a
-    slice's inputs and compute it again on the way back; without it gradients mean no slicing, which would save nothing.
-    """
-    size: int | None = 16384 * 320
-    checkpointed: bool = False
-
-    def count(self, *xs):
-        """Slices that tensors are to be cut into, the largest of them deciding."""
-        if self.size is None or (torch.is_grad_enabled() and not self.checkpointed):
-            return 1
-        largest = max(x.numel() for x in xs if x is not None)
-        return max(1, math.ceil(largest / self.size))
-
-    def length(self, dim, *xs):
-        """Of a slice along a dimension: a divisor if one is near, as torch.compile compiles again for a shorter one."""
-        n = xs[0].shape[dim]
-        most = math.ceil(n / min(n, self.count(*xs)))
-        if torch.is_grad_enabled():  # the checkpoint around it computes all but the last again: large slices save work
-            return most
-        return next((m for m in range(most, most // 2, -1) if n % m == 0), most)
-
-    def __call__(self, f, *xs, dim=0, out=None):
-        """f(*xs), where f treats the entries of one dimension independently. A None among xs is passed on as it is.
-
-        out: a tensor of the result's shape that may be overwritten where autograd is off; xs[0] itself may be it.
-        """
-        n, length = xs[0].shape[dim], self.length(dim, *xs)
-        if length == n:
-            return f(*xs)
-        pieces = [repeat(None) if x is None else x.split(length, dim) for x in xs]
-        return self.join(f, zip(*pieces), n, dim, out)
-
-    def join(self, f, slices, n, dim, out=None):
-        """f of every tuple in slices, concatenated to length n along dim."""
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(f, *xs, use_reentrant=False) for xs in slices], dim)
-        begin = 0
-        for xs in slices:
-            y = f(*xs)
-            if out is None:
-                out = y.new_empty([*y.shape[:dim], n, *y.shape[dim + 1:]])
-            out.narrow(dim, begin, y.shape[dim]).copy_(y)
-            begin += y.shape[dim]
-            del y  # or it would live through the next slice
-        return out
+# --------------------------------------------------------------------------------------------------
+# 3. Spatio-temporal blocks: (B*T, C, H, W) -> (B*T, C', H, W). A spatial branch sees each frame
+#    alone, a temporal one sees all frames, and a learned alpha = sigmoid(mix) blends them. T is
+#    known from B, the number of videos.
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; the noise embedding enters between. Over pixels (3x3) or over frames (3x1x1)."""
+    """Norm, SiLU and convolution, twice, the noise embedding added between. Over pixels (3x3) or
+    over frames (3x1x1)."""
 
     def __init__(self, c_in, c_out, emb_dim=None, temporal=False, groups=32, eps=EPS_UNET_RES):
         super().__init__()
@@ -279,8 +233,8 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, e=None, before=None):
-        """x (b, c_in, H, W) after before(x), e (b, c_out, 1, 1), what embed() gives -> (b, c_out, H, W)"""
-        inplace = not torch.is_grad_enabled()  # each SiLU has a fresh tensor, which only autograd still needs
+        """(b, c_in, H, W) -> (b, c_out, H, W). before: applied to x first. e: from embed()."""
+        inplace = not torch.is_grad_enabled()  # only autograd needs a SiLU's input once more
         x = x if before is None else before(x)
         skip = self.skip(x)
         if before is not None and skip is not x and inplace:  # nobody else has x
@@ -291,40 +245,33 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(h, inplace=inplace))
         if e is not None:
             h = h + e
-        h = F.silu(self.norm2(h), inplace=inplace)  # on lines of their own, so that what is consumed is free
-        h = self.conv2(h)
+        h = F.silu(self.norm2(h), inplace=inplace)
+        h = self.conv2(h)  # on a line of its own, so that its input is free before the sum
         return skip + h
 
     def embed(self, emb, n, ndim):
-        """The noise embedding (B, emb_dim), one per video, for n entries of ndim dimensions: (n, c_out, 1, ...)."""
+        """Noise embeddings of videos (B, emb_dim), for n entries: (n, c_out, 1, ...), of ndim."""
         e = self.emb(F.silu(emb)).repeat_interleave(n // len(emb), 0)
         return e.reshape(e.shape + (1,) * (ndim - 2))
 
 
-def group_norm_(norm, x):
-    """norm(x), a GroupNorm, in place and half of the groups at a time: less is alive at once, the bits are the same."""
-    n = math.gcd(2, norm.num_groups)
-    for part, weight, bias in zip(x.chunk(n, dim=1), norm.weight.chunk(n), norm.bias.chunk(n)):
-        part.copy_(F.group_norm(part, norm.num_groups // n, weight, bias, norm.eps))
-    return x
-
-
 class SpatioTemporalRes(nn.Module):
-    """A residual block per frame, one over frames on its output, blended. Without emb_dim it is the VAE decoder's.
+    """A residual block per frame, and one over frames on its output, blended. Without emb_dim it
+    is the VAE decoder's. Call over_pixels(), then over_frames(): there is no forward(), so that the
+    input of the first can be freed before the second begins."""
 
-    Two calls, one for each half, instead of a forward(): what goes into the first is free before the second begins.
-    """
-
-    def __init__(self, c_in, c_out, emb_dim=None, groups=32, eps=EPS_UNET_RES, eps_temporal=EPS_UNET_RES):
+    def __init__(self, c_in, c_out, emb_dim=None, groups=32, eps=EPS_UNET_RES,
+                 eps_temporal=EPS_UNET_RES):
         super().__init__()
-        self.spatial = ResBlock(c_in, c_out, emb_dim, groups=groups, eps=eps)
-        self.temporal = ResBlock(c_out, c_out, emb_dim, temporal=True, groups=groups, eps=eps_temporal)
+        self.spatial = ResBlock(c_in, c_out, emb_dim, False, groups, eps)
+        self.temporal = ResBlock(c_out, c_out, emb_dim, True, groups, eps_temporal)
         self.mix = nn.Parameter(torch.tensor([0.5 if emb_dim else 0.0]))
 
-    def over_pixels(self, x, skip=None, emb=None, before=None, slices=Slices(), out=None):
-        """x (B*T, c, H, W), and skip (B*T, c', H, W) where c + c' = c_in, to (B*T, c_out, H, W).
+    def over_pixels(self, x, skip=None, emb=None, before=None, *, slices, out=None):
+        """x (B*T, c, H, W), and skip (B*T, c', H, W) where c + c' = c_in -> (B*T, c_out, H, W).
 
-        before: applied to x first, a slice at a time (the upsampling that ends the previous level). out: see Slices."""
+        before: applied to x first (the upsampling that ends the previous level). out: see Slices.
+        """
         e = None if emb is None else self.spatial.embed(emb, len(x), 4)
 
         def per_frame(x, skip, e):
@@ -334,16 +281,17 @@ class SpatioTemporalRes(nn.Module):
 
         return slices(per_frame, x, skip, e, out=out)
 
-    def over_frames(self, x, B, emb=None, slices=Slices()):
-        """(B*T, C, H, W) -> (B*T, C, H, W); x may be overwritten where autograd is off.
+    def over_frames(self, x, B, emb=None, *, slices):
+        """(B*T, C, H, W) -> (B*T, C, H, W). x may be overwritten where autograd is off.
 
-        The norms see all frames and all pixels (cutting a clip in time changes the result, see VAE.decode), the
-        convolutions all frames of a pixel: statistics are taken in slices of frames, the rest in slices of rows.
+        The norms see all frames and all pixels, so a clip that is cut in time has other results
+        (see VAE.decode). The convolutions see all frames of one pixel. So statistics are taken in
+        slices of frames, the rest in slices of rows.
         """
         block, inplace = self.temporal, not torch.is_grad_enabled()
         e = 0 if emb is None else block.embed(emb, B, 5)
-        # The block adds to its input, so blending means weighting what it adds. Trap: alpha weights the spatial branch
-        # in the UNet, but the temporal branch in the VAE decoder.
+        # The block adds to its input, so blending means weighting what it adds. Trap: alpha weights
+        # the spatial branch in the UNet, but the temporal branch in the VAE decoder.
         alpha = self.mix.float().sigmoid().to(x.dtype)
         weight = alpha if emb is None else 1 - alpha
 
@@ -363,29 +311,6 @@ class SpatioTemporalRes(nn.Module):
         return slices(second, x, h, dim=2, out=x)
 
 
-def norm_over_frames(norm, x, B, slices):
-    """GroupNorm with the statistics of whole videos x (B*T, C, H, W), as a function of slices (B, C, T, h, W)."""
-    if slices.count(x) == 1:
-        return norm
-    wide = torch.promote_types(x.dtype, torch.float32)
-
-    def moments(x):
-        groups = x.to(wide).unflatten(1, (norm.num_groups, -1)).flatten(2)
-        var, mean = torch.var_mean(groups, dim=2, correction=0)
-        return torch.stack([mean, var], dim=1)                                            # (frames, 2, groups)
-
-    def per_channel(v):
-        return v.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)                  # (B, groups) -> (B, C)
-
-    means, variances = slices(moments, x).unflatten(0, (B, -1)).unbind(2)                 # (B, T, groups)
-    mean = means.mean(1, keepdim=True)
-    var = (variances + (means - mean) ** 2).mean(1)
-    scale = per_channel((var + norm.eps).rsqrt()) * norm.weight.to(wide)
-    shift = norm.bias.to(wide) - per_channel(mean[:, 0]) * scale
-    scale, shift = (v[..., None, None, None] for v in (scale, shift))                     # (B, C, 1, 1, 1)
-    return lambda x: torch.addcmul(shift, x, scale).to(x.dtype)  # computed in float32, rounded once, as in GroupNorm
-
-
 class SpatialBlock(nn.Module):
     """Transformer block over the pixels of each frame: (b, N, C) -> (b, N, C)."""
 
@@ -401,16 +326,18 @@ class SpatialBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. ExVideo (section 3.2, Figure 1). Each temporal transformer block gets, in front of everything else it does, a
-#    trainable table of frame positions in place of the sinusoid, and a 3D convolution that starts as the identity.
-#    The table starts by walking the positions the base knows to and fro, so that neighbouring frames always have
-#    neighbouring positions, and an extended model computes exactly what the base did on up to native_frames frames.
+# --------------------------------------------------------------------------------------------------
+# 4. ExVideo (section 3.2, Figure 1). Each temporal transformer block gets a trainable table of
+#    frame positions in place of the sinusoid, and then a 3D convolution that starts as the
+#    identity. The table starts by walking up and down the positions that the base knows, so that
+#    neighbouring frames have neighbouring positions. Up to native_frames frames, an extended model
+#    computes exactly what the base did.
 #
-#    To try another extension, change this section: what extend() adds is trained, saved and loaded with the rest if
-#    is_extension_parameter() says so. It may hold parameters but no buffers, as load() builds networks without storage.
+#    To try another extension, change this section alone. What extend() adds is trained, saved and
+#    loaded if is_extension_parameter() says so. Add parameters but no buffers: load() builds the
+#    networks without storage.
 
-ARCHITECTURE = "exvideo"  # names the code of this section in extension files: rename it when you change the block
+ARCHITECTURE = "exvideo"  # in extension files: what changes this section needs another name
 
 
 class TemporalBlock(nn.Module):
@@ -419,7 +346,7 @@ class TemporalBlock(nn.Module):
     def __init__(self, C, heads, context_dim):
         super().__init__()
         self.frame_embed = nn.Sequential(nn.Linear(C, 4 * C), nn.SiLU(), nn.Linear(4 * C, C))
-        self.frame_table = None  # ExVideo: (num_frames, C), replaces the sinusoid of the frame index
+        self.frame_table = None  # ExVideo: (num_frames, C), in place of the sinusoid
         self.frame_conv = None   # ExVideo: the identity 3D convolution
         self.norm_in, self.ff_in = LayerNorm(C), FeedForward(C)
         self.norm1, self.attn1 = LayerNorm(C), SelfAttention(C, heads)
@@ -435,13 +362,15 @@ class TemporalBlock(nn.Module):
         return self.frame_embed(table)[:, None]
 
     def forward(self, x, c):
-        """x (B, T, n, C), frame positions added and convolved, n any number of pixels; c (B, 1, C): what attn2 makes of
-        the context -> (B, T, n, C)"""
+        """x (B, T, n, C) -> (B, T, n, C), n any number of pixels.
+
+        The frame positions are in x, and the convolution is done. c (B, 1, C): attn2(context).
+        """
         B = len(x)
         x = rearrange(x, "b t n c -> (b n) t c").contiguous()
         x = x + self.ff_in(self.norm_in(x))
         x = x + self.attn1(self.norm1(x))
-        x = (x.unflatten(0, (B, -1)) + c[:, None]).flatten(0, 1)  # the video's context, whatever pixel
+        x = (x.unflatten(0, (B, -1)) + c[:, None]).flatten(0, 1)  # the same for all pixels
         x = x + self.ff(self.norm3(x))
         return rearrange(x, "(b n) t c -> b t n c", b=B)
 
@@ -449,8 +378,8 @@ class TemporalBlock(nn.Module):
 class FrameConv(nn.Conv3d):
     """3x3x3 convolution over frames and pixels, initialised to the identity.
 
-    Borders reflect, as in the released model. Along an axis of length 1, where reflection is undefined (the official
-    code fails), the border replicates: one frame and images of 64 pixels work.
+    Borders reflect, as in the released model. Along an axis of length 1 they replicate (the
+    official code fails there), so that one frame and images of 64 pixels work.
     """
 
     def __init__(self, C, device=None, dtype=None):
@@ -459,46 +388,42 @@ class FrameConv(nn.Conv3d):
     @torch.no_grad()
     def reset_parameters(self):
         self.bias.zero_()
-        self.weight.zero_()[:, :, 1, 1, 1] = torch.eye(len(self.bias), device=self.bias.device, dtype=self.bias.dtype)
+        self.weight.zero_()
+        self.weight[:, :, 1, 1, 1].fill_diagonal_(1)
 
-    def forward(self, x, positions, H, slices=Slices()):
-        """Tokens (B, T, H*W, C) plus their frame positions (T, 1, C), convolved: (B, T, H*W, C).
-
-        In slabs of frames, which take along the frame before and the frame after."""
-        T, length = x.shape[1], slices.length(1, x)
-        order = [min(1, T - 1), *range(T), max(T - 2, 0)]  # of frames: reflected at both ends
-        positions = reflect(positions, 0)
-        frames = x.unbind(1)  # not x[:, t], the gradient of which is as large as x
-
-        def slab(positions, *frames):
+    def forward(self, x, positions, H, slices):
+        """Tokens (B, T, H*W, C) plus their frame positions (T, 1, C), convolved: (B, T, H*W, C)."""
+        def convolve(positions, *frames):
+            """n + 2 frames (B, H*W, C), with their positions -> the inner n, (B, n, H*W, C)"""
             x = torch.stack(frames, dim=1) + positions
             x = rearrange(x, "b t (h w) c -> b c t h w", h=H)
             x = reflect(x, 3)
             x = reflect(x, 4)
             x = super(FrameConv, self).forward(x)
-            return rearrange(x, "b c t h w -> b t (h w) c").contiguous()  # as it is without: kernels choose by layout
+            x = rearrange(x, "b c t h w -> b t (h w) c")
+            return x.contiguous()  # the layout that a base has here: kernels depend on it
 
-        slabs = [(positions[begin:begin + length + 2], *(frames[t] for t in order[begin:begin + length + 2]))
-                 for begin in range(0, T, length)]
-        return slab(*slabs[0]) if len(slabs) == 1 else slices.join(slab, slabs, T, dim=1)
+        return slices.with_neighbours(convolve, reflect(positions, 0), x)
 
 
 def reflect(x, axis):
-    """x with one entry more at both ends of an axis. F.pad's reflection has no deterministic gradient on CUDA."""
+    """x with an entry more at both ends of an axis. F.pad's CUDA gradient isn't deterministic."""
     n = x.shape[axis]
-    return torch.cat([x.narrow(axis, min(1, n - 1), 1), x, x.narrow(axis, max(n - 2, 0), 1)], axis)
+    first, last = x.narrow(axis, min(1, n - 1), 1), x.narrow(axis, max(n - 2, 0), 1)
+    return torch.cat([first, x, last], axis)
 
 
 def fold_positions(native, num_frames):
-    """The "cyclic pattern" of section 3.2: frame index -> position known to the base, a list of num_frames ints.
+    """The "cyclic pattern" of section 3.2: a position known to the base for each of num_frames.
 
-    Up through all native positions, then swings of 4/5 of them: for native = 25 it is 0 1 ... 24 23 ... 4 5 ... 24 ...
-    (the 25 and 20 of the released model; the paper gives no formula, the fraction is how we carry it to other lengths).
+    Up through all native positions, then down and up by 4/5 of them. For 25 these are 0 1 ... 24
+    23 ... 4 5 ... 24 ..., as in the released model. The paper has no formula; the fraction is our
+    choice for other lengths.
     """
     swing = native * 4 // 5
     positions = list(range(min(native, num_frames)))
     for t in range(native, num_frames):
-        steps = (t - native + 1) % (2 * swing) if swing else 0  # since position native - 1 was last passed
+        steps = (t - native + 1) % (2 * swing) if swing else 0  # since the last position was passed
         positions.append(native - 1 - min(steps, 2 * swing - steps))
     return positions
 
@@ -507,50 +432,66 @@ def fold_positions(native, num_frames):
 def extend(unet, num_frames=128):
     """Extend a UNet to num_frames frames, in place (ExVideo section 3.2), and return it.
 
-    The native length is unet.config.native_frames for a base, and the present length for a UNet that was extended
-    before. Up to it the output stays bit-identical (on CUDA in float32 only without TF32, which would round what the
-    identity convolution passes on). New parameters have the device, dtype and requires_grad of their neighbours.
-    Raises ValueError if num_frames is below 1.
+    The native length is unet.config.native_frames for a base, and the present length for a UNet
+    that was extended before. Up to it the output stays bit-identical (on CUDA in float32 only
+    without TF32, which rounds what passes the convolution). New parameters have the device, dtype
+    and requires_grad of their neighbours. Raises ValueError if num_frames is below 1.
     """
     if num_frames < 1:
         raise ValueError(f"extend() to {num_frames} frames: it takes at least one")
-    positions = torch.tensor(fold_positions(unet.max_frames or unet.config.native_frames, num_frames))
+    native = unet.max_frames or unet.config.native_frames
+    positions = torch.tensor(fold_positions(native, num_frames))
     for block in unet.temporal_blocks():
         like = block.norm_in.weight
-        where = positions.to(like.device)
-        rows = sinusoid(where, len(like)) if block.frame_table is None else block.frame_table[where]
-        block.frame_table = nn.Parameter(rows.to(like.dtype), requires_grad=like.requires_grad)
+        index = positions.to(like.device)
+        if block.frame_table is None:
+            rows = sinusoid(index, len(like)).to(like.dtype)
+        else:
+            rows = block.frame_table[index]
+        block.frame_table = nn.Parameter(rows, like.requires_grad)
         if block.frame_conv is None:
-            block.frame_conv = FrameConv(len(like), like.device, like.dtype).requires_grad_(like.requires_grad)
+            conv = FrameConv(len(like), like.device, like.dtype)
+            block.frame_conv = conv.requires_grad_(like.requires_grad)
     unet.max_frames = num_frames
     return unet
 
 
-# Parameters that can't matter while the context is one token (see ContextAttention): loaded and saved, never trained.
+# Parameters that have no effect while the context is one token (see ContextAttention). They are
+# loaded and saved, but never trained.
 IDLE = re.compile(r"\.attn\.(spatial|temporal)\.(attn2\.to_[qk]|norm2)\.")
 
 
 def is_extension_parameter(name):
-    """Whether a parameter (named as in unet.named_parameters()) is one that the paper trains, that of a temporal
-    transformer block. These, and no others, are in an extension file."""
+    """Whether the paper trains a parameter, named as in unet.named_parameters(). Extension files
+    hold these and no others."""
     return ".attn.temporal." in name
 
 
 def freeze(unet):
-    """Freeze all but the temporal transformer blocks (section 3.3, "parameter freezing"); returns what is trainable."""
+    """Freeze all that the paper does not train (section 3.3). Returns the names of what it does."""
     for name, p in unet.named_parameters():
         p.requires_grad_(is_extension_parameter(name))
     return [name for name, p in unet.named_parameters() if p.requires_grad]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. UNet: four levels down, a middle, four levels up. `down` and `up` have twelve blocks each, numbered as in the
-#    published single file; a block is an optional residual, transformer and resampling (or input) convolution.
+# --------------------------------------------------------------------------------------------------
+# 5. UNet: four levels down, a middle, four levels up. `down` and `up` have twelve blocks each,
+#    numbered as in the published single file. A block has a residual block, a transformer and a
+#    resampling (or input) convolution, or some of these. Without what saves memory, a pass is
+#
+#        h = conv_in(x)                                         # the first block of `down`
+#        skips = [h]
+#        for block in down: h = block.conv(block.attn(block.res(h))); skips.append(h)
+#        for block in mid:  h = block.attn(block.res(h))
+#        for block in up:   h = block.conv(block.attn(block.res(cat([h, skips.pop()]))))
+#        return conv_out(silu(norm_out(h)))
+#
+#    where res and attn work on the pixels of each frame, on the frames at each pixel, and blend.
 
 
 class SpatioTemporalTransformer(nn.Module):
-    """A transformer block over the pixels of each frame, one over the frames at each pixel, blended:
-    (B*T, C, H, W) -> (B*T, C, H, W)"""
+    """A transformer block over the pixels of each frame, and one over the frames at each pixel on
+    its output, blended: (B*T, C, H, W) -> (B*T, C, H, W)"""
 
     def __init__(self, C, heads, context_dim, groups):
         super().__init__()
@@ -561,28 +502,29 @@ class SpatioTemporalTransformer(nn.Module):
         self.mix = nn.Parameter(torch.tensor([0.5]))
         self.proj_out = nn.Linear(C, C)
 
-    def forward(self, x, ctx, slices=Slices()):
+    def forward(self, x, ctx, slices):
         B, H, temporal = len(ctx), x.shape[2], self.temporal
         alpha = self.mix.float().sigmoid().to(x.dtype)
-        if x.is_cpu and slices.size and not torch.is_grad_enabled():
-            slices = replace(slices, size=math.ceil(slices.size / CPU_SLICES))
+        slices = slices.for_cache(x)
 
         def per_frame(x, context):
             x = self.proj_in(rearrange(self.norm(x), "bt c h w -> bt (h w) c"))
             return self.spatial(x, context)
 
-        context = self.spatial.attn2(ctx).repeat_interleave(len(x) // B, 0)               # (B*T, 1, C)
-        h = slices(per_frame, x, context).unflatten(0, (B, -1))                           # (B, T, N, C)
+        context = self.spatial.attn2(ctx).repeat_interleave(len(x) // B, 0)   # (B*T, 1, C)
+        h = slices(per_frame, x, context).unflatten(0, (B, -1))               # (B, T, N, C)
 
-        context = temporal.attn2(ctx)                                                     # (B, 1, C)
-        positions = temporal.frame_positions(h.shape[1], h)                               # (T, 1, C)
-        convolved = None if temporal.frame_conv is None else temporal.frame_conv(h, positions, H, slices)
+        context = temporal.attn2(ctx)                                         # (B, 1, C)
+        positions = temporal.frame_positions(h.shape[1], h)                   # (T, 1, C)
+        convolved = None
+        if temporal.frame_conv is not None:
+            convolved = temporal.frame_conv(h, positions, H, slices)          # (B, T, N, C)
 
         def per_pixel(h, convolved):
             y = temporal(h + positions if convolved is None else convolved, context)
-            return self.proj_out(torch.lerp(y, h, alpha))  # alpha weights the spatial branch, without frame positions
+            return self.proj_out(torch.lerp(y, h, alpha))  # alpha weights the spatial branch
 
-        h = slices(per_pixel, h, convolved, dim=2, out=h)                                 # (B, T, N, C)
+        h = slices(per_pixel, h, convolved, dim=2, out=h)                     # (B, T, N, C)
         del convolved  # before the sum needs as much
         return x + rearrange(h, "b t (h w) c -> (b t) c h w", h=H)
 
@@ -592,42 +534,50 @@ class Block(nn.Module):
         super().__init__()
         self.res, self.attn, self.conv = res, attn, conv
 
-    def forward(self, inputs, emb, ctx, before=None, slices=Slices()):
-        """res and attn; conv is left to UNet.forward. inputs: [x, skip], see SpatioTemporalRes.over_pixels.
+    def forward(self, inputs, emb, ctx, before, slices):
+        """res and attn; conv is left to UNet.forward. inputs: [x, skip] of over_pixels().
 
-        The list hands them over, and is empty afterwards: the call of a module keeps its arguments alive to the end,
-        and these are the largest tensors there are, of no use once the residual block has read them.
+        The list is emptied here. These are the largest tensors there are, and the call of a module
+        keeps its arguments alive to its end.
         """
-        h = self.res.over_pixels(*inputs, emb, before, slices)
+        h = self.res.over_pixels(*inputs, emb, before, slices=slices)
         inputs.clear()
-        h = self.res.over_frames(h, len(ctx), emb, slices)
+        h = self.res.over_frames(h, len(ctx), emb, slices=slices)
         return h if self.attn is None else self.attn(h, ctx, slices)
 
 
 class UNet(nn.Module):
     """SVD's spatio-temporal UNet (SVD-XT: 1,524,623,082 parameters).
 
-    Long videos are worked on in slices; `unet.slice_size = None` switches that off (see Slices). In training mode
-    activations are checkpointed, in residual and transformer blocks alike: per slice, and per block around that.
-    `unet.checkpointing` is "memory" (default: every block that has a transformer), "speed" (blocks of the finest level
-    only: a sixth less work, twice the memory) or None (keep everything). `unet.stream = Stream(unet, device)` keeps
-    weights and skips in CPU memory until they are needed.
+    max_frames: the most frames that it can make after extend(); None for a base.
+    slice_size: elements per slice of long videos (see Slices); None switches slices off.
+    checkpointing: which blocks compute their activations again on the way back, in training:
+        "memory" all that have a transformer, "speed" those of the finest level (a sixth less work,
+        twice the memory), None no block.
+    stream: Stream(unet, device) keeps weights and skips in CPU memory until they are needed.
     """
 
     def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
-        self.max_frames = None  # set by extend(): the most frames the UNet can make. None for a base
+        self.max_frames = None  # set by extend()
         self.checkpointing = "memory"
         self.slice_size = Slices.size
         self.stream = None
         C, emb_dim = config.channels, 4 * config.channels[0]
-        res = partial(SpatioTemporalRes, emb_dim=emb_dim, groups=config.groups)
-        attn = partial(SpatioTemporalTransformer, context_dim=config.context_dim, groups=config.groups)
-        ids_dim = len(config.ids) * ID_DIM
-        self.time_embed = nn.Sequential(nn.Linear(C[0], emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.cond_embed = nn.Sequential(nn.Linear(ids_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         last = len(C) - 1  # the coarsest level has no transformers
+
+        def mlp(width):
+            return nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+
+        def res(c_in, c_out):
+            return SpatioTemporalRes(c_in, c_out, emb_dim, config.groups)
+
+        def attn(c, heads):
+            return SpatioTemporalTransformer(c, heads, config.context_dim, config.groups)
+
+        self.time_embed = mlp(C[0])                        # of the noise level
+        self.cond_embed = mlp(len(config.ids) * ID_DIM)    # of the ids
 
         self.down = nn.ModuleList([Block(conv=nn.Conv2d(8, C[0], 3, padding=1))])
         widths = [C[0]]  # of the skips
@@ -664,17 +614,18 @@ class UNet(nn.Module):
         x (B,T,8,H,W): 4 noisy latents times c_in, then 4 image latents; H and W multiples of 8.
         c_noise (B,): ln(sigma)/4. ctx (B,1,D): CLIP image embedding, zeros when unconditional.
         ids (B,3): see unet_ids(). Returns (B,T,4,H,W) in x's dtype.
-        Raises ValueError where shapes do not fit, or if T exceeds max_frames.
+        Raises ValueError if shapes do not fit or T exceeds max_frames.
         """
         B, T, _, H, W = x.shape
         if H % 8 or W % 8 or ctx.shape[:2] != (B, 1):
             raise ValueError(f"latents must be multiples of 8 and ctx (B,1,D) with B={B}: "
                              f"got {H}x{W}, {tuple(ctx.shape)}")
         if self.max_frames and T > self.max_frames:
-            raise ValueError(f"{T} frames asked of a model extended to {self.max_frames}: use extend() for more")
+            raise ValueError(f"{T} frames asked of a model extended to {self.max_frames}: "
+                             "use extend() for more")
         dtype = self.conv_out.weight.dtype
         ctx = ctx.to(dtype)
-        emb = self.time_embed(sinusoid(c_noise, self.config.channels[0]).to(dtype))      # (B, emb_dim)
+        emb = self.time_embed(sinusoid(c_noise, self.config.channels[0]).to(dtype))  # (B, emb_dim)
         emb = emb + self.cond_embed(sinusoid(ids, ID_DIM).flatten(1).to(dtype))
 
         checkpointing = self.checkpointing if self.training and torch.is_grad_enabled() else None
@@ -692,7 +643,7 @@ class UNet(nn.Module):
 
         # inputs: the list alone holds what goes into a block, see Block.forward
         stream = self.stream or Resident()
-        h = self.down[0].conv(x.to(dtype).flatten(0, 1))                                  # (B*T, C, H, W)
+        h = self.down[0].conv(x.to(dtype).flatten(0, 1))                      # (B*T, C, H, W)
         skips = [stream.put(h)]
         for block in stream.visit(self.down[1:]):
             inputs = [h, None]
@@ -713,121 +664,30 @@ class UNet(nn.Module):
         def out(h):
             return self.conv_out(F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled()))
 
-        return slices(out, h).unflatten(0, (B, T)).to(x.dtype)                            # (B, T, 4, H, W)
+        return slices(out, h).unflatten(0, (B, T)).to(x.dtype)                # (B, T, 4, H, W)
 
 
 def unet_ids(names, values, device=None):
     """The UNet's input `ids`, (B, len(names)) float32. names: those of unet.config.ids.
 
-    values: a mapping with a number, or a tensor (B,), for each name; it may hold more. fps is in frames per second:
-    this is the one place that knows that SVD is given fps - 1. Raises ValueError if a name is missing.
+    values: a mapping with a number, or a tensor (B,), for each name; it may hold more. fps is in
+    frames per second. Only this function knows that SVD is given fps - 1.
+    Raises ValueError if a name is missing.
     """
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise ValueError(f"the UNet is conditioned on {', '.join(names)}, but there is no {' and no '.join(missing)}")
-    ids = {name: torch.as_tensor(values[name], dtype=torch.float32, device=device).reshape(-1) for name in names}
-    if "fps" in ids:
-        ids["fps"] = ids["fps"] - 1
-    return torch.stack(torch.broadcast_tensors(*ids.values()), dim=1)
+    ids = []
+    for name in names:
+        if name not in values:
+            raise ValueError(f"the UNet is conditioned on {', '.join(names)}, "
+                             f"but there is no {name}")
+        value = torch.as_tensor(values[name], dtype=torch.float32, device=device).reshape(-1)
+        ids.append(value - 1 if name == "fps" else value)
+    return torch.stack(torch.broadcast_tensors(*ids), dim=1)
 
 
-class Resident:
-    """Weights and skips of a UNet where they are, in the order in which a pass asks for them."""
-
-    def visit(self, blocks, skips=()):
-        return blocks
-
-    def put(self, skip):
-        return skip
-
-
-class Stream(Resident):
-    """For small cards: what a pass does not need yet waits in CPU memory. `unet.stream = Stream(unet, device)`.
-
-    The weights of two blocks are on the device: of the one that computes, and of the next, copied meanwhile. Skips of
-    at least `large` bytes leave as soon as they are there, and come back while the block before theirs computes. CUDA
-    does this in a stream of its own and from pinned memory; without CUDA the same lines run one after the other. The
-    results are the same bits. For inference alone: no gradient reaches weights that are copies.
-    """
-
-    def __init__(self, unet, device, large=2**26):
-        self.device, self.large = torch.device(device), large
-        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        waiting = {p for block in (*unet.down, *unet.mid, *unet.up) for _, _, p in self.weights(block)}
-        for module in unet.modules():
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, self.copy(p, "cpu" if p in waiting else self.device))
-
-    def weights(self, block):
-        """(module, name, parameter) of a block but its conv, always on the device: upsampling is left to the next."""
-        parts = [part for part in (block.res, block.attn) if part is not None]
-        return [(m, *named) for part in parts for m in part.modules() for named in m.named_parameters(recurse=False)]
-
-    @torch.inference_mode(False)  # there nothing requires a gradient, by which torch.matmul chooses its way
-    def copy(self, t, device):
-        pinned = self.side is not None and device == "cpu"  # else the copy would not run beside what computes
-        copy = torch.empty_like(t, device=device, pin_memory=pinned).copy_(t.detach(), non_blocking=True)
-        return nn.Parameter(copy, t.requires_grad) if isinstance(t, nn.Parameter) else copy
-
-    @contextmanager
-    def aside(self):
-        """Copies in here run beside what computes, after all that was asked for so far."""
-        if self.side is None:
-            yield
-        else:
-            self.side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.side):
-                yield
-
-    def put(self, skip):
-        if skip.nbytes < self.large:
-            return skip
-        with self.aside():
-            waiting = self.copy(skip, "cpu")
-        if self.side is not None:
-            skip.record_stream(self.side)  # its memory is not to be used again before it is copied
-        return waiting
-
-    def visit(self, blocks, skips=()):
-        """Yields the blocks, each with its weights and the last of the skips on the device."""
-        fetched, arrived = self.fetch(blocks[0], skips, -1)
-        for block, following in zip(blocks, [*blocks[1:], None]):
-            at_home = self.weights(block)
-            for (module, name, _), t in zip(at_home, fetched):
-                setattr(module, name, t)
-            if arrived is not None:
-                torch.cuda.current_stream(self.device).wait_event(arrived)
-            if following is not None:
-                fetched, arrived = self.fetch(following, skips, -2)
-            try:
-                yield block
-            finally:
-                for module, name, p in at_home:
-                    setattr(module, name, p)
-
-    def fetch(self, block, skips, i):
-        """Begin to copy a block's weights, and skips[i] if it left, to the device: (copies, event at their end)."""
-        with self.aside():
-            copies = [self.copy(p, self.device) for _, _, p in self.weights(block)]
-            if len(skips) >= -i and skips[i].nbytes >= self.large:
-                skips[i] = self.copy(skips[i], self.device)
-            return copies, None if self.side is None else self.side.record_event()
-
-
-def compile_blocks(unet):
-    """torch.compile in place, per repeated block: transformer blocks and residual blocks over pixels. Loops over slices
-    stay in Python, and with them the residual blocks over frames, whose norms span slices. It takes the first pass
-    minutes."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # sizes differ between levels
-    blocks = [m for m in unet.modules() if isinstance(m, (SpatialBlock, TemporalBlock))]
-    blocks += [m.spatial for m in unet.modules() if isinstance(m, SpatioTemporalRes)]
-    for block in blocks:
-        block.compile(fullgraph=flash_attn_func is None)  # flash-attn may break the graph, nothing else does
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. VAE: images (N,3,8h,8w) in [-1,1] -> latents (N,4,h,w), latents (B,T,4,h,w) -> video (B,T,3,8h,8w).
-#    The encoder is Stable Diffusion's image encoder. The decoder has a temporal residual block behind each spatial one.
+# --------------------------------------------------------------------------------------------------
+# 6. VAE: images (N,3,8h,8w) in [-1,1] -> latents (N,4,h,w), latents (B,T,4,h,w) -> video
+#    (B,T,3,8h,8w). The encoder is Stable Diffusion's image encoder. The decoder has a temporal
+#    residual block behind each spatial one.
 
 
 class PixelAttention(nn.Module):
@@ -840,21 +700,21 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        # contiguous: fused kernels take nothing else
-        q, k, v = (rearrange(f(h), "b c h w -> b (h w) c").contiguous() for f in (self.q, self.k, self.v))
+        q, k, v = (rearrange(f(h), "b c h w -> b (h w) c") for f in (self.q, self.k, self.v))
+        q, k, v = (t.contiguous() for t in (q, k, v))  # fused kernels take nothing else
         h = rearrange(attention(q, k, v, heads=1), "b (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
 
 
 class Downsample(nn.Conv2d):
-    """Stride 2 on an image padded at the right and the bottom only, as in Stable Diffusion's VAE."""
+    """Stride 2 on an image padded at the right and the bottom only, as in Stable Diffusion."""
 
     def forward(self, x):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution and the resampling after them; where `sample` is None there is none."""
+    """Residual blocks of one resolution, and the resampling after them (or None)."""
 
     def __init__(self, blocks, sample, name):
         super().__init__()
@@ -876,9 +736,10 @@ class Encoder(nn.Module):
         C, res = config.channels, partial(ResBlock, groups=config.groups, eps=EPS_VAE)
         self.conv_in = nn.Conv2d(3, C[0], 3, padding=1)
         c_in = (C[0],) + C[:-1]
-        self.down = nn.ModuleList(
-            Level([res(a, b), res(b, b)], Downsample(b, b, 3, stride=2) if i < len(C) - 1 else None, "downsample")
-            for i, (a, b) in enumerate(zip(c_in, C)))
+        self.down = nn.ModuleList()
+        for level, (a, b) in enumerate(zip(c_in, C)):
+            sample = Downsample(b, b, 3, stride=2) if level < len(C) - 1 else None
+            self.down.append(Level([res(a, b), res(b, b)], sample, "downsample"))
         self.mid = Mid(res, C[-1], config.groups)
         self.norm_out = nn.GroupNorm(config.groups, C[-1], eps=EPS_VAE)
         self.conv_out = nn.Conv2d(C[-1], 8, 3, padding=1)
@@ -895,21 +756,24 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B,T,4,h,w) -> (B,T,3,8h,8w). `up` is listed from fine to coarse, as in the checkpoints, and run in reverse."""
+    """(B,T,4,h,w) -> (B,T,3,8h,8w). `up` is listed from fine to coarse, as in the files, and run in
+    reverse."""
 
     def __init__(self, config):
         super().__init__()
         C = config.channels
-        res = partial(SpatioTemporalRes, groups=config.groups, eps=EPS_VAE, eps_temporal=EPS_VAE_TEMPORAL)
+        res = partial(SpatioTemporalRes, emb_dim=None, groups=config.groups, eps=EPS_VAE,
+                      eps_temporal=EPS_VAE_TEMPORAL)
         self.conv_in = nn.Conv2d(4, C[-1], 3, padding=1)
         self.mid = Mid(res, C[-1], config.groups)
         c_in = C[1:] + (C[-1],)
-        self.up = nn.ModuleList(
-            Level([res(a, b), res(b, b), res(b, b)], Upsample(b, b, 3, padding=1) if i > 0 else None, "upsample")
-            for i, (a, b) in enumerate(zip(c_in, C)))
+        self.up = nn.ModuleList()
+        for level, (a, b) in enumerate(zip(c_in, C)):
+            sample = Upsample(b, b, 3, padding=1) if level > 0 else None
+            self.up.append(Level([res(a, b), res(b, b), res(b, b)], sample, "upsample"))
         self.norm_out = nn.GroupNorm(config.groups, C[0], eps=EPS_VAE)
         self.conv_out = nn.Conv2d(C[0], 3, 3, padding=1)
-        self.time_conv_out = nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 0, 0))  # over the frames of the finished RGB video
+        self.time_conv_out = nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 0, 0))  # over frames, of RGB
 
     def forward(self, z):
         B, slices, upsample = len(z), Slices(), None
@@ -917,7 +781,7 @@ class Decoder(nn.Module):
         def out(h):
             return self.conv_out(F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled()))
 
-        h = self.conv_in(z.flatten(0, 1))                                                 # (B*T, C, h, w)
+        h = self.conv_in(z.flatten(0, 1))                                     # (B*T, C, h, w)
         h = self.mid.block_1.over_pixels(h, slices=slices)
         h = self.mid.block_1.over_frames(h, B, slices=slices)
         h = slices(self.mid.attn_1, h)
@@ -926,39 +790,58 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             for block in level.block:
                 same_shape = upsample is None and isinstance(block.spatial.skip, nn.Identity)
-                h = block.over_pixels(h, before=upsample, slices=slices, out=h if same_shape else None)
+                out_h = h if same_shape else None
+                h = block.over_pixels(h, before=upsample, slices=slices, out=out_h)
+                del out_h
                 h = block.over_frames(h, B, slices=slices)
                 upsample = None
             upsample = level.upsample  # waits for the next block, which does it slice by slice
-        h = slices(out, h)                                                                # (B*T, 3, 8h, 8w)
+        h = slices(out, h)                                                    # (B*T, 3, 8h, 8w)
         h = self.time_conv_out(rearrange(h, "(b t) c h w -> b c t h w", b=B))
         return rearrange(h, "b c t h w -> b t c h w")
 
 
+@contextmanager
+def exact_float32():
+    """Convolutions in true float32. By default cuDNN rounds their factors to 10 bits (TF32)."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
 class VAE(nn.Module):
-    """SVD's VAE (97.7 M parameters). Latents here are unscaled: the UNet's video latents are these times VAE_SCALE."""
+    """SVD's VAE (97.7 M parameters). Its latents are unscaled; the UNet's are times VAE_SCALE."""
 
     def __init__(self, config=VAEConfig()):
         super().__init__()
         self.config = config
-        self.encoder, self.quant_conv, self.decoder = Encoder(config), nn.Conv2d(8, 8, 1), Decoder(config)
+        self.encoder, self.quant_conv = Encoder(config), nn.Conv2d(8, 8, 1)
+        self.decoder = Decoder(config)
 
     @no_idle_autograd
+    @exact_float32()
     def encode(self, img):
-        """Mean latents of images, unscaled: (N,3,H,W) in [-1,1], H and W multiples of 8 -> (N,4,H/8,W/8)."""
+        """Mean latents of images, unscaled: (N,3,H,W) in [-1,1], H and W multiples of 8 ->
+        (N,4,H/8,W/8)."""
         h = self.quant_conv(self.encoder(img.to(self.quant_conv.weight.dtype)))
         return h[:, :4].to(img.dtype)
 
     @no_idle_autograd
+    @exact_float32()
     def decode(self, z):
-        """Video of unscaled latents, the whole clip at once: (B,T,4,h,w) -> (B,T,3,8h,8w), about [-1,1], not clamped.
+        """Video of unscaled latents, the whole clip at once: (B,T,4,h,w) -> (B,T,3,8h,8w), about
+        [-1,1], not clamped.
 
-        Normalisation in the temporal blocks spans all frames: decoding a clip in pieces gives (slightly) other pixels.
+        Normalisation in the temporal blocks spans all frames: decoding a clip in pieces gives
+        (slightly) other pixels.
         """
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).to(z.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 7. CLIP image encoder (OpenCLIP ViT-H/14): images (N,3,H,W) in [-1,1] -> embeddings (N,1024).
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0,1]
@@ -966,10 +849,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def preprocess_clip(img, size=224):
-    """Images for the ImageEncoder: (N,3,H,W) in [-1,1] -> (N,3,size,size), float32, normalised with CLIP's statistics.
+    """Images for the ImageEncoder: (N,3,H,W) in [-1,1] -> (N,3,size,size), float32, normalised with
+    CLIP's statistics.
 
-    As SVD was trained: Gaussian blur against aliasing, bicubic resize with aligned corners; the aspect ratio is not
-    kept and nothing is cropped.
+    As SVD was trained: Gaussian blur against aliasing, bicubic resize with aligned corners; the
+    aspect ratio is not kept and nothing is cropped.
     """
     x = img.float()
     for axis, n in ((2, img.shape[2]), (3, img.shape[3])):
@@ -991,8 +875,10 @@ class CLIPBlock(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.ln1, self.qkv, self.out = LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.ln2, self.fc1, self.fc2 = LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.ln1, self.qkv = LayerNorm(width), nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.ln2, self.fc1 = LayerNorm(width), nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x):
         x = x + self.out(attention(*self.qkv(self.ln1(x)).chunk(3, dim=-1), self.heads))
@@ -1008,7 +894,7 @@ class ImageEncoder(nn.Module):
         width, tokens = config.width, (config.image // config.patch) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, config.patch, stride=config.patch, bias=False)
 
-        def random(*shape):  # as nn.Linear starts; normal numbers on the meta device cost load() a second of imports
+        def random(*shape):  # as nn.Linear starts (normal numbers on meta import for a second)
             return nn.Parameter(nn.init.uniform_(torch.empty(*shape), -width**-0.5, width**-0.5))
 
         self.class_embedding = random(width)
@@ -1022,46 +908,49 @@ class ImageEncoder(nn.Module):
     def forward(self, img):
         """Embedding of preprocessed images: (N,3,224,224) -> (N,out_dim), in img's dtype."""
         x = rearrange(self.conv1(img.to(self.proj.dtype)), "n c h w -> n (h w) c")
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        x = x + self.positional_embedding
         x = self.ln_pre(x)
         for block in self.blocks:
             x = block(x)
         return (self.ln_post(x[:, 0]) @ self.proj).to(img.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. EDM (Karras et al. 2022, Table 1) with SVD's choices: v-prediction, sigma_data = 1. Latents here are scaled by
-#    VAE_SCALE, float32, (B,T,4,H,W); sigma is (B,), a noise level per video.
+# --------------------------------------------------------------------------------------------------
+# 8. EDM (Karras et al. 2022, Table 1) with SVD's choices: v-prediction, sigma_data = 1. Latents
+#    here are scaled by VAE_SCALE, float32, (B,T,4,H,W); sigma is (B,), a noise level per video.
 
-SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 700.0, 7.0  # from SVD's published scheduler; EDM's own sigma_max, for images, is 80
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 700.0, 7.0  # SVD's published scheduler; EDM's sigma_max is 80
 
 
 def karras_sigmas(steps, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO):
     """EDM eq. 5: noise levels from sigma_max down to sigma_min, then 0: (steps + 1,), float32."""
-    ramp = torch.linspace(1, 0, steps, dtype=torch.float64) if steps > 1 else torch.ones(1, dtype=torch.float64)
-    sigmas = (sigma_min ** (1 / rho) + ramp * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
+    ramp = torch.linspace(1, 0, steps, dtype=torch.float64)  # of one step, it is [1]
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigmas = (low + ramp * (high - low)) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
 
 
 def denoise(unet, x, sigma, image_latents, ctx, ids):
     """D(x; sigma), the estimate of the clean latents (EDM eq. 7): (B,T,4,H,W) -> (B,T,4,H,W).
 
-    image_latents (B,1 or T,4,H,W): unscaled VAE latents of the conditioning image, zeros when unconditional.
-    sigma (B,) > 0, ctx (B,1,D), ids as in UNet.forward.
+    image_latents (B,1 or T,4,H,W): unscaled VAE latents of the conditioning image, zeros when
+    unconditional. sigma (B,) > 0, ctx (B,1,D), ids as in UNet.forward.
     """
     s = sigma.float().view(-1, 1, 1, 1, 1)
     c_skip = 1 / (s**2 + 1)
     c_out = -s / (s**2 + 1).sqrt()
     c_in = 1 / (s**2 + 1).sqrt()
     c_noise = sigma.float().log() / 4
-    inputs = torch.cat([c_in * x, image_latents.expand(-1, x.shape[1], -1, -1, -1).to(x.dtype)], dim=2)
+    image_latents = image_latents.expand(-1, x.shape[1], -1, -1, -1).to(x.dtype)
+    inputs = torch.cat([c_in * x, image_latents], dim=2)
     return c_skip * x + c_out * unet(inputs, c_noise, ctx, ids)
 
 
 class Loss(NamedTuple):
     """Which noise levels are trained on, and how much each of them counts."""
-    draw: Callable       # draw(n, T, generator) -> n noise levels sigma, (n,), to train on videos of T frames
-    weight: Callable     # weight(sigma, T) -> weight of |D - target * x|^2, of sigma's shape
+    draw: Callable       # draw(n, T, generator) -> sigma (n,), for videos of T frames
+    weight: Callable     # weight(sigma, T) -> weight of |D - target*x|^2, of sigma's shape
     target: float = 1.0  # factor on the clean latents
 
 
@@ -1071,7 +960,7 @@ def edm_draw(n, T, generator):
 
 
 def edm_weight(sigma, T):
-    """EDM's lambda for sigma_data = 1. The loss of an untrained F is then about 1 at every noise level."""
+    """EDM's lambda for sigma_data = 1. An untrained F has a loss of about 1 at every level."""
     return (sigma**2 + 1) / sigma**2
 
 
@@ -1091,18 +980,240 @@ LOSSES = {
 
 
 def training_loss(unet, loss, x, sigma, noise, image_latents, ctx, ids):
-    """The training loss of each video, (B,): weight * |D(x + sigma*noise; sigma) - target*x|^2, averaged over elements.
+    """The loss of each video, (B,): the mean of weight * |D(x + sigma*noise; sigma) - target*x|^2.
 
-    loss: a Loss. x, noise (B,T,4,H,W); the rest as in denoise().
+    loss: a Loss. x, noise (B,T,4,H,W). The rest as in denoise().
     """
     s = sigma.float().view(-1, 1, 1, 1, 1)
     D = denoise(unet, x + s * noise, sigma, image_latents, ctx, ids)
     return (loss.weight(s, x.shape[1]) * (D - loss.target * x) ** 2).mean(dim=(1, 2, 3, 4))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 9. Checkpoints. Our parameter names, put through short lists of substitutions, give the names in each published file;
-#    so one list both reads and writes a format, and the names a file must have are known before it is opened.
+# --------------------------------------------------------------------------------------------------
+# 9. Memory and speed. Long videos do not fit in memory, but hardly any layer needs all of one:
+#    spatial layers treat frames independently, temporal ones pixels. So a layer hands Slices a
+#    function, which is applied to some frames or pixels at a time. What fits in one slice is
+#    computed as if there were no slices.
+
+CPU_SLICES = 4  # transformers on a CPU take slices this many times smaller: 14 % less time a pass
+
+
+@dataclass
+class Slices:
+    """slices(f, x) is f(x), slice by slice, for an f that treats frames (or pixels) one by one.
+
+    size: elements of x per slice; None never cuts. 16k tokens of 320 channels keep a GPU busy (with
+        fewer than 8k, launching kernels dominates) and make what is alive inside a slice small.
+    checkpointed: with gradients, keep only the inputs of a slice and compute it again on the way
+        back. With gradients and without checkpoints nothing is cut: it would save nothing.
+    """
+    size: int | None = 16384 * 320
+    checkpointed: bool = False
+
+    def count(self, *xs):
+        """Number of slices for some tensors: that of the largest."""
+        if self.size is None or (torch.is_grad_enabled() and not self.checkpointed):
+            return 1
+        largest = max(x.numel() for x in xs if x is not None)
+        return max(1, math.ceil(largest / self.size))
+
+    def length(self, dim, *xs):
+        """Length of a slice along a dimension: a divisor of the whole if one is near, since
+        torch.compile compiles again for a last slice that is shorter."""
+        n = xs[0].shape[dim]
+        most = math.ceil(n / min(n, self.count(*xs)))
+        if torch.is_grad_enabled():  # the fewer slices, the less is computed again
+            return most
+        for length in range(most, most // 2, -1):
+            if n % length == 0:
+                return length
+        return most
+
+    def for_cache(self, x):
+        """These slices; for inference on a CPU smaller ones, which its cache holds."""
+        if self.size is None or not x.is_cpu or torch.is_grad_enabled():
+            return self
+        return replace(self, size=math.ceil(self.size / CPU_SLICES))
+
+    def __call__(self, f, *xs, dim=0, out=None):
+        """f(*xs), where f treats the entries of one dimension independently. xs may contain None.
+
+        out: a tensor of the result's shape that may be overwritten where autograd is off; it may be
+        xs[0] itself.
+        """
+        n, length = xs[0].shape[dim], self.length(dim, *xs)
+        if length == n:
+            return f(*xs)
+        pieces = [repeat(None) if x is None else x.split(length, dim) for x in xs]
+        return self.join(f, zip(*pieces), n, dim, out)
+
+    def with_neighbours(self, f, positions, x):
+        """f of all frames of x (B, T, n, C), where f needs the frames before and after, too.
+
+        f(positions, *frames) is given frames (B, n, C) with a neighbour more at both ends
+        (reflected at the ends of the video), and their rows of positions (T + 2, ...). It returns
+        the frames without these neighbours, (B, ., n, C).
+        """
+        T, length = x.shape[1], self.length(1, x)
+        order = [min(1, T - 1), *range(T), max(T - 2, 0)]
+        frames = x.unbind(1)  # not x[:, t], the gradient of which is as large as x
+        slabs = []
+        for begin in range(0, T, length):
+            end = begin + length + 2
+            slabs.append((positions[begin:end], *(frames[t] for t in order[begin:end])))
+        return f(*slabs[0]) if len(slabs) == 1 else self.join(f, slabs, T, dim=1)
+
+    def join(self, f, slices, n, dim, out=None):
+        """f of every tuple in slices, concatenated to length n along dim."""
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(f, *xs, use_reentrant=False) for xs in slices], dim)
+        begin = 0
+        for xs in slices:
+            y = f(*xs)
+            if out is None:
+                out = y.new_empty([*y.shape[:dim], n, *y.shape[dim + 1:]])
+            out.narrow(dim, begin, y.shape[dim]).copy_(y)
+            begin += y.shape[dim]
+            del y  # or it would live through the next slice
+        return out
+
+
+def norm_over_frames(norm, x, B, slices):
+    """GroupNorm with the statistics of whole videos x (B*T, C, H, W), as a function of slices
+    (B, C, T, h, W)."""
+    if slices.count(x) == 1:
+        return norm
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def moments(x):
+        groups = x.to(wide).unflatten(1, (norm.num_groups, -1)).flatten(2)
+        var, mean = torch.var_mean(groups, dim=2, correction=0)
+        return torch.stack([mean, var], dim=1)                                # (frames, 2, groups)
+
+    def per_channel(v):
+        return v.repeat_interleave(x.shape[1] // norm.num_groups, dim=1)  # (B, groups) -> (B, C)
+
+    means, variances = slices(moments, x).unflatten(0, (B, -1)).unbind(2)     # (B, T, groups)
+    mean = means.mean(1, keepdim=True)
+    var = (variances + (means - mean) ** 2).mean(1)
+    scale = per_channel((var + norm.eps).rsqrt()) * norm.weight.to(wide)
+    shift = norm.bias.to(wide) - per_channel(mean[:, 0]) * scale
+    scale, shift = (v[..., None, None, None] for v in (scale, shift))         # (B, C, 1, 1, 1)
+    return lambda x: torch.addcmul(shift, x, scale).to(x.dtype)  # rounded once, as in GroupNorm
+
+
+def group_norm_(norm, x):
+    """A GroupNorm in place, bit-identical. Half of the groups at a time take less memory."""
+    n = math.gcd(2, norm.num_groups)
+    for part, weight, bias in zip(x.chunk(n, dim=1), norm.weight.chunk(n), norm.bias.chunk(n)):
+        part.copy_(F.group_norm(part, norm.num_groups // n, weight, bias, norm.eps))
+    return x
+
+
+class Resident:
+    """Weights and skips stay where they are. What UNet.forward has in place of a Stream."""
+
+    def visit(self, blocks, skips=()):
+        return blocks
+
+    def put(self, skip):
+        return skip
+
+
+class Stream(Resident):
+    """For small cards: keeps in CPU memory what a pass does not need yet. Inference only.
+
+    Use it by unet.stream = Stream(unet, device). The device holds the weights of two blocks: the
+    one that computes, and the next, which is copied meanwhile. Skips of at least `large` bytes are
+    moved to CPU memory at once, and come back while the block before theirs computes. On CUDA the
+    copies run in a stream of their own and from pinned memory. The output is bit-identical.
+    """
+
+    def __init__(self, unet, device, large=2**26):
+        self.device, self.large = torch.device(device), large
+        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        waiting = set()
+        for block in (*unet.down, *unet.mid, *unet.up):
+            waiting.update(p for _, _, p in self.weights(block))
+        for module in unet.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, self.copy(p, "cpu" if p in waiting else self.device))
+
+    def weights(self, block):
+        """[(module, name, parameter)] of a block without its conv, which the next block runs."""
+        found = []
+        for part in (block.res, block.attn):
+            for module in part.modules() if part is not None else ():
+                found += [(module, name, p) for name, p in module.named_parameters(recurse=False)]
+        return found
+
+    @torch.inference_mode(False)  # or requires_grad is lost, on which torch.matmul's kernel depends
+    def copy(self, t, device):
+        pinned = self.side is not None and device == "cpu"  # else the copy would block
+        copy = torch.empty_like(t, device=device, pin_memory=pinned)
+        copy.copy_(t.detach(), non_blocking=True)
+        return nn.Parameter(copy, t.requires_grad) if isinstance(t, nn.Parameter) else copy
+
+    @contextmanager
+    def aside(self):
+        """Copies in here run beside the computation, after all that was queued so far."""
+        if self.side is None:
+            yield
+        else:
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.side):
+                yield
+
+    def put(self, skip):
+        if skip.nbytes < self.large:
+            return skip
+        with self.aside():
+            waiting = self.copy(skip, "cpu")
+        if self.side is not None:
+            skip.record_stream(self.side)  # its memory is not used again before it is copied
+        return waiting
+
+    def visit(self, blocks, skips=()):
+        """Yields the blocks, each with its weights and the last of the skips on the device."""
+        fetched, arrived = self.fetch(blocks[0], skips, -1)
+        for block, following in zip(blocks, [*blocks[1:], None]):
+            at_home = self.weights(block)
+            for (module, name, _), t in zip(at_home, fetched):
+                setattr(module, name, t)
+            if arrived is not None:
+                torch.cuda.current_stream(self.device).wait_event(arrived)
+            if following is not None:
+                fetched, arrived = self.fetch(following, skips, -2)
+            try:
+                yield block
+            finally:
+                for module, name, p in at_home:
+                    setattr(module, name, p)
+
+    def fetch(self, block, skips, i):
+        """Begins to copy a block's weights and skips[i] to the device: (copies, final event)."""
+        with self.aside():
+            copies = [self.copy(p, self.device) for _, _, p in self.weights(block)]
+            if len(skips) >= -i and skips[i].nbytes >= self.large:
+                skips[i] = self.copy(skips[i], self.device)
+            return copies, None if self.side is None else self.side.record_event()
+
+
+def compile_blocks(unet):
+    """torch.compile, in place, of transformer blocks and residual blocks over pixels. Not of loops
+    over slices, nor of residual blocks over frames, whose norms span slices. The first pass takes
+    minutes."""
+    limit = max(64, torch._dynamo.config.recompile_limit)  # sizes differ between levels
+    torch._dynamo.config.recompile_limit = limit
+    blocks = [m for m in unet.modules() if isinstance(m, (SpatialBlock, TemporalBlock))]
+    blocks += [m.spatial for m in unet.modules() if isinstance(m, SpatioTemporalRes)]
+    for block in blocks:
+        block.compile(fullgraph=flash_attn_func is None)  # only flash-attn may break the graph
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Checkpoints. Lists of substitutions turn our parameter names into those of a published file.
+#     So one list reads and writes a format, and which names a file must have is known beforehand.
 
 
 class WeightsError(ValueError):
@@ -1110,7 +1221,7 @@ class WeightsError(ValueError):
 
 
 def _number(template, per_level, offset=0):
-    """A substitution that splits a flat block number into level and index: down.4.res -> down_blocks.1.resnets.0"""
+    """Splits the number of a block into level and index: down.4.res -> down_blocks.1.resnets.0"""
     return lambda m: template.format(*divmod(int(m[1]) - offset, per_level))
 
 
@@ -1183,10 +1294,10 @@ EXVIDEO = [  # names inside one temporal block of the ExVideo release
     (r"^ff_in\.proj_in", "act_fn_in.proj"), (r"^ff_in\.proj_out", "ff_in"), (r"^ff\.proj_in", "act_fn_out.proj"),
     (r"^ff\.proj_out", "ff_out"), (r"^norm3", "norm_out"), (r"^frame_embed", "positional_embedding_proj"), *_EXTENSION,
 ]
-# The release numbers the blocks of a flat list in which pushes and pops count too; these are its temporal ones.
+# Where the temporal blocks are in the release's flat list, in which pushes and pops count too.
 EXVIDEO_BLOCKS = (7, 17, 29, 39, 51, 61, 83, 113, 123, 133, 144, 154, 164, 175, 185, 195)
 
-# In published files but part of no network of ours: a second encoder, a second decoder, CLIP's text side, numbers 0..256.
+# In published files but in none of our networks: a second encoder and decoder, CLIP's text side.
 IGNORED = (
     r"first_stage_model\.encoder\.|conditioner\.embedders\.3\.encoder\.(decoder|post_quant_conv)\.|"
     r"conditioner\.embedders\.0\.open_clip\.model\."
@@ -1197,33 +1308,43 @@ IGNORED = (
 SGM_PART = {
     UNet: r"model\.diffusion_model\.",
     ImageEncoder: r"conditioner\.embedders\.0\.open_clip\.model\.visual\.",
-    VAE: r"first_stage_model\.(decoder|post_quant_conv)\.|conditioner\.embedders\.3\.encoder\.(encoder|quant_conv)\.",
+    VAE: r"first_stage_model\.(decoder|post_quant_conv)\.|"
+         r"conditioner\.embedders\.3\.encoder\.(encoder|quant_conv)\.",
 }
 RULES = {"sgm": {UNet: UNET_SGM, VAE: VAE_SGM, ImageEncoder: CLIP_SGM},
          "diffusers": {UNet: UNET_DIFFUSERS, VAE: VAE_DIFFUSERS, ImageEncoder: CLIP_DIFFUSERS}}
 
 
 def file_names(module, layout):
-    """Where a layout keeps each parameter of a module: {our name: [name in the file]}, three where it splits q, k, v.
+    """Where a layout keeps each parameter: {our name: [name in the file]}, three names if it splits
+    q, k, v.
 
-    layout: "ours" (named_parameters), "sgm" (the published single file), "diffusers" (its folders), or "exvideo" (an
-    extension file: the parameters of a UNet for which is_extension_parameter() holds).
+    layout: "ours" (that of named_parameters), "sgm" (the published single file), "diffusers" (its
+    folders), or "exvideo" (extension files: only what is_extension_parameter() names).
     """
     parameters = [name for name, _ in module.named_parameters()]
     if layout == "ours":
         return {ours: [ours] for ours in parameters}
-    if layout == "exvideo":  # parameters outside the temporal transformer blocks, which the release lacks, keep our names
-        blocks = [name.removesuffix(".temporal") for name, m in module.named_modules() if isinstance(m, TemporalBlock)]
-        numbers = dict(zip(blocks, EXVIDEO_BLOCKS))
-        names = {}
-        for ours in filter(is_extension_parameter, parameters):
-            block, _, name = ours.partition(".temporal.")
-            names[ours] = [f"blocks.{numbers[block]}.{rename(name, EXVIDEO)}" if block in numbers else ours]
-        return names
+    if layout == "exvideo":
+        return exvideo_names(module, [name for name in parameters if is_extension_parameter(name)])
     names = {}
     for ours in parameters:
         name = rename(ours, RULES[layout][type(module)])
         names[ours] = [name.replace("{qkv}", c) for c in "qkv"] if "{qkv}" in name else [name]
+    return names
+
+
+def exvideo_names(unet, parameters):
+    """In an extension file: the release's names inside temporal transformer blocks, else ours."""
+    numbers = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, TemporalBlock):
+            numbers[name] = EXVIDEO_BLOCKS[len(numbers)]
+    names = {}
+    for ours in parameters:
+        block, _, inner = ours.partition(".attn.temporal.")
+        number = numbers.get(f"{block}.attn.temporal")
+        names[ours] = [ours if number is None else f"blocks.{number}.{rename(inner, EXVIDEO)}"]
     return names
 
 
@@ -1234,18 +1355,20 @@ def rename(name, rules):
 
 
 def convert(names, tensors, shape):
-    """The tensors a file keeps under these names, as one parameter of ours."""
+    """The tensors that a file has under these names, as one parameter of ours."""
     t = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # CLIP's q, k, v, split in diffusers
     if names == ["visual_projection.weight"] and t.ndim == 2:
-        t = t.T                                                 # diffusers has a Linear there, the single file a matrix
-    return t.view(shape) if tuple(t.shape) + (1, 1) == shape else t  # 1x1 convolutions of the VAE, Linear in diffusers
+        t = t.T  # a Linear in diffusers, a matrix in the single file
+    if tuple(t.shape) + (1, 1) == shape:
+        t = t.view(shape)  # a Linear in diffusers, a 1x1 convolution here
+    return t
 
 
 class Tensors:
-    """Names, shapes and tensors of a safetensors file (memory-mapped, read on demand) or of a dict of tensors.
+    """What is in a safetensors file (memory-mapped, read on demand) or in a dict of tensors.
 
-    names: without what training tools put before all of them: module. _orig_mod. unet. model., or several of these.
-    meta: what save() was given, {} for files that are not ours.
+    names: without the prefixes module. _orig_mod. unet. model. of training tools, if all have them.
+    meta: what save() was given; {} for files that are not ours.
     """
 
     def __init__(self, source):
@@ -1255,10 +1378,9 @@ class Tensors:
             self.label = os.fspath(source)
             self.source, self.meta = open_safetensors(self.label)
         names = list(self.source.keys())
-        common = os.path.commonprefix(names) if len(names) > 1 else ""
-        self.prefix = re.match(r"(module\.|_orig_mod\.|unet\.|model\.(?!diffusion_model\.))*", common)[0]
+        tools = r"(module\.|_orig_mod\.|unet\.|model\.(?!diffusion_model\.))*"
+        self.prefix = re.match(tools, os.path.commonprefix(names))[0]
         self.names = {name.removeprefix(self.prefix) for name in names}
-        # A file of ours holds a whole model, with its configuration, or an extension.
         blocks = any(name.startswith("blocks.") for name in self.names)
         self.is_extension = blocks or ("architecture" in self.meta and "config" not in self.meta)
 
@@ -1273,79 +1395,88 @@ class Tensors:
         return self.source.get_slice(self.prefix + name).get_shape()
 
     def frames(self):
-        """Frames that the weights are extended to, None for a base. Files without our note of it have frame tables."""
+        """The frames that the weights are extended to, None for a base. If our metadata does not
+        say so (the release), frame tables do."""
         noted = self.meta.get("frames")
         if isinstance(noted, int) and noted > 0:
             return noted
-        tables = sorted(n for n in self.names if n.endswith(("positional_embedding.embeddings", "frame_table")))
-        shape = self.shape(tables[0]) if tables else ()
-        return shape[0] if len(shape) > 0 and shape[0] > 0 else None
-
-    def native_frames(self):
-        """{"native_frames": those of the base} if the file says so."""
-        return {key: value for key, value in self.meta.items() if key == "native_frames"}
+        for name in sorted(self.names):
+            if name.endswith(("positional_embedding.embeddings", "frame_table")):
+                shape = self.shape(name)
+                return shape[0] if len(shape) > 1 and shape[0] > 0 else None
+        return None
 
 
 def open_safetensors(path):
-    """-> the opened file, our metadata in it (a dict). Raises WeightsError, which says what the file is instead."""
+    """-> the opened file, our metadata in it. The WeightsError says what the file is instead."""
     if not os.path.isfile(path):
         raise WeightsError(f"{path}: no such weight file")
     try:
         file = safe_open(path, framework="pt")
         meta = json.loads((file.metadata() or {}).get("exsvd", "{}"))
     except (SafetensorError, ValueError) as e:
-        with open(path, "rb") as f:  # only now: the length that a good file begins with can look like a pickle
+        with open(path, "rb") as f:  # only now: a good file can begin like a pickle
             begin = f.read(20)
-        if re.match(rb"PK\x03\x04|\x80\x02[^\0]", begin):  # a zip or a pickle, which runs any code when it is loaded
-            raise WeightsError(f"{path} is a pickled checkpoint, which is never opened: "
-                               "use its .safetensors version") from e
+        kind = f"is not a complete safetensors file ({e}): download or save it again"
+        if re.match(rb"PK\x03\x04|\x80\x02[^\0]", begin):  # loading a zip or a pickle runs any code
+            kind = "is a pickled checkpoint, which is never opened: use its .safetensors version"
         if begin.startswith(b"version https://git-"):
-            raise WeightsError(f"{path} is a Git LFS pointer in place of the file: fetch it with git lfs pull") from e
-        raise WeightsError(f"{path} is not a complete safetensors file ({e}): download or save it again") from e
+            kind = "is a Git LFS pointer in place of the file: fetch it with git lfs pull"
+        raise WeightsError(f"{path} {kind}") from e
     if not isinstance(meta, dict):
         raise WeightsError(f"{path}: metadata not understood; was it written by a newer version?")
     return file, meta
 
 
 def locate(module, tensors):
-    """Where `tensors` keeps each parameter of the module: {our name: (tensors, names)}. Nothing is read yet.
+    """Where `tensors` has each parameter of the module: {our name: (tensors, names)}.
 
-    Raises WeightsError with examples if anything is missing, mis-shaped or left over. Only an extension file of ours
-    may lack parameters: it may hold a part of the release's, and others besides.
+    Nothing is read yet. Raises WeightsError with examples if anything is missing, mis-shaped or
+    left over. Only an extension file of ours may hold a part of what the module has.
     """
     names = choose_layout(module, tensors)
     if tensors.is_extension and tensors.meta:
-        names = {ours: group for ours, group in names.items() if tensors.names.issuperset(group)}
+        names = {ours: group for ours, group in names.items() if group[0] in tensors.names}
     expected = {n for group in names.values() for n in group}
-    others = [IGNORED] + [part for network, part in SGM_PART.items() if not isinstance(module, network)]
-    missing = sorted(expected - tensors.names)
-    unexpected = sorted(n for n in tensors.names - expected if not re.match("|".join(others), n))
-    misshaped = []
+    ignored = [part for network, part in SGM_PART.items() if not isinstance(module, network)]
+    ignored = re.compile("|".join([IGNORED, *ignored]))
+    problems = {
+        "missing": sorted(expected - tensors.names),
+        "unexpected": sorted(n for n in tensors.names - expected if not ignored.match(n)),
+        "mis-shaped": []}
     for ours, group in names.items():
-        if tensors.names.issuperset(group):
-            complaint = compare_shapes(group, tensors, tuple(module.get_parameter(ours).shape))
-            if complaint:
-                misshaped.append(complaint)
+        shape = tuple(module.get_parameter(ours).shape)
+        if tensors.names.issuperset(group) and not shapes_fit(group, tensors, shape):
+            found = ", ".join(f"{n} {tuple(tensors.shape(n))}" for n in group)
+            in_all = " in all" if len(group) > 1 else ""
+            problems["mis-shaped"].append(f"{found} instead of {shape}{in_all}")
 
-    problems = []
-    for what, found in {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}.items():
-        if found:
-            problems.append(f"{len(found)} {what}, such as {'; '.join(found[:3])}")
-    if problems:
+    said = [f"{len(found)} {what}, such as {'; '.join(found[:3])}"
+            for what, found in problems.items() if found]
+    if said:
         holds = ", ".join(sorted(tensors.names)[:3]) or "nothing"
-        raise WeightsError(f"{tensors.label} (which holds {holds}, ...) does not fit {type(module).__name__} "
-                           f"({len(expected)} tensors): {'. '.join(problems)}")
+        raise WeightsError(f"{tensors.label} (which holds {holds}, ...) does not fit "
+                           f"{type(module).__name__} ({len(expected)} tensors): {'. '.join(said)}")
     return {ours: (tensors, group) for ours, group in names.items()}
 
 
+def shapes_fit(group, tensors, want):
+    """Whether the tensors of these names together make a parameter of the shape `want`."""
+    shapes = [tuple(tensors.shape(n)) for n in group]
+    if len(group) > 1 and any(len(s) != len(want) or s[1:] != want[1:] for s in shapes):
+        return False  # they can't be joined
+    return convert(group, [torch.empty(s, device="meta") for s in shapes], want).shape == want
+
+
 def choose_layout(module, tensors):
-    """The names that a file should have for the module, file_names() of the layout that most of its names are of.
+    """The names that a file should have for the module: file_names() of the layout it is in.
 
     Raises WeightsError if the file is known to be for something else.
     """
-    if isinstance(module, VAE) and any(n.startswith("first_stage_model.post_quant_conv") for n in tensors.names):
-        raise WeightsError(f"{tensors.label} is the image-decoder variant, whose VAE decoder has no temporal layers: "
-                           "use svd_xt.safetensors (or svd.safetensors) instead of svd_xt_image_decoder.safetensors")
+    if isinstance(module, VAE):
+        if any(n.startswith("first_stage_model.post_quant_conv") for n in tensors.names):
+            raise WeightsError(f"{tensors.label} is the image-decoder variant, without temporal "
+                               "layers: use svd_xt.safetensors (or svd.safetensors) instead")
     if not isinstance(module, UNet):
         return best_layout(module, tensors)
     frames = tensors.frames()
@@ -1355,57 +1486,52 @@ def choose_layout(module, tensors):
                            f"call extend(unet, {frames}) before loading it")
     architecture = tensors.meta.get("architecture", ARCHITECTURE)
     if architecture != ARCHITECTURE:
-        raise WeightsError(f"{tensors.label} holds the extension {architecture!r}, but this code has {ARCHITECTURE!r}")
+        raise WeightsError(f"{tensors.label} holds the extension {architecture!r}, "
+                           f"but this code has {ARCHITECTURE!r}")
     if tensors.is_extension:
         return file_names(module, "exvideo")
     names = best_layout(module, tensors)
     if frames or not module.max_frames:
         return names
-    with torch.device("meta"):  # a base file leaves what extend() added as it is
+    with torch.device("meta"):
         base = dict(UNet(module.config).named_parameters())
-    return {ours: group for ours, group in names.items() if ours in base}
+    return {ours: group for ours, group in names.items() if ours in base}  # without the extension
 
 
 def best_layout(module, tensors):
+    """file_names() of the layout that has most of the file's names."""
     def known(names):
         return sum(n in tensors.names for group in names.values() for n in group)
 
-    return max((file_names(module, layout) for layout in ("ours", "sgm", "diffusers")), key=known)
-
-
-def compare_shapes(group, tensors, want):
-    """What is wrong with the shapes of tensors that together make one parameter; None if nothing is."""
-    shapes = [tuple(tensors.shape(n)) for n in group]
-    can_be_joined = len(group) == 1 or all(len(s) == len(want) and s[1:] == want[1:] for s in shapes)
-    if can_be_joined and convert(group, [torch.empty(s, device="meta") for s in shapes], want).shape == want:
-        return None
-    in_all = " in all" if len(group) > 1 else ""
-    return f"{', '.join(group)} {', '.join(map(str, shapes))} instead of {want}{in_all}"
+    layouts = [file_names(module, layout) for layout in ("ours", "sgm", "diffusers")]
+    return max(layouts, key=known)
 
 
 @torch.no_grad()
 def read_into(module, located, dtype_of=None, device=None):
-    """Read what locate() found, tensor by tensor, into a module. Parameters on the meta device become real ones, of
-    dtype_of(our name) and on the given device."""
+    """Read what locate() found into a module, tensor by tensor. Parameters on the meta device
+    become real ones on the given device, of dtype_of(our name)."""
     for ours, (tensors, names) in located.items():
         path, _, leaf = ours.rpartition(".")
         parent = module.get_submodule(path)
         p = getattr(parent, leaf)
         t = convert(names, [tensors.get(n) for n in names], tuple(p.shape))
-        if p.is_meta:  # copied even where nothing is converted: the model must not change or die with the file
+        if p.is_meta:
             dtype = dtype_of(ours) if dtype_of else p.dtype
-            t = torch.empty(p.shape, dtype=dtype, device=device or "cpu").copy_(t)
-            setattr(parent, leaf, nn.Parameter(t, requires_grad=p.requires_grad))
+            copy = torch.empty(p.shape, dtype=dtype, device=device or "cpu")
+            copy.copy_(t)  # always, as t changes with the file
+            setattr(parent, leaf, nn.Parameter(copy, requires_grad=p.requires_grad))
         else:
             p.copy_(t)
 
 
 def load_weights(module, tensors_or_path):
-    """Load a UNet, VAE or ImageEncoder, in place, from a .safetensors file or a dict of tensors; returns the module.
+    """Load a UNet, VAE or ImageEncoder in place, from a .safetensors file or a dict; returns it.
 
-    The names may be those of the published single file (other networks in it are passed over), of diffusers, of our
-    parameters, and for an extended UNet those of the ExVideo release. A base file leaves the layers that extend() added
-    as they are. Raises WeightsError if any tensor is missing, unexpected or mis-shaped, and has then changed nothing.
+    The names may be those of the published single file (other networks in it are ignored), of
+    diffusers, of our parameters, and for an extended UNet those of an extension file. A base file
+    leaves what extend() added as it is. Raises WeightsError if a tensor is missing, unexpected or
+    mis-shaped, and has then changed nothing.
     """
     read_into(module, locate(module, Tensors(tensors_or_path)))
     return module
@@ -1421,10 +1547,11 @@ class SVD:
     extension: dict | None    # of the extension file, {} for the ExVideo release, None without one
 
 
-FOLDER = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "clip": "image_encoder/model"}
+FOLDER = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model",
+          "clip": "image_encoder/model"}
 FOLDER_CONFIG = {  # our names of what the config.json beside them says
-    "unet": {"block_out_channels": "channels", "num_attention_heads": "heads", "cross_attention_dim": "context_dim",
-             "num_frames": "native_frames"},
+    "unet": {"block_out_channels": "channels", "num_attention_heads": "heads",
+             "cross_attention_dim": "context_dim", "num_frames": "native_frames"},
     "vae": {"block_out_channels": "channels"},
     "clip": {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
              "patch_size": "patch", "projection_dim": "out_dim", "image_size": "image"},
@@ -1432,89 +1559,101 @@ FOLDER_CONFIG = {  # our names of what the config.json beside them says
 
 
 def open_model(path):
-    """Weights and configurations of a model: ({"unet", "vae", "clip": Tensors}, (UNetConfig, VAEConfig, CLIPConfig)).
+    """-> {"unet", "vae", "clip": Tensors}, (UNetConfig, VAEConfig, CLIPConfig). path as in load().
 
-    path as in load(). Only names and configurations are read. Raises WeightsError.
+    Only names and configurations are read. Raises WeightsError.
     """
-    if os.path.isdir(path):
-        opened = {part: open_part(path, stem, FOLDER_CONFIG[part]) for part, stem in FOLDER.items()}
-        files = {part: tensors for part, (tensors, _) in opened.items()}
-        config = {part: values for part, (_, values) in opened.items()}
-    else:
-        tensors = Tensors(path)
-        files, config = dict.fromkeys(FOLDER, tensors), tensors.meta.get("config", {})
-    defaults = {"unet": UNetConfig(), "vae": VAEConfig(), "clip": CLIPConfig()}
-    return files, tuple(configure(default, config, part, path) for part, default in defaults.items())
+    files, configs = {}, []
+    single = None if os.path.isdir(path) else Tensors(path)
+    for part, default in {"unet": UNetConfig(), "vae": VAEConfig(), "clip": CLIPConfig()}.items():
+        if single is None:
+            files[part], values = open_part(path, FOLDER[part], FOLDER_CONFIG[part])
+        else:
+            files[part], values = single, config_of(single, part)
+        configs.append(configure(default, values, path))
+    return files, tuple(configs)
 
 
 def open_unet(path, config):
-    """A UNet by itself: (Tensors, UNetConfig). What it does not say of its configuration is as in `config`."""
+    """A UNet by itself: (Tensors, UNetConfig). What it does not say is as in `config`."""
     if os.path.isdir(path):
         tensors, values = open_part(path, os.path.basename(FOLDER["unet"]), FOLDER_CONFIG["unet"])
-        return tensors, configure(config, {"unet": values}, "unet", path)
-    tensors = Tensors(path)
-    return tensors, configure(config, tensors.meta.get("config", {}), "unet", path)
+    else:
+        tensors = Tensors(path)
+        values = config_of(tensors, "unet")
+    return tensors, configure(config, values, path)
+
+
+def config_of(tensors, part):
+    """What a file of ours says of the configuration of a network; {} if it says nothing."""
+    config = tensors.meta.get("config", {})
+    return config.get(part, {}) if isinstance(config, dict) else config
 
 
 def open_part(folder, stem, config_names):
-    """A network in diffusers' layout: (Tensors, {our name of a setting: value}), the full precision if both are there.
+    """A network in diffusers' layout: (Tensors, {our name of a setting: value}).
 
-    stem: where in the folder its weights are, without .safetensors or .fp16.safetensors.
+    stem: where its weights are in the folder, without .safetensors or .fp16.safetensors. If both
+    are there, the former is taken.
     """
-    found = [f"{os.path.join(folder, stem)}{kind}.safetensors" for kind in ("", ".fp16")]
-    found = [path for path in found if os.path.isfile(path)]
-    if not found:
-        alone = os.path.isfile(os.path.join(folder, os.path.basename(stem) + ".safetensors"))
-        hint = "it holds a UNet alone: give it as --unet beside --model" if alone else "a diffusers folder of SVD has one"
+    path = os.path.join(folder, f"{stem}.safetensors")
+    if not os.path.isfile(path):
+        path = os.path.join(folder, f"{stem}.fp16.safetensors")
+    if not os.path.isfile(path):
+        hint = "a diffusers folder of SVD has one"
+        if os.path.isfile(os.path.join(folder, os.path.basename(stem) + ".safetensors")):
+            hint = "it holds a UNet alone: give it as --unet beside --model"
         raise WeightsError(f"{folder}: no {stem}.safetensors (or .fp16.safetensors); {hint}")
-    config_path = os.path.join(os.path.dirname(found[0]), "config.json")
+    config_path = os.path.join(os.path.dirname(path), "config.json")
     if not os.path.exists(config_path):
-        return Tensors(found[0]), {}  # SVD-XT
+        return Tensors(path), {}  # SVD-XT
     try:
         with open(config_path) as f:
             theirs = json.load(f)
     except ValueError as e:
         raise WeightsError(f"{config_path}: not readable as JSON ({e})") from e
     if not isinstance(theirs, dict):
-        raise WeightsError(f"{config_path}: configuration not understood")
-    values = {ours: theirs[key] for key, ours in config_names.items() if theirs.get(key) is not None}
-    return Tensors(found[0]), values
+        raise WeightsError(f"{config_path}: its configuration is not understood")
+    values = {ours: theirs.get(key) for key, ours in config_names.items()}
+    return Tensors(path), {ours: value for ours, value in values.items() if value is not None}
 
 
-def configure(default, config, part, path):
-    """The default configuration of a network with the values that a file has for it. Raises WeightsError."""
-    values = config.get(part, {}) if isinstance(config, dict) else None
+def configure(default, values, path):
+    """The default configuration with the values that a file has for it. Raises WeightsError."""
     if not isinstance(values, dict):
-        raise WeightsError(f"{path}: configuration not understood; was it written by a newer version?")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        raise WeightsError(f"{path}: its configuration is not understood")
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     for key, value in values.items():
         wanted = getattr(default, key, None)
-        entries, like = (value, wanted[0]) if isinstance(wanted, tuple) else ((value,), wanted)
-        fits = type(value) is type(wanted) and all(type(v) is type(like) for v in entries)
-        if not fits or any(isinstance(v, int) and v < 1 for v in entries):
+        fits = type(value) is type(wanted)
+        for v in value if isinstance(value, tuple) else (value,):
+            fits = fits and (isinstance(v, str) or (isinstance(v, int) and v > 0))
+        if not fits:
             raise WeightsError(f"{path}: {key} = {value} of its configuration is not understood; "
                                "was it written by a newer version?")
     return replace(default, **values)
 
 
-def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet", "vae", "clip"), unet=None,
-         keep_float32=None):
-    """SVD from published weights or our own: an SVD with .unet, .vae, .clip, in eval mode, with requires_grad False.
+def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet", "vae", "clip"),
+         unet=None, keep_float32=None):
+    """SVD from published weights or our own: .unet, .vae and .clip, in eval mode, all parameters
+    with requires_grad False.
 
-    path: a single .safetensors file, or a folder in diffusers' layout (the full-precision files where both are there).
-    extension: the ExVideo release, or an extension trained here. The UNet is extended to the number of frames it is for.
-    dtype: of the parameters. On float16 the VAE's encoder stays float32, whose range it needs.
-    device: "meta" checks everything (names, shapes, the extension) but reads and allocates no weights.
+    path: a .safetensors file, or a folder in diffusers' layout.
+    extension: the ExVideo release or an extension trained here. Extends the UNet to its frames.
+    dtype: of the parameters. With float16 the VAE's encoder stays float32, whose range it needs.
+    device: "meta" checks everything (names, shapes, the extension) but reads no weights.
     parts: what to load; the others are None.
-    unet: a UNet by itself in place of the model's: a .safetensors file, or a folder with diffusers' file and config.
-    keep_float32(name) -> bool: which parameters stay float32, named as in unet.down.1.attn.norm.weight or clip.proj.
-    Every tensor is converted alone, so memory peaks at the model's size in `dtype`. Raises WeightsError.
+    unet: a UNet by itself in place of the model's, a .safetensors file or diffusers' folder of it.
+    keep_float32(name) -> bool: what stays float32, named as in unet.down.1.attn.norm.weight.
+
+    Tensors are converted one by one: memory peaks at the size of the model. Raises WeightsError.
     """
     unknown = set(parts) - FOLDER.keys()
     if unknown:
         raise ValueError(f"load() knows the parts {', '.join(FOLDER)}, not {', '.join(unknown)}")
     only_check = torch.device(device).type == "meta"
-    if extension is not None and not only_check:  # refuse what does not fit before gigabytes are read
+    if extension is not None and not only_check:  # before gigabytes are read
         load(path, extension, device="meta", parts=parts, unet=unet)
 
     files, (unet_config, vae_config, clip_config) = open_model(path)
@@ -1524,39 +1663,51 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
     overlay = None if extension is None else Tensors(extension)
     for tensors in files.values():
         if tensors.is_extension:
-            raise WeightsError(f"{tensors.label} is an extension, not a model: give SVD-XT's file as the model, "
-                               "and this one as the extension")
+            raise WeightsError(f"{tensors.label} is an extension, not a model: give SVD-XT's file "
+                               "as the model, and this one as the extension")
     if overlay is not None:
         if not overlay.is_extension or not overlay.frames():
-            raise WeightsError(f"{overlay.label} is not an extension: it has no tensors blocks.*, or no frame tables")
-        unet_config = configure(unet_config, {"unet": overlay.native_frames()}, "unet", overlay.label)
+            raise WeightsError(f"{overlay.label} is not an extension: it has no tensors blocks.*, "
+                               "or no frame tables")
+        if "native_frames" in overlay.meta:
+            native = {"native_frames": overlay.meta["native_frames"]}
+            unet_config = configure(unet_config, native, overlay.label)
 
     with torch.device("meta"):  # nothing is initialised that is then overwritten
-        networks = {"unet": UNet(unet_config), "vae": VAE(vae_config), "clip": ImageEncoder(clip_config)}
-    for network in networks.values():
-        network.eval().requires_grad_(False)
+        networks = nn.ModuleDict({"unet": UNet(unet_config), "vae": VAE(vae_config),
+                                  "clip": ImageEncoder(clip_config)})
+    networks.eval().requires_grad_(False)
     if files["unet"].frames():
         extend(networks["unet"], files["unet"].frames())
     if files["vae"] is files["clip"] and set(parts) != {"unet"}:
         refuse_unet_alone(networks["unet"], files["vae"])
-    located = {part: locate(networks[part], files[part]) for part in parts}  # all, before anything is read
-
+    located = {}
     for part in parts:
-        def dtype_of(name, part=part):
-            name = f"{part}.{name}"
-            wide = dtype == torch.float16 and name.startswith(("vae.encoder.", "vae.quant_conv."))
-            return torch.float32 if wide or (keep_float32 and keep_float32(name)) else dtype
+        for name, place in locate(networks[part], files[part]).items():
+            located[f"{part}.{name}"] = place
 
-        if not only_check:
-            read_into(networks[part], located[part], dtype_of, device)
+    def dtype_of(name):
+        wide = dtype == torch.float16 and name.startswith(("vae.encoder.", "vae.quant_conv."))
+        return torch.float32 if wide or (keep_float32 and keep_float32(name)) else dtype
 
+    if not only_check:
+        warn_of_cudnn()
+        read_into(networks, located, dtype_of, device)
     if overlay is not None and "unet" in parts:
         extend(networks["unet"], overlay.frames())
         located = locate(networks["unet"], overlay)
         if not only_check:
             read_into(networks["unet"], located)
-    networks = [networks[part] if part in parts else None for part in FOLDER]
-    return SVD(*networks, meta, None if overlay is None else overlay.meta)
+    unet, vae, clip = (networks[part] if part in parts else None for part in FOLDER)
+    return SVD(unet, vae, clip, meta, None if overlay is None else overlay.meta)
+
+
+def warn_of_cudnn():
+    """cuDNN 9.8 to 9.14 computes some 3D convolutions in half precision wrongly."""
+    version = torch.backends.cudnn.version() or 0
+    if torch.cuda.is_available() and 90800 <= version < 91500:
+        warnings.warn(f"cuDNN {version} makes mistakes in 3D convolutions (pytorch#163539): "
+                      "install torch>=2.10, which brings cuDNN 9.15")
 
 
 def refuse_unet_alone(unet, tensors):
@@ -1566,11 +1717,13 @@ def refuse_unet_alone(unet, tensors):
 
 
 def save(path, tensors, meta):
-    """Write tensors as .safetensors with our metadata: complete or not at all. Raises OSError, on a full disk say."""
+    """Write a .safetensors file with our metadata, whole or not at all. Raises OSError, for example
+    on a full disk."""
     partial_path = f"{path}.{os.getpid()}.tmp"
+    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    note = {"exsvd": json.dumps(meta)}  # a single key: safetensors writes several in random order
     try:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial_path,
-                  metadata={"exsvd": json.dumps(meta)})  # one key: their order is random, and the bytes with it
+        save_file(tensors, partial_path, metadata=note)
         os.chmod(partial_path, 0o644)  # safetensors makes files that only their owner can read
         os.replace(partial_path, path)
     except SafetensorError as e:
@@ -1584,17 +1737,18 @@ def extension_note(unet):
     """What the metadata of our files says of an extended UNet."""
     if unet.max_frames is None:
         return {}
-    return {"architecture": ARCHITECTURE, "frames": unet.max_frames, "native_frames": unet.config.native_frames}
+    return {"architecture": ARCHITECTURE, "frames": unet.max_frames,
+            "native_frames": unet.config.native_frames}
 
 
 def save_extension(path, unet, state=None, dtype=None, **meta):
-    """Write an extension file: the parameters of an extended UNet for which is_extension_parameter() holds.
+    """Write an extension file: what is_extension_parameter() names of an extended UNet.
 
-    state: {our name: tensor} in place of those of the UNet, an average say; it may hold a part of them.
-    dtype: of the file, float16 in the release; by default that of the tensors. meta: kept in the file as JSON.
-    Names and shapes are those of the ExVideo release, other parameters have our names. If there are none, a file of 128
-    frames can be read by the official code, DiffSynth, which recognises it by a hash of all names and shapes.
-    Raises ValueError if the UNet is not extended, or if state holds another name.
+    state: {our name: tensor}, for example an average, in place of some of the UNet's parameters.
+    dtype: of the file (float16 in the release), by default that of the tensors. meta: kept as JSON.
+    Names and shapes are the release's; parameters that it does not have keep our names. DiffSynth,
+    the official code, reads a file of 128 frames that holds exactly what the release holds.
+    Raises ValueError if the UNet is not extended, or if `state` has another name.
     """
     if unet.max_frames is None:
         raise ValueError(f"{path}: nothing to save of a UNet that is not extended")
@@ -1608,7 +1762,7 @@ def save_extension(path, unet, state=None, dtype=None, **meta):
 
 
 def save_model(path, unet, vae, clip, dtype=None, **meta):
-    """Write a whole model as a single file in SGM names, with its configuration: load() needs nothing else."""
+    """Write a whole model as a single file in SGM names, with its configuration."""
     parts = {"unet": unet, "vae": vae, "clip": clip}
     tensors = {}
     for network in parts.values():

@@ -850,11 +850,8 @@ def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
         raise FloatingPointError(f"{out}: the latents are not finite: try another --dtype")
     meta = {"settings": asdict(s), "keyframes": list(keyframes)}
     exsvd.save(latents_path(out), {"latents": latents}, meta)  # should decoding fail
-    try:
-        write_video(svd.vae, latents, s, out, keyframes)
-    except BaseException:
-        print(f"the latents are saved: use --decode-only '{latents_path(out)}'", file=sys.stderr)
-        raise
+    print(f"{latents_path(out)}: latents, to decode again with --decode-only")
+    write_video(svd.vae, latents, s, out, keyframes)
     print(f"{out}: {s.frames} frames of {s.size[0]}x{s.size[1]} at {s.fps:g} fps, "
           f"{sampled - begin:.1f} s to sample, {time.perf_counter() - sampled:.1f} s to decode, "
           f"{peak_memory(device)} at the peak")
@@ -865,12 +862,18 @@ def peak_memory(device):
     held."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
-    try:
-        import resource  # not on Windows
-    except ImportError:
+    if sys.platform == "win32":
         return "memory not measured"
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
+
+
+def use_idle_cores():
+    """PyTorch waits for its slowest thread, so one on a busy core holds up all others."""
+    if hasattr(os, "getloadavg"):  # not on Windows
+        idle = os.cpu_count() - round(os.getloadavg()[0])
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), idle)))
 
 
 def main(argv=None):
@@ -880,6 +883,8 @@ def main(argv=None):
     for _, _, out in a.jobs:
         check_writable(out, given.get("fps", 1))
     device = torch.device(a.device)
+    if device.type == "cpu":
+        use_idle_cores()
     model, extension = default_model(a)
     if a.decode_only:
         decode_again(a, given, model, device)

@@ -79,7 +79,8 @@ def seed():
 
 @torch.no_grad()
 def randomize(module, seed=0):
-    """Trained-like weights: nothing is left at 0 or 1 (norms, biases, mix factors too), activations stay near 1."""
+    """Weights as after training: nothing stays at 0 or 1 (norms, biases, mix factors), activations
+    stay near 1."""
     g = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         r = torch.randn(p.shape, generator=g)
@@ -99,16 +100,17 @@ def make_unet(num_frames=None, seed=0, **kw):
 
 
 def networks(num_frames=None, seed=0):
-    return make_unet(num_frames, seed), randomize(exsvd.VAE(VAE), seed), randomize(exsvd.ImageEncoder(CLIP), seed)
+    vae, clip = exsvd.VAE(VAE), exsvd.ImageEncoder(CLIP)
+    return make_unet(num_frames, seed), randomize(vae, seed), randomize(clip, seed)
 
 
 def unet_inputs(T, size=8, B=2, seed=1):
     """x, c_noise, ctx, ids of a batch whose videos differ in everything."""
     g = torch.Generator().manual_seed(seed)
-    c_noise = torch.linspace(-1.5, 1.6, B)                                        # sigma from 0.0025 to 600
-    ids = torch.tensor([[6.0, 127.0, 0.02], [29.0, 20.0, 0.3]]).repeat(B, 1)[:B]  # fps - 1, motion bucket, augmentation
-    return (torch.randn(B, T, 8, *np.broadcast_to(size, 2), generator=g), c_noise,
-            torch.randn(B, 1, UNET.context_dim, generator=g), ids)
+    x = torch.randn(B, T, 8, *np.broadcast_to(size, 2), generator=g)
+    c_noise = torch.linspace(-1.5, 1.6, B)  # sigma from 0.0025 to 600
+    ids = torch.tensor([[6.0, 127.0, 0.02], [29.0, 20.0, 0.3]]).repeat(B, 1)[:B]
+    return x, c_noise, torch.randn(B, 1, UNET.context_dim, generator=g), ids
 
 
 def rel(a, b):
@@ -119,32 +121,47 @@ def rel(a, b):
 
 
 def close(a, b, bound, what):
-    print(f"{what}: |a-b|/|b| = {rel(a, b):.2e}, largest difference {(a - b).abs().max():.2e}")  # pytest -s shows it
-    assert rel(a, b) <= bound, f"{what}: |a-b|/|b| = {rel(a, b):.2e}, not within {bound}"
+    difference = f"{what}: |a-b|/|b| = {rel(a, b):.2e}, at most {(a - b).abs().max():.2e}"
+    print(difference)  # pytest -s shows it
+    assert rel(a, b) <= bound, f"{difference}, not within {bound}"
 
 
 def named(module, layout):
-    """The module's tensors under the names, and in the shapes, that a published layout has for them."""
+    """The module's tensors under the names, and in the shapes, that a published layout has for
+    them."""
     out, state = {}, module.state_dict()
     for ours, names in exsvd.file_names(module, layout).items():
         t = state[ours]
         t = t.T if names == ["visual_projection.weight"] else t
-        if layout == "diffusers" and re.search(r"(decoder|encoder).*attn_1.*weight", ours) and t.ndim == 4:
+        linear = layout == "diffusers" and re.search(r"coder.*attn_1.*weight", ours)
+        if linear and t.ndim == 4:
             t = t[:, :, 0, 0]  # diffusers has Linear layers there
         parts = [part.clone(memory_format=torch.contiguous_format) for part in t.chunk(len(names))]
         out |= dict(zip(names, parts))
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Parity with the public implementations: the same random weights, the same epsilons, fp32, |a-b|/|b| <= 1e-5.
+def same(net, state, dtype=torch.float32):
+    """The net holds exactly this state in this dtype, and is real, in eval mode, without
+    buffers."""
+    got = net.state_dict()
+    assert got.keys() == state.keys() and not net.training and not list(net.buffers())
+    for n, t in got.items():
+        assert t.device.type == "cpu" and t.dtype == dtype and torch.equal(t, state[n].to(dtype)), n
+
+
+# --------------------------------------------------------------------------------------------------
+# Parity with the public implementations: the same random weights and epsilons, fp32, |a-b|/|b| <=
+# 1e-5.
 
 PARITY = 1e-5
 
 
 def same_epsilons(module, ref):
-    """Parity can't see an epsilon far below the variances, so they are compared as numbers, norm by norm."""
-    theirs = {n: m.eps for n, m in ref.named_modules() if hasattr(m, "eps") and hasattr(m, "weight")}
+    """Parity can't see an epsilon far below the variances, so they are compared as numbers, norm by
+    norm."""
+    norms = {n: m for n, m in ref.named_modules() if hasattr(m, "eps") and hasattr(m, "weight")}
+    theirs = {n: m.eps for n, m in norms.items()}
     names = exsvd.file_names(module, "diffusers")
     ours = {n: m.eps for n, m in module.named_modules() if hasattr(m, "eps")}
     ours = {names[f"{n}.weight"][0].removesuffix(".weight"): eps for n, eps in ours.items()}
@@ -152,18 +169,21 @@ def same_epsilons(module, ref):
 
 
 def diffusers_unet(unet, aspect):
-    """diffusers' UNet, of the same weights. Where ours is extended, ExVideo's two additions are built from stock parts:
-    a table in place of the frame sinusoid (it goes through time_pos_embed too), and a Conv3d with reflected borders
-    before the temporal block's norm_in. aspect: H / W of what it is given, which tokens do not tell."""
-    models = pytest.importorskip("diffusers.models", reason="the reference implementation of the UNet")
+    """diffusers' UNet, of the same weights. Where ours is extended, ExVideo's additions are built
+    from stock parts: a table in place of the sinusoid (it goes through time_pos_embed too), and a
+    Conv3d with reflected borders before the temporal block's norm_in. aspect: H / W of what it is
+    given, which tokens do not tell."""
+    models = pytest.importorskip("diffusers.models", reason="the reference")
     c, tensors = unet.config, named(unet, "diffusers")
     additions = {n: tensors.pop(n) for n in list(tensors) if "positional_" in n}
     assert len(additions) == (3 * 16 if unet.max_frames else 0)
     with torch.device("meta"):
-        ref = models.UNetSpatioTemporalConditionModel(block_out_channels=c.channels, num_attention_heads=c.heads,
-                                                      cross_attention_dim=c.context_dim)
+        ref = models.UNetSpatioTemporalConditionModel(
+            block_out_channels=c.channels, num_attention_heads=c.heads,
+            cross_attention_dim=c.context_dim)
     ref.load_state_dict(tensors, assign=True)
-    for name, m in ref.named_modules():  # the only ones that differ: diffusers has 1e-6 in most residual blocks
+    # the only ones that differ: diffusers has 1e-6 in most residual blocks
+    for name, m in ref.named_modules():
         if isinstance(m, torch.nn.GroupNorm) and "resnets" in name:
             m.eps = exsvd.EPS_UNET_RES
     same_epsilons(unet, ref)
@@ -186,36 +206,39 @@ def diffusers_unet(unet, aspect):
 
 
 # extended not at 8x8: the reference can't reflect one pixel
-@pytest.mark.parametrize("extended, T, size", [(None, 5, (8, 8)), (None, 5, (16, 24)), (12, 2, (16, 16)),
-                                               (12, 11, (16, 24))])
+@pytest.mark.parametrize("extended, T, size",
+                         [(None, 5, (8, 16)), (12, 2, (16, 16)), (12, 7, (16, 24))])
 @torch.no_grad()
 def test_unet_parity(extended, T, size):
     unet = make_unet(extended, native_frames=5)  # table and convolution random, as if trained
     inputs = unet_inputs(T, size)
     ref = diffusers_unet(unet, size[0] / size[1])
-    close(unet(*inputs), ref(*inputs).sample, PARITY, f"UNet extended to {extended}, {T} frames at {size}")
+    close(unet(*inputs), ref(*inputs).sample, PARITY,
+          f"UNet extended to {extended}, {T} frames at {size}")
 
 
 @torch.no_grad()
 def test_vae_parity():
-    models = pytest.importorskip("diffusers.models", reason="the reference implementation of the VAE")
+    models = pytest.importorskip("diffusers.models", reason="the reference")
     vae = randomize(exsvd.VAE(VAE))
-    ref = models.AutoencoderKLTemporalDecoder(block_out_channels=VAE.channels, layers_per_block=2,
-                                              down_block_types=("DownEncoderBlock2D",) * 4).eval()
+    ref = models.AutoencoderKLTemporalDecoder(
+        block_out_channels=VAE.channels, layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4).eval()
     ref.load_state_dict(named(vae, "diffusers"))
     same_epsilons(vae, ref)  # diffusers has Stability's here
-    img, z = torch.rand(3, 3, 40, 64) * 2 - 1, torch.randn(2, 5, 4, 6, 8)
+    img, z = torch.rand(3, 3, 40, 64) * 2 - 1, torch.randn(2, 5, 4, 4, 6)
     close(vae.encode(img), ref.encode(img).latent_dist.mean, PARITY, "VAE encode")
-    close(vae.decode(z), ref.decode(z.flatten(0, 1), num_frames=5).sample.unflatten(0, (2, 5)), PARITY, "VAE decode")
+    video = ref.decode(z.flatten(0, 1), num_frames=5).sample.unflatten(0, (2, 5))
+    close(vae.decode(z), video, PARITY, "VAE decode")
 
 
 @torch.no_grad()
 def test_clip_parity():
-    transformers = pytest.importorskip("transformers", reason="the reference implementation of CLIP")
+    transformers = pytest.importorskip("transformers", reason="the reference")
     clip = randomize(exsvd.ImageEncoder(CLIP))
     ref = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
         hidden_size=CLIP.width, intermediate_size=4 * CLIP.width, num_hidden_layers=CLIP.layers,
-        num_attention_heads=CLIP.heads, image_size=CLIP.image, patch_size=CLIP.patch, projection_dim=CLIP.out_dim,
+        num_attention_heads=CLIP.heads, image_size=CLIP.image, patch_size=CLIP.patch,
+        projection_dim=CLIP.out_dim,
         hidden_act="gelu", attn_implementation="eager"))
     ref.load_state_dict(named(clip, "diffusers"))
     same_epsilons(clip, ref)
@@ -223,56 +246,81 @@ def test_clip_parity():
     close(clip(img), ref.eval()(img).image_embeds, PARITY, "CLIP")
 
 
-@pytest.mark.parametrize("size", [(576, 1024), (1500, 100), (64, 64), (224, 224), (230, 2000), (301, 225)])
+@pytest.mark.parametrize("size", [(576, 1024), (1500, 100), (64, 64), (224, 224), (301, 225)])
 def test_clip_preprocessing_parity(size):
-    pipeline = pytest.importorskip("diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion",
-                                   reason="the reference implementation of CLIP's preprocessing")
-    img = torch.rand(2, 3, *size) * 2 - 1
+    folder = "diffusers.pipelines.stable_video_diffusion"
+    pipeline = pytest.importorskip(f"{folder}.pipeline_stable_video_diffusion")
+    img = torch.rand(1, 3, *size) * 2 - 1
     ref = (pipeline._resize_with_antialiasing(img, (224, 224)) + 1) / 2
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    ref = (ref - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    ref = (ref - mean) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     close(exsvd.preprocess_clip(img), ref, PARITY, f"preprocessing of {size}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ExVideo: extending changes nothing up to the native length; the fold; the borders.
 
 
-# SVD-XT's and SVD's native lengths; a model extended before, with learned table and convolution
-@pytest.mark.parametrize("native, learned, size", [(25, None, 8), (14, None, 16), (5, 12, 8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# SVD's native length; a model extended before, with learned table and convolution
+@pytest.mark.parametrize("native, learned, size", [(14, None, 16), (5, 12, 8)])
 @torch.no_grad()
-def test_extending_changes_nothing_up_to_the_native_length(native, learned, size, dtype):
-    base, longer = (make_unet(learned, native_frames=native).to(dtype) for _ in range(2))
-    assert exsvd.extend(longer, 40) is longer and longer.max_frames == 40 and base.max_frames == learned
+def test_extending_changes_nothing_up_to_the_native_length(native, learned, size):
+    base, longer = (make_unet(learned, native_frames=native) for _ in range(2))
+    assert exsvd.extend(longer, 40) is longer and longer.max_frames == 40
     native = learned or native
-    for T in (1, 2, 3, native // 2, native - 1, native):
-        inputs = unet_inputs(T, size, seed=T)
+    # batches have other memory layouts than one video
+    for T, B in (1, 2), (2, 1), (native - 1, 2), (native, 1):
+        inputs = unet_inputs(T, size, B, seed=T)
         want = base(*inputs)
         assert want.isfinite().all() and torch.equal(longer(*inputs), want), f"{T} frames"
-        alone = [i[:1] for i in inputs]  # other memory layouts, which once made other roundings
-        assert torch.equal(longer(*alone), base(*alone)), f"{T} frames, one video"
-    if learned:
-        for a, b in zip(base.temporal_blocks(), longer.temporal_blocks()):
+    for a, b in zip(base.temporal_blocks(), longer.temporal_blocks()):
+        if learned:
             assert torch.equal(b.frame_table, a.frame_table[exsvd.fold_positions(12, 40)])
-    else:
-        inputs = unet_inputs(native + 1, size)
-        assert not torch.equal(longer(*inputs), base(*inputs))  # beyond it the positions are other ones
+    if not learned:  # beyond it the positions are other ones
+        inputs = unet_inputs(native + 1, 8, 1)
+        assert not torch.equal(longer(*inputs), base(*inputs))
+
+
+@torch.no_grad()
+def test_extending_changes_nothing_in_bfloat16():
+    base, longer = (make_unet(native_frames=3).bfloat16() for _ in range(2))
+    exsvd.extend(longer, 8)
+    inputs = unet_inputs(3, B=1)
+    assert torch.equal(longer(*inputs), base(*inputs))
+
+
+@pytest.mark.parametrize("part", ["frame_table", "frame_conv"])
+@torch.no_grad()
+def test_table_or_convolution_alone(part):
+    base, unet = make_unet(native_frames=3), exsvd.extend(make_unet(native_frames=3), 8)
+    for block in unet.temporal_blocks():
+        setattr(block, part, None)
+    inputs = unet_inputs(3, B=1)
+    assert torch.equal(unet(*inputs), base(*inputs)) and unet(*unet_inputs(8, B=1)).isfinite().all()
+    assert exsvd.extend(unet, 12).max_frames == 12
+
+
+def test_new_parameters_are_like_their_neighbours():
+    unet = exsvd.extend(make_unet().double().requires_grad_(False), 8)
+    assert {(p.dtype, p.requires_grad) for p in unet.parameters()} == {(torch.float64, False)}
 
 
 def test_fold_positions():
-    up, down = [*range(4, 25)], [*range(23, 4, -1)]  # of the release: 0 to 24, then to and fro between 24 and 4
+    # of the release: 0 to 24, then to and fro between 24 and 4
+    up, down = [*range(4, 25)], [*range(23, 4, -1)]
     assert exsvd.fold_positions(25, 128) == ([0, 1, 2, 3] + up + (down + up) * 3)[:128]
-    for native in (1, 2, 3, 4, 5, 6, 8, 14, 16, 25, 26, 128):
-        for n in (1, 2, native, native + 1, 2 * native, 3 * native + 1, 512):
+    for native in (1, 2, 3, 4, 5, 8, 14, 25, 128):
+        for n in (1, native, native + 1, 3 * native + 1, 512):
             p = exsvd.fold_positions(native, n)
-            assert len(p) == n and p[:native] == list(range(min(native, n))) and set(p) <= set(range(native))
+            assert len(p) == n and p[:native] == list(range(min(native, n)))
+            assert set(p) <= set(range(native))
             steps = {abs(b - a) for a, b in zip(p, p[1:])}
-            assert steps <= ({1} if native > 1 else {0}), "neighbouring frames have neighbouring positions"
-            assert p == exsvd.fold_positions(native, 600)[:n], "a longer fold continues a shorter one"
+            assert steps <= ({1} if native > 1 else {0}), "neighbours have neighbouring positions"
+            assert p == exsvd.fold_positions(native, 600)[:n], "a longer fold continues it"
 
 
-@pytest.mark.parametrize("shape", [(5, 4, 6), (2, 2, 2), (1, 4, 4), (3, 1, 1), (4, 1, 3), (1, 1, 1)])
+@pytest.mark.parametrize("shape",
+                         [(5, 4, 6), (2, 2, 2), (1, 4, 4), (3, 1, 1), (4, 1, 3), (1, 1, 1)])
 @torch.no_grad()
 def test_borders_of_the_frame_convolution(shape):
     conv, x = randomize(exsvd.FrameConv(6)), torch.randn(2, 6, *shape)
@@ -280,25 +328,30 @@ def test_borders_of_the_frame_convolution(shape):
     for axis, n in enumerate(shape, start=2):
         width = [(1, 1) if a == axis else (0, 0) for a in range(5)]
         padded = np.pad(padded, width, mode="reflect" if n > 1 else "edge")
-    expected = F.conv3d(torch.from_numpy(padded), conv.weight, conv.bias).permute(0, 2, 3, 4, 1).flatten(2, 3)
+    expected = F.conv3d(torch.from_numpy(padded), conv.weight, conv.bias)
+    expected = expected.permute(0, 2, 3, 4, 1).flatten(2, 3)
     tokens, nothing = x.permute(0, 2, 3, 4, 1).flatten(2, 3), torch.zeros(shape[0], 1, 6)
     for size in (None, 1, x.numel() // 2):  # whole, frame by frame, in two slabs
-        close(conv(tokens, nothing, shape[1], exsvd.Slices(size)), expected, 1e-6, f"convolution of {shape}")
-    assert torch.equal(exsvd.FrameConv(6)(tokens, nothing, shape[1]), tokens)
+        close(conv(tokens, nothing, shape[1], exsvd.Slices(size)), expected, 1e-6,
+              f"convolution of {shape}")
+    assert torch.equal(exsvd.FrameConv(6)(tokens, nothing, shape[1], exsvd.Slices()), tokens)
 
 
-def test_inputs_that_fit_and_that_do_not():
+def test_one_frame_and_64_pixels_train():
     unet = make_unet(num_frames=12).train()
-    for T, size in (1, 8), (1, 16), (12, 8):  # one frame; 64 pixels, on the coarsest level one
+    for T, size in (1, 8), (2, 16):  # 64 pixels are one on the coarsest level
         unet.zero_grad()
-        out = unet(*unet_inputs(T, size))
-        assert out.shape == (2, T, 4, size, size) and out.isfinite().all()
-        out.square().mean().backward()
+        unet(*unet_inputs(T, size)).square().mean().backward()
         assert all(p.grad.isfinite().all() for p in unet.parameters() if p.grad is not None)
         assert all(b.frame_conv.weight.grad.abs().sum() > 0 for b in unet.temporal_blocks())
+
+
+def test_inputs_that_do_not_fit():
+    unet = make_unet(num_frames=12)
     x, c_noise, ctx, ids = unet_inputs(2)
     misfits = [(unet_inputs(2, size), "multiples of 8") for size in ((8, 12), (20, 16), 4)]
-    misfits += [((x, c_noise, bad, ids), "ctx") for bad in (ctx[:1], ctx.repeat(1, 2, 1), ctx[:, 0])]
+    for bad in (ctx[:1], ctx.repeat(1, 2, 1), ctx[:, 0]):
+        misfits.append(((x, c_noise, bad, ids), "ctx"))
     for inputs, says in [*misfits, (unet_inputs(13), "13 frames.*extended to 12")]:
         with pytest.raises(ValueError, match=says):
             unet(*inputs)
@@ -306,91 +359,127 @@ def test_inputs_that_fit_and_that_do_not():
         exsvd.extend(unet, 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention
+def test_the_third_input_of_the_unet():
+    settings = {"motion": torch.tensor([127.0, 20.0]), "fps": 7, "aug": 0.02, "steps": 25}
+    ids = exsvd.unet_ids(("fps", "motion", "aug"), settings)
+    assert torch.equal(ids, torch.tensor([[6, 127, 0.02], [6, 20, 0.02]]))
+    with pytest.raises(ValueError, match="conditioned on fps, pan, but there is no pan"):
+        exsvd.unet_ids(("fps", "pan"), settings)
+    unet = make_unet(ids=("fps", "motion", "aug", "pan"))
+    ids = exsvd.unet_ids(unet.config.ids, settings | {"pan": 1})
+    x, c_noise, ctx, _ = unet_inputs(2)
+    assert unet(x, c_noise, ctx, ids).shape == (2, 2, 4, 8, 8)
 
 
-def plain_attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v, spelled out, in flash-attn's layout: (B, N, H, D), (B, M, H, D) -> (B, N, H, D)."""
+# --------------------------------------------------------------------------------------------------
+# flash-attn
+
+
+def plain_attention(q, k, v, deterministic=False):
+    """softmax(q k^T / sqrt(d)) v, spelled out, in flash-attn's layout: (B, N, H, D), (B, M, H, D)
+    -> (B, N, H, D)."""
     scores = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float()) / math.sqrt(q.shape[-1])
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.float()).to(q.dtype)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @torch.no_grad()
-def test_layout_handed_to_flash_attn(monkeypatch):
-    unet, vae, clip = networks(num_frames=12)
-    inputs, pixels, images = unet_inputs(5), torch.randn(2, 3, 56, 56), torch.randn(6, 3, 32, 32)
-    q, k = torch.randn(2, 7, 12), torch.randn(2, 5, 12)
-    run = {"UNet": lambda: unet(*inputs), "CLIP": lambda: clip(pixels), "VAE": lambda: vae.encode(images),
-           "q, k": lambda: exsvd.attention(q, k, k, heads=3)}
-    want, calls = {what: f() for what, f in run.items()}, []
-
-    def flash(q, k, v, deterministic):
-        calls.append(q.shape)
-        return plain_attention(q, k, v)
-
+def test_layout_handed_to_flash_attn(monkeypatch, deterministic):
+    q, k, v = torch.randn(2, 7, 12), torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    flash = Mock(wraps=plain_attention)
+    want = exsvd.attention(q, k, v, heads=3)
     monkeypatch.setattr(exsvd, "flash_fits", lambda q: True)
     monkeypatch.setattr(exsvd, "flash_attn_func", flash)
-    for what, f in run.items():
-        close(f(), want[what], 1e-5, f"{what} through flash-attn's layout")
-    assert len(calls) == 2 * 16 + 3 + 1 + 1
-    assert calls[0] == (10, 64, 1, 32) and calls[1] == (128, 5, 1, 32) and calls[-1] == (2, 7, 3, 4)  # (B, N, H, D)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    close(exsvd.attention(q, k, v, heads=3), want, 1e-5, "attention through flash-attn's layout")
+    assert flash.call_args.args[0].shape == (2, 7, 3, 4)
+    assert flash.call_args.kwargs == {"deterministic": deterministic}
 
 
 def test_what_flash_attn_takes(monkeypatch):
-    def q(dim, dtype=torch.bfloat16, cuda=True):
-        return argparse.Namespace(shape=(1, 2, 1, dim), dtype=dtype, is_cuda=cuda, device="cuda")
+    def fits(dim, dtype=torch.bfloat16, cuda=True, capability=(8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        q = argparse.Namespace(shape=(1, 2, 1, dim), dtype=dtype, is_cuda=cuda, device="cuda")
+        return exsvd.flash_fits(q)
 
-    assert not exsvd.flash_fits(torch.randn(1, 2, 1, 64))
     monkeypatch.setattr(exsvd, "flash_attn_func", plain_attention)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert all(exsvd.flash_fits(q(*a)) for a in [(64,), (80,), (256, torch.float16)])
-    for a in [(512,), (36,), (64, torch.float32), (64, torch.float16, False)]:
-        assert not exsvd.flash_fits(q(*a))
+    assert fits(64) and fits(80) and fits(256, torch.float16, capability=(9, 0))
+    assert not fits(512) and not fits(36) and not fits(64, torch.float32)
+    assert not fits(64, torch.float16, cuda=False) and not fits(64, capability=(7, 5))
     monkeypatch.setattr(exsvd, "flash_attn_func", None)
-    assert not exsvd.flash_fits(q(64))
+    assert not fits(64)
 
 
-@pytest.mark.skipif(exsvd.flash_attn_func is None or not torch.cuda.is_available(), reason="needs flash-attn and a GPU")
+@pytest.mark.skipif(exsvd.flash_attn_func is None or not torch.cuda.is_available(),
+                    reason="needs flash-attn and a GPU")
 @pytest.mark.parametrize("n, heads, dim", [(4096, 5, 64), (128, 20, 64), (257, 16, 80), (7, 3, 32)])
 def test_flash_attn_itself(n, heads, dim):
-    q, k, v = (torch.randn(2, n, heads * dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = torch.randn(3, 2, n, heads * dim, device="cuda", dtype=torch.bfloat16)
     assert exsvd.flash_fits(q.unflatten(2, (heads, dim)))
     want = plain_attention(*(x.float().unflatten(2, (heads, dim)) for x in (q, k, v))).flatten(2)
     close(exsvd.attention(q, k, v, heads).float(), want, 1e-2, "flash-attn in bf16")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # EDM
 
 
-def test_denoise_and_loss_of_networks_whose_answer_is_known():
+def known_answer():
+    """Inputs of denoise(), and the F (its v) for which D is exactly the clean latents."""
     sigma = torch.tensor([0.002, 0.05, 1.0, 20.0, 700.0])
-    x, noise, image, ctx, ids = (torch.randn(5, *shape) for shape in (
-        (3, 4, 8, 8), (3, 4, 8, 8), (1, 4, 8, 8), (1, UNET.context_dim), (3,)))
+    shapes = (3, 4, 8, 8), (3, 4, 8, 8), (1, 4, 8, 8), (1, UNET.context_dim), (3,)
+    x, noise, image, ctx, ids = (torch.randn(5, *shape) for shape in shapes)
     s = sigma.view(-1, 1, 1, 1, 1)
-    noisy, per_frame = x + s * noise, image.expand(-1, 3, -1, -1, -1)
-    v = (noise - s * x) / (s**2 + 1).sqrt()  # of unit variance
+    return sigma, s, x, noise, image, ctx, ids, (noise - s * x) / (s**2 + 1).sqrt()
+
+
+def test_denoise_of_a_network_whose_answer_is_known():
+    sigma, s, x, noise, image, ctx, ids, v = known_answer()
+    per_frame = image.expand(-1, 3, -1, -1, -1)
 
     def ideal(inputs, c_noise, ctx_in, ids_in):
         assert torch.equal(inputs[:, :, 4:], per_frame)  # unscaled, repeated for every frame
         assert ctx_in is ctx and ids_in is ids
         close(c_noise, sigma.log() / 4, 1e-6, "c_noise")
-        close(inputs[:, :, :4], noisy / (s**2 + 1).sqrt(), 1e-6, "scaled noisy latents")
+        close(inputs[:, :, :4], (x + s * noise) / (s**2 + 1).sqrt(), 1e-6, "scaled noisy latents")
         return v
 
     for image_latents in (image, per_frame):
-        close(exsvd.denoise(ideal, noisy, sigma, image_latents, ctx, ids), x, 1e-4, "D of the ideal F")
+        close(exsvd.denoise(ideal, x + s * noise, sigma, image_latents, ctx, ids), x, 1e-4,
+              "D of the ideal F")
+
+
+def test_losses_are_their_closed_forms():
+    sigma, s, x, noise, image, ctx, ids, v = known_answer()
     guess = torch.randn(x.shape)
-    loss = exsvd.training_loss(lambda *a: guess, exsvd.LOSSES["edm"], x, sigma, noise, image, ctx, ids)
-    assert loss.shape == (5,)
-    close(loss, (guess - v).square().mean(dim=(1, 2, 3, 4)), 1e-4, "loss, |F - v|^2 as its weight is 1 / c_out^2")
+    edm = exsvd.training_loss(lambda *a: guess, exsvd.LOSSES["edm"], x, sigma, noise, image, ctx,
+                              ids)
+    close(edm, (guess - v).square().mean(dim=(1, 2, 3, 4)), 1e-4,
+          "EDM's loss is |F - v|^2, as its weight is 1 / c_out^2")
+    D = (x + s * noise) / (s**2 + 1) - s / (s**2 + 1).sqrt() * guess
+    want = ((s**2 + 1).sqrt() / s * (D - 1.01 * x) ** 2).mean(dim=(1, 2, 3, 4))
+    exvideo = exsvd.training_loss(lambda *a: guess, exsvd.LOSSES["exvideo"], x, sigma, noise,
+                                  image, ctx, ids)
+    close(exvideo, want, 1e-5, "ExVideo's loss")
+
+
+def test_noise_levels_that_losses_draw():
+    g = torch.Generator().manual_seed(0)
+    log = exsvd.LOSSES["edm"].draw(20000, 16, g).log()
+    assert abs(log.mean() - 0.7) < 0.05 and abs(log.std() - 1.6) < 0.05
+    drawn = exsvd.LOSSES["exvideo"].draw(20000, 16, g)
+    table = exsvd.karras_sigmas(1000)[:-1]
+    assert set(drawn.tolist()) <= set(table.tolist())
+    assert abs(drawn.log().mean() - table.log().mean()) < 0.1
+    again = exsvd.LOSSES["exvideo"].draw(3, 16, torch.Generator().manual_seed(5))
+    assert torch.equal(again, exsvd.LOSSES["exvideo"].draw(3, 16, torch.Generator().manual_seed(5)))
 
 
 def test_karras_sigmas_are_those_of_the_published_scheduler():
-    diffusers = pytest.importorskip("diffusers", reason="the reference implementation of the schedule")
+    diffusers = pytest.importorskip("diffusers", reason="the reference")
     scheduler = diffusers.EulerDiscreteScheduler(
-        sigma_min=0.002, sigma_max=700.0, use_karras_sigmas=True, beta_start=0.00085, beta_end=0.012,
+        sigma_min=0.002, sigma_max=700.0, use_karras_sigmas=True, beta_start=0.00085,
+        beta_end=0.012,
         beta_schedule="scaled_linear", timestep_type="continuous", prediction_type="v_prediction",
         timestep_spacing="leading", steps_offset=1)
     for steps in (2, 25, 50):
@@ -400,8 +489,8 @@ def test_karras_sigmas_are_those_of_the_published_scheduler():
     assert exsvd.karras_sigmas(1).tolist() == [700, 0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory and training: slices, checkpoints, freezing; no code that reads values; low precision.
+# --------------------------------------------------------------------------------------------------
+# Memory and training: slices, checkpoints, freezing; other devices; half precision.
 
 
 def gradients(unet):
@@ -410,11 +499,10 @@ def gradients(unet):
     return {n: p.grad for n, p in unet.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_checkpoints_and_slices_change_no_gradient(frozen):
+def test_checkpoints_and_slices_change_no_gradient():
     unet = make_unet(num_frames=12).double().train()  # where rounding can't hide or fake anything
-    if frozen:  # then most blocks have nothing to train, and the first ones no input that requires a gradient
-        exsvd.freeze(unet)
+    # most blocks have nothing to train, and the first ones no input that requires a gradient
+    exsvd.freeze(unet)
     unet.checkpointing = None
     plain = gradients(unet)
     total = torch.stack([g.norm() for g in plain.values()]).norm()
@@ -424,14 +512,16 @@ def test_checkpoints_and_slices_change_no_gradient(frozen):
         unet.slice_size = 3000
         sliced = gradients(unet)
         assert plain.keys() == whole.keys() == sliced.keys() and len(plain) > 300
-        for n, g in plain.items():  # 2nd term: a bias before a norm of one channel has no gradient but rounding
+        # 2nd term: a bias before a norm of one channel has no gradient but rounding
+        for n, g in plain.items():
             assert torch.equal(whole[n], g), n
             assert (sliced[n] - g).norm() <= 1e-9 * g.norm() + 1e-13 * total, (n, rel(sliced[n], g))
 
 
 @pytest.mark.parametrize("switch, blocks", [("memory", 16), ("speed", 5), (None, 0)])
 def test_checkpointing_is_one_switch(switch, blocks, monkeypatch):
-    """Around every block with a transformer, or around the five of the finest level; inside, around every slice."""
+    """Around every block with a transformer, or around the five of the finest level; inside, around
+    every slice."""
     unet, calls = make_unet().train(), []
 
     def spy(function, *args, use_reentrant):
@@ -457,8 +547,9 @@ def test_slices_change_no_output(monkeypatch):
         before = [x.clone() for x in inputs]
         unet.slice_size = None
         whole = unet(*inputs)
-        for unet.slice_size in (1, 3000, 20000):
-            close(unet(*inputs), whole, 1e-5, f"UNet extended to {frames}, slices of {unet.slice_size}")
+        for unet.slice_size in (1000, 20000):
+            close(unet(*inputs), whole, 1e-5,
+                  f"UNet extended to {frames}, slices of {unet.slice_size}")
             assert all(map(torch.equal, inputs, before)), "slicing changed its inputs"
     vae, z, small = randomize(exsvd.VAE(VAE)), torch.randn(2, 3, 4, 4, 8), exsvd.Slices(2000)
     whole = vae.decode(z)
@@ -471,7 +562,7 @@ def test_sliced_norm_is_as_exact_as_group_norm():
     """In bf16, where only the result may be rounded: statistics, scale and shift may not."""
     norm = randomize(torch.nn.GroupNorm(8, 32)).bfloat16()
     x = (3 + torch.randn(2 * 5, 32, 16, 8)).bfloat16()
-    video = x.unflatten(0, (2, 5)).transpose(1, 2)                               # (B, C, T, H, W)
+    video = x.unflatten(0, (2, 5)).transpose(1, 2)  # (B, C, T, H, W)
     exact = F.group_norm(video.double(), 8, norm.weight.double(), norm.bias.double(), norm.eps)
     sliced = exsvd.norm_over_frames(norm, x, 2, exsvd.Slices(4000))
     assert sliced is not norm
@@ -481,12 +572,9 @@ def test_sliced_norm_is_as_exact_as_group_norm():
 
 @torch.no_grad()
 def test_slices_are_of_one_length_where_they_can_be():
-    for n in range(1, 200):
-        for count in range(1, 40):
-            x = torch.empty(n, count, device="meta")
-            length = exsvd.Slices(n).length(0, x)  # n elements per slice: `count` slices
-            even = -(-n // min(n, count))  # or twice as many, if that makes them equal
-            assert length == max((m for m in range(even // 2 + 1, even + 1) if n % m == 0), default=even)
+    lengths = [exsvd.Slices(100).length(0, torch.empty(n, 50)) for n in (2, 4, 7, 9, 12)]
+    assert lengths == [2, 2, 2, 2, 2] and exsvd.Slices(450).length(0, torch.empty(26, 50)) == 9
+    assert exsvd.Slices(450).length(0, torch.empty(28, 50)) == 7
 
 
 def test_live_bytes_are_counted():
@@ -503,37 +591,62 @@ def test_live_bytes_are_counted():
 
 
 def test_decoding_fits_a_small_card():
-    """What sample.py --offload decodes of 1024x1024 at once, with all of the VAE's weights: 3 GB, as it promises."""
+    """What sample.py --offload decodes of 1024x1024 at once, with all of the VAE's weights: 3 GB,
+    as it promises."""
     with FakeTensorMode():
-        vae, run = compare.build("ours", argparse.Namespace(device="cpu", diffsynth=None), part="vae")
+        vae, run = compare.build("ours", argparse.Namespace(device="cpu", diffsynth=None),
+                                 part="vae")
         with compare.LiveBytes(vae.parameters()) as live:
             compare.one_pass(run, (4, 128, 128))
     assert live.peak + compare.weight_bytes(vae) <= 3e9
 
 
+def test_without_no_grad_frozen_networks_take_as_little_memory():
+    unet = make_unet(num_frames=12)
+    unet.slice_size = 5000
+
+    def peak(trains, context):
+        unet.requires_grad_(trains)
+        with compare.LiveBytes(unet.parameters()) as live, context:
+            unet(*unet_inputs(8, 16, B=1))
+        return live.peak
+
+    small = peak(False, torch.no_grad())
+    assert peak(False, torch.enable_grad()) == small < peak(True, torch.enable_grad()) / 5
+
+
+def test_frozen_networks_pass_gradients_on_to_their_inputs():
+    vae = exsvd.VAE(VAE).requires_grad_(False)
+    img = torch.rand(1, 3, 64, 64)
+    assert not vae.encode(img).requires_grad and vae.encode(img.requires_grad_()).requires_grad
+
+
 def test_blocks_compile_without_a_break(monkeypatch):
-    """Traced as torch.compile traces, in full graphs or not at all, and run without its code generator."""
+    """Traced as torch.compile traces, in full graphs or not at all, and run without its code
+    generator."""
     traced = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=traced))
     monkeypatch.setattr(exsvd, "flash_attn_func", None)  # with it graphs need not be full
-    unet = make_unet(num_frames=12)
-    unet.slice_size = 3000
+    unet = make_unet(num_frames=12, channels=(32,) * 4, heads=(1,) * 4)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8):
-        eager = unet(*unet_inputs(9))
+        eager = unet(*unet_inputs(2, B=1))
         exsvd.compile_blocks(unet)
-        close(unet(*unet_inputs(9)), eager, 1e-5, "compiled")
-    assert sum(m._compiled_call_impl is not None for m in unet.modules()) == 2 * 16 + 22 and traced.frame_count > 10
+        close(unet(*unet_inputs(2, B=1)), eager, 1e-5, "compiled")
+    compiled = sum(m._compiled_call_impl is not None for m in unet.modules())
+    assert compiled == 2 * 16 + 22 and traced.frame_count > 10
 
 
 def test_freeze():
     unet = make_unet(num_frames=12).train()
     names = exsvd.freeze(unet)
     blocks = {id(p) for block in unet.temporal_blocks() for p in block.parameters()}
-    assert len(names) == 33 * 16 and set(names) == {n for n, p in unet.named_parameters() if id(p) in blocks}
-    assert set(names) == {n for n, p in unet.named_parameters() if p.requires_grad}
+    assert len(names) == 33 * 16
+    assert set(names) == {n for n, p in unet.named_parameters() if id(p) in blocks}
+    assert set(names) == set(filter(exsvd.is_extension_parameter, unet.state_dict()))
     grads = gradients(unet)
     idle = set(names) - set(grads)  # a softmax over the one context token is 1 whatever the query
-    assert set(grads) <= set(names) and idle == {n for n in names if exsvd.IDLE.search(n)} and len(idle) == 4 * 16
+    assert set(grads) <= set(names)
+    assert idle == {n for n in names if exsvd.IDLE.search(n)} and len(idle) == 4 * 16
     for n, g in grads.items():
         if n.endswith("frame_table"):  # the rows of the three frames there were
             assert (g.abs().amax(1) > 0).tolist() == [True] * 3 + [False] * 9
@@ -541,13 +654,12 @@ def test_freeze():
             assert g.abs().max() > 0, n
 
 
-@pytest.mark.parametrize("frames", [None, 12])
 @torch.inference_mode()
-def test_streaming_changes_no_bit(frames):
+def test_streaming_changes_no_bit():
     """Without CUDA copies are made as with it, only not beside anything."""
     with torch.inference_mode(False):
-        unet = make_unet(num_frames=frames)
-    inputs = unet_inputs(5, (8, 16))
+        unet = make_unet(num_frames=12)
+    inputs = unet_inputs(3, (8, 16))
     want, state = unet(*inputs), {n: t.clone() for n, t in unet.state_dict().items()}
     unet.stream = exsvd.Stream(unet, "cpu", large=2000)  # bytes, of which some skips have less
     home = {n: p.data_ptr() for n, p in unet.named_parameters()}
@@ -557,89 +669,66 @@ def test_streaming_changes_no_bit(frames):
     same(unet, state)
 
 
-def made_there(network, dtype, device="meta"):
-    """network() on a device; .to() refuses tensors without contents. Under FakeTensorMode "meta" is a device as any
-    other but the CPU, on which nothing need exist: mixed devices and reads of values fail."""
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.inference_mode(False), torch.device(device):
-            return network()
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize("dtype, offload", [(torch.bfloat16, True), (torch.float16, False)], ids=str)
-def test_sampling_on_another_device(dtype, offload):
-    there, frames, (h, w) = torch.device("meta"), 9, (8, 16)
-    sigmas = exsvd.karras_sigmas(2).tolist()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        sigmas = [torch.tensor(sigma) for sigma in sigmas]  # on the CPU, the only values there are
-        unet = made_there(lambda: exsvd.extend(exsvd.UNet(UNET), 12), dtype, "cpu" if offload else there).eval()
-        vae, clip = made_there(lambda: exsvd.VAE(VAE), dtype), made_there(lambda: exsvd.ImageEncoder(CLIP), dtype)
-        if dtype == torch.float16:  # as load() makes it
-            wide = made_there(lambda: exsvd.VAE(VAE), torch.float32)
-            vae.encoder, vae.quant_conv = wide.encoder, wide.quant_conv
-        if offload:
-            unet.stream = exsvd.Stream(unet, there, large=2000)
-        svd, img = argparse.Namespace(unet=unet, vae=vae, clip=clip), torch.rand(3, 8 * h, 8 * w)
-        image_latents, ctx = sample.condition(svd, img, 0.02, torch.randn(1, *img.shape), there)
-        guided = sample.guided(unet, image_latents, ctx, torch.ones(1, 3, device=there), (1.0, 3.0), frames, (1, 100))
-
-        def draw():
-            return sample.shared_noise(torch.randn(1, frames, 4, h, w), 2).to(there)
-
-        both_ends = sample.held(sample.fused(guided, guided, frames), draw(), torch.zeros(frames))
-        samplers = [sample.heun] if offload else sample.SAMPLERS.values()
-        for sampler, denoise in [*itertools.product(samplers, [guided]), (sample.ddim, both_ends)]:
-            x = sampler(denoise, sigmas[0] * draw(), sigmas, 0.5, draw)
-            assert x.device == there and x.dtype == torch.float32
-        adjusted = sample.adjust(x, {"match_stats": True, "contrast": 1.2, "keyframes": [3]})
-        video = sample.to_pixels(torch.cat(list(sample.decode(vae, adjusted, 4))))
-        assert video.shape == (frames, 8 * h, 8 * w, 3) and video.device.type == "cpu"
-
-
-@pytest.mark.parametrize("dtype, what", [(torch.bfloat16, "temporal"), (torch.float16, "all")], ids=str)
-def test_training_on_another_device(dtype, what):
-    """From videos that a reader has put on the CPU to gradients and sums of losses."""
+@pytest.mark.parametrize("what", ["sampling", "streaming", "training"])
+def test_another_device(what):
+    """Under FakeTensorMode "meta" is a device as any other but the CPU, on which nothing need
+    exist: mixed devices and reads of values fail."""
     there = torch.device("meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unet = made_there(lambda: exsvd.extend(exsvd.UNet(UNET), 12), dtype)
-        clip = made_there(lambda: exsvd.ImageEncoder(CLIP), dtype)
-        vae = made_there(lambda: exsvd.VAE(VAE), torch.float32)
-        numbers, n = {key: torch.ones(2) for key in ("fps", "motion", "aug")}, (2, 9, 4, 8, 16)
-        item = numbers | {"video": torch.rand(2, 9, 3, 64, 128), "aug_noise": torch.randn(2, 3, 64, 128)}
-        x, *told = train.inputs(item, vae, clip, what == "all", there)
-        assert x.shape == n and x.dtype == torch.float32
-        for loss, checkpointing in (("edm", "memory"), ("exvideo", None)):
-            module = train.Loss(unet, clip if what == "all" else None, loss).train()
-            unet.checkpointing = checkpointing
-            _, trained = train.choose(module, what)
-            sigma, noise, keep, sums = (torch.ones(k, device=there) for k in ((2,), n, (2,), (2, 5)))
-            losses = module(x, sigma, noise, *told, keep)
-            losses.mean().backward()
-            train.add_losses(sums.double(), losses.detach(), sigma)
-            assert {p.grad.device for p in trained.values()} == {there}
-            module.zero_grad()
+        with torch.device("cpu" if what == "streaming" else there):
+            unet = exsvd.extend(exsvd.UNet(UNET), 12).train(what == "training")
+        with there:
+            vae, clip = exsvd.VAE(VAE), exsvd.ImageEncoder(CLIP)
+            x, sigma, img = torch.empty(1, 9, 4, 8, 16), torch.empty(1), torch.rand(1, 3, 64, 128)
+        if what == "streaming":
+            unet.stream = exsvd.Stream(unet.requires_grad_(False), there, large=2000)
+        ids = exsvd.unet_ids(UNET.ids, {"fps": 7, "motion": torch.ones(1), "aug": 0.02}, there)
+        ctx = clip(exsvd.preprocess_clip(img, CLIP.image))[:, None]
+        conditions = vae.encode(img)[:, None], ctx, ids
+        if what == "training":
+            exsvd.freeze(unet)
+            loss = exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, sigma, x, *conditions)
+            loss.mean().backward()
+            assert {p.grad.device for p in unet.parameters() if p.grad is not None} == {there}
+        else:
+            video = vae.decode(exsvd.denoise(unet, x, sigma, *conditions))
+            assert video.shape == (1, 9, 3, 64, 128) and video.device == there
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)], ids=str)
 @torch.no_grad()
-def test_half_precision(dtype, bound):
-    """bf16 keeps 8 bits of the mantissa, fp16 11; over the depth of a network a few times their rounding is lost."""
+def test_half_precision():
+    """float16 keeps 11 bits; over the depth of a network a few times their rounding is lost."""
     unet, vae, clip = networks(num_frames=12)
-    inputs, img, z = unet_inputs(3, B=1), torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 2, 4, 4, 4)
+    inputs, img = unet_inputs(2, B=1), torch.rand(1, 3, 56, 56) * 2 - 1
+    z = torch.randn(1, 1, 4, 2, 2)
     run = {"UNet": (unet, lambda: unet(*inputs)), "VAE encode": (vae, lambda: vae.encode(img)),
-           "VAE decode": (vae, lambda: vae.decode(z)), "CLIP": (clip, lambda: clip(img[:, :, :56, :56]))}
+           "VAE decode": (vae, lambda: vae.decode(z)), "CLIP": (clip, lambda: clip(img))}
     full = {what: f() for what, (_, f) in run.items()}
     for what, (net, f) in run.items():
-        net.to(dtype)
+        net.half()
         assert f().dtype == torch.float32, "results come in the dtype of the inputs"
-        close(f(), full[what], bound, f"{what} in {dtype}")
+        close(f(), full[what], 5e-3, f"{what} in float16")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The published files. Names and shapes are known by hashes (md5 of all names, and names with shapes, sorted), of which
-# DiffSynth-Studio publishes the first and the last; the others were proved by the byte sizes of the published files.
+def test_best_dtype_of_this_machine():
+    found = {name for name, value in torch.cpu.get_capabilities().items() if value}
+    wanted = torch.bfloat16 if found & {"avx512_bf16", "amx_bf16", "bf16"} else torch.float32
+    assert exsvd.best_dtype("cpu") == exsvd.best_dtype("cpu", True) == wanted
+
+
+@pytest.mark.parametrize("version, warns",
+                         [(90700, False), (90800, True), (91400, True), (91501, False)])
+def test_a_faulty_cudnn_is_named(monkeypatch, recwarn, version, warns):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    exsvd.warn_of_cudnn()
+    assert ["163539" in str(w.message) for w in recwarn] == [True] * warns
+
+
+# --------------------------------------------------------------------------------------------------
+# The published files. Names and shapes are known by hashes (md5 of all names, and names with
+# shapes, sorted), of which DiffSynth-Studio publishes the first and the last; the others were
+# proved by the byte sizes of the published files.
 
 PUBLISHED = {"svd_xt.safetensors": "2a07abce74b4bdc696b76254ab474da6",
              "svd_xt_image_decoder.safetensors": "f3ea9aecbdbae0bfaa77f78f03319a5e",
@@ -653,68 +742,24 @@ def keys_md5(tensors):
     lines = [line for n, t in tensors.items() for line in (n, f"{n}:{'_'.join(map(str, t.shape))}")]
     return hashlib.md5(",".join(sorted(lines)).encode()).hexdigest()
 
-
-# Hashes don't see two names of one shape exchanged. Parity does for diffusers' names; these substitutions, in order and
-# written without those of exsvd.py, tie the others to them: they make diffusers' names of those in the other files.
-
-
-def numbered(template, per_level, offset=0):
-    """A replacement of a block's flat number by its level and its index there."""
-    return lambda m: template.format(*divmod(int(m[1]) - offset, per_level))
-
-
-FROM_SGM_RES = [
-    ("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("out_layers.0", "norm2"), ("out_layers.3", "conv2"),
-    ("emb_layers.1", "time_emb_proj"), ("skip_connection|nin_shortcut", "conv_shortcut"),
-    (r"(\d)\.mix_factor", r"\1.time_mixer.mix_factor"), (r"(resnets\.\d)\.time_stack", r"\1.temporal_res_block"),
-    (r"^(?!encoder)(.*resnets\.\d)\.(?!temporal|time_mixer)", r"\1.spatial_res_block.")]
-FROM_SGM = {
-    exsvd.UNet: [
-        (r"^model\.diffusion_model\.", ""), ("time_embed.0", "time_embedding.linear_1"),
-        ("time_embed.2", "time_embedding.linear_2"), ("label_emb.0.0", "add_embedding.linear_1"),
-        ("label_emb.0.2", "add_embedding.linear_2"), ("input_blocks.0.0", "conv_in"),
-        (r"input_blocks\.(\d+)\.0\.op", numbered("down_blocks.{}.downsamplers.0.conv", 3, 1)),
-        (r"input_blocks\.(\d+)\.0", numbered("down_blocks.{}.resnets.{}", 3, 1)),
-        (r"input_blocks\.(\d+)\.1", numbered("down_blocks.{}.attentions.{}", 3, 1)),
-        ("middle_block.0", "mid_block.resnets.0"), ("middle_block.1", "mid_block.attentions.0"),
-        ("middle_block.2", "mid_block.resnets.1"),
-        (r"output_blocks\.(\d+)\.[12]\.conv", numbered("up_blocks.{}.upsamplers.0.conv", 3)),
-        (r"output_blocks\.(\d+)\.0", numbered("up_blocks.{}.resnets.{}", 3)),
-        (r"output_blocks\.(\d+)\.1", numbered("up_blocks.{}.attentions.{}", 3)),
-        (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"), *FROM_SGM_RES,
-        (r"(attentions\.\d)\.time_stack", r"\1.temporal_transformer_blocks"),
-        ("time_pos_embed.0", "time_pos_embed.linear_1"), ("time_pos_embed.2", "time_pos_embed.linear_2")],
-    exsvd.VAE: [
-        (r"^(first_stage_model|conditioner\.embedders\.3\.encoder)\.", ""), (r"\.block\.", ".resnets."),
-        ("mid.block_1", "mid_block.resnets.0"), ("mid.block_2", "mid_block.resnets.1"),
-        ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"), ("mid.attn_1.q", "mid_block.attentions.0.to_q"),
-        ("mid.attn_1.k", "mid_block.attentions.0.to_k"), ("mid.attn_1.v", "mid_block.attentions.0.to_v"),
-        ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"), (r"encoder\.down\.", "encoder.down_blocks."),
-        (r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{3 - int(m[1])}"), ("sample.conv", "samplers.0.conv"),
-        ("norm_out", "conv_norm_out"), ("conv_out.time_mix_conv", "time_conv_out"), *FROM_SGM_RES],
-    exsvd.ImageEncoder: [
-        (r"^conditioner\.embedders\.0\.open_clip\.model\.visual\.", ""), ("^proj", "visual_projection.weight"),
-        ("^class_embedding", "vision_model.embeddings.class_embedding"), ("^ln_pre", "vision_model.pre_layrnorm"),
-        ("^positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-        ("^conv1", "vision_model.embeddings.patch_embedding"), ("^ln_post", "vision_model.post_layernorm"),
-        ("^transformer.resblocks", "vision_model.encoder.layers"), ("attn.in_proj_", "self_attn.qkv_proj."),
-        ("attn.out_proj", "self_attn.out_proj"), ("ln_", "layer_norm"), ("c_fc", "fc1"), ("c_proj", "fc2")]}
-FROM_RELEASE = [  # of a name inside one block
-    (r"^ff_in\.", "ff_in.net.2."), (r"^act_fn_in\.", "ff_in.net.0."), (r"^ff_out\.", "ff.net.2."),
-    (r"^act_fn_out\.", "ff.net.0."), ("norm_out", "norm3"), ("to_out", "to_out.0"),
-    ("^(?!positional_embedding_proj)", "temporal_transformer_blocks.0."),
-    ("positional_embedding_proj.0", "time_pos_embed.linear_1"),
-    ("positional_embedding_proj.2", "time_pos_embed.linear_2")]
+# Hashes of names don't see two names of one shape exchanged. Parity does so for diffusers' names,
+# and hashes of [other name, diffusers' name] tie the others to them; the pairs were checked one by
+# one against the tables of DiffSynth.
+TRANSLATIONS = {("sgm", exsvd.UNet): "9703f29d26a7848796b14632a4128298",
+                ("sgm", exsvd.VAE): "b7b9f9771203a2d20b70cf5c7e33c947",
+                ("sgm", exsvd.ImageEncoder): "bf0d2d8396c499904d156d883233a0d9",
+                ("exvideo", exsvd.UNet): "599a2a3d2cb048df05f6494c4b4ce047"}
 
 
 def sgm_leftovers(vae):
-    """The 252 tensors of the single file that no network of ours has: a second image encoder, a frame-wise decoder, the
-    text side of CLIP."""
+    """The 252 tensors of the single file that no network of ours has: a second image encoder, a
+    frame-wise decoder, the text side of CLIP."""
     text = "conditioner.embedders.0.open_clip.model."
     conditioner, first = "conditioner.embedders.3.encoder.", "first_stage_model."
     like = next(vae.parameters())
     out = {text + n: like.new_empty(s) for n, s in {
-        "ln_final.weight": [1024], "ln_final.bias": [1024], "logit_scale": [], "positional_embedding": [77, 1024],
+        "ln_final.weight": [1024], "ln_final.bias": [1024], "logit_scale": [],
+        "positional_embedding": [77, 1024],
         "text_projection": [1024, 1024], "token_embedding.weight": [49408, 1024]}.items()}
     for n, t in named(vae, "sgm").items():
         if n.startswith(conditioner + "encoder."):
@@ -727,7 +772,8 @@ def sgm_leftovers(vae):
 
 @pytest.fixture(scope="module")
 def full():
-    """The full-size networks, without storage, and {published file: {name: tensor}} made from their names."""
+    """The full-size networks, without storage, and {published file: {name: tensor}} made from their
+    names."""
     with torch.device("meta"):
         unet, vae, clip = exsvd.UNet(), exsvd.VAE(), exsvd.ImageEncoder()
         single = named(unet, "sgm") | named(vae, "sgm") | named(clip, "sgm") | sgm_leftovers(vae)
@@ -744,53 +790,44 @@ def full():
 def test_names_of_published_files(full):
     *nets, files = full
     assert {file: keys_md5(tensors) for file, tensors in files.items()} == PUBLISHED
-    for net in nets:
-        sgm, diffusers = (exsvd.file_names(net, layout) for layout in ("sgm", "diffusers"))
-        for n, (name,) in sgm.items():
-            translated = exsvd.rename(name, FROM_SGM[type(net)])
-            parts = [translated.replace("qkv", c) for c in "qkv"] if "qkv" in translated else [translated]
-            assert parts == diffusers[n] or "frame_conv" in n or "frame_table" in n
-    release, diffusers = (exsvd.file_names(nets[0], layout) for layout in ("exvideo", "diffusers"))
-    blocks = [f"down_blocks.{i}.attentions.{j}." for i in range(3) for j in range(2)] + ["mid_block.attentions.0."]
-    blocks += [f"up_blocks.{i}.attentions.{j}." for i in range(1, 4) for j in range(3)]
-    numbers = sorted({int(name.split(".")[1]) for (name,) in release.values()})  # of blocks, in forward order
-    for n, (name,) in release.items():
-        _, number, own = name.split(".", 2)
-        assert diffusers[n] == [blocks[numbers.index(int(number))] + exsvd.rename(own, FROM_RELEASE)]
+    for (layout, network), md5 in TRANSLATIONS.items():
+        (net,) = (net for net in nets if type(net) is network)
+        theirs, diffusers = (exsvd.file_names(net, kind) for kind in (layout, "diffusers"))
+        if layout == "sgm":
+            theirs = {n: t for n, t in theirs.items() if not re.search("frame_(table|conv)", n)}
+        lines = sorted(f"{names[0]} {' '.join(diffusers[n])}" for n, names in theirs.items())
+        assert hashlib.md5("\n".join(lines).encode()).hexdigest() == md5
 
 
 def test_published_files_fill_the_networks(full):
-    """And one tensor more or less is refused."""
     unet, vae, clip, files = full
     temporal = set(exsvd.freeze(unet))
-    contents = {"svd_xt.safetensors": (unet, vae, clip), "unet/diffusion_pytorch_model.safetensors": (unet,),
-                "vae/diffusion_pytorch_model.safetensors": (vae,), "image_encoder/model.safetensors": (clip,),
+    contents = {"svd_xt.safetensors": (unet, vae, clip),
+                "unet/diffusion_pytorch_model.safetensors": (unet,),
+                "vae/diffusion_pytorch_model.safetensors": (vae,),
+                "image_encoder/model.safetensors": (clip,),
                 "ExVideo-SVD-128f-v1": (unet,)}
     for file, nets in contents.items():
         tensors, left = files[file], set(files[file])
         for net in nets:
             located = exsvd.locate(net, exsvd.Tensors(tensors))
-            groups, missing = [names for _, names in located.values()], net.state_dict().keys() - located.keys()
+            groups = [names for _, names in located.values()]
+            missing = net.state_dict().keys() - located.keys()
             left -= {n for names in groups for n in names}
             if file.startswith("ExVideo"):
                 assert missing == net.state_dict().keys() - temporal
             else:
-                assert all("frame_conv" in n or "frame_table" in n for n in missing), "what extend() added"
-            for n, *_ in groups[0], groups[len(groups) // 2], groups[-1]:
-                with pytest.raises(exsvd.WeightsError, match=rf"1 missing, such as {re.escape(n)}$"):
-                    exsvd.locate(net, exsvd.Tensors({name: t for name, t in tensors.items() if name != n}))
-                with pytest.raises(exsvd.WeightsError, match=rf"1 unexpected, such as {re.escape(n)}2$"):
-                    exsvd.locate(net, exsvd.Tensors(tensors | {n + "2": torch.empty(1, device="meta")}))
+                assert all(re.search("frame_(table|conv)", n) for n in missing)  # extend() added it
         assert len(left) == (252 if file == "svd_xt.safetensors" else 0)
         assert all(re.match(exsvd.IGNORED, n) for n in left)
     with pytest.raises(exsvd.WeightsError, match=r"image-decoder variant.*use svd_xt.safetensors"):
         exsvd.locate(vae, exsvd.Tensors(files["svd_xt_image_decoder.safetensors"]))
-    sizes = {file: sum(t.numel() for t in files[file].values()) for file in contents if file != "svd_xt.safetensors"}
-    assert list(sizes.values()) == [1_524_623_082, 97_742_847, 632_076_800, 832_956_800]
+    sizes = [sum(t.numel() for t in files[file].values()) for file in list(contents)[1:]]
+    assert sizes == [1_524_623_082, 97_742_847, 632_076_800, 832_956_800]
     assert sum(p.numel() for p in unet.parameters()) == 1_860_773_802
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
 
 CONFIG = {"exsvd": json.dumps({"config": {"unet": vars(UNET), "vae": vars(VAE), "clip": vars(CLIP)}})}
@@ -805,10 +842,12 @@ def write_model(path, layout, nets, dtype=torch.float32):
         save_file(everything, path / "svd.safetensors", metadata=CONFIG)
         return path / "svd.safetensors"
     fp16 = ".fp16" if dtype == torch.float16 else ""
-    configs = [{"block_out_channels": UNET.channels, "num_attention_heads": UNET.heads, "num_frames": 14,
+    configs = [{"block_out_channels": UNET.channels, "num_attention_heads": UNET.heads,
+                "num_frames": 14,
                 "cross_attention_dim": 40},
                {"block_out_channels": VAE.channels, "force_upcast": True},
-               {"hidden_size": CLIP.width, "num_hidden_layers": CLIP.layers, "num_attention_heads": CLIP.heads,
+               {"hidden_size": CLIP.width, "num_hidden_layers": CLIP.layers,
+                "num_attention_heads": CLIP.heads,
                 "patch_size": CLIP.patch, "projection_dim": CLIP.out_dim, "image_size": CLIP.image}]
     for stem, t, config in zip(exsvd.FOLDER.values(), tensors, configs):
         folder = path / os.path.dirname(stem)
@@ -818,106 +857,289 @@ def write_model(path, layout, nets, dtype=torch.float32):
     return path
 
 
-def same(net, state, dtype=torch.float32):
-    """The net holds exactly this state in this dtype, and is finished: real, in eval mode, no buffers to forget."""
-    got = net.state_dict()
-    assert got.keys() == state.keys() and not net.training and not list(net.buffers())
-    for n, t in got.items():
-        assert t.device.type == "cpu" and t.dtype == dtype and torch.equal(t, state[n].to(dtype)), n
-
-
-@pytest.mark.parametrize("layout, dtype", [("single", torch.float32), ("folder", torch.float32),
-                                           ("folder", torch.float16)], ids=str)
-@pytest.mark.parametrize("extension", [None, "release", "own"])
-def test_load_published_layouts(tmp_path, layout, dtype, extension):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Random networks, a UNet extended to 12 frames, and the files made of them."""
+    path = tmp_path_factory.mktemp("files")
     nets, longer = networks(), make_unet(num_frames=12, seed=5)
-    path = write_model(tmp_path, layout, nets, dtype)
-    if layout == "folder" and dtype == torch.float32:  # full precision is preferred to what lies beside it
-        write_model(tmp_path, layout, networks(seed=2), torch.float16)
-    states = [{n: t.to(dtype).float() for n, t in net.state_dict().items()} for net in nets]
-    overlay = tmp_path / "extension.safetensors" if extension else None
-    if extension == "release":  # which is in fp16
-        save_file({n: t.half() for n, t in named(longer, "exvideo").items()}, overlay)
-    if extension == "own":
-        exsvd.save_extension(overlay, longer, dtype=torch.float16, step=7)
-    if extension:
-        states[0] |= {n: longer.state_dict()[n].half().float() for n in exsvd.file_names(longer, "exvideo")}
-    svd = exsvd.load(path, extension=overlay)
-    for net, state in zip((svd.unet, svd.vae, svd.clip), states):
-        same(net, state)
-    native = {"native_frames": 25 if layout == "single" or extension == "own" else 14}
-    assert svd.unet.config == exsvd.UNetConfig(**vars(UNET) | native)
-    assert svd.vae.config == VAE and svd.clip.config == CLIP and svd.unet.max_frames == (12 if extension else None)
-    assert svd.extension == {None: None, "release": {}, "own": {"step": 7, "architecture": "exvideo", "frames": 12, "native_frames": 25}}[extension]
+    found = argparse.Namespace(nets=nets, longer=longer, folder=write_model(path, "folder", nets))
+    found.single, found.own = path / "svd.safetensors", path / "own.safetensors"
+    exsvd.save_model(found.single, *nets, note="hello")
+    exsvd.save_extension(found.own, longer, step=7)
+    found.release = path / "release.safetensors"
+    save_file({n: t.half() for n, t in named(longer, "exvideo").items()}, found.release)
+    return found
 
 
-@pytest.mark.parametrize("num_frames", [None, 12])
-def test_own_single_file(tmp_path, num_frames):
-    nets, path = networks(num_frames), tmp_path / "toy.safetensors"
-    saved = exsvd.SVD(*nets, meta={}, extension=None)
-    exsvd.save_model(path, *nets, note="hello")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        svd = exsvd.load(path, dtype=dtype)
-        wide = torch.float32 if dtype == torch.float16 else dtype  # the encoder's activations exceed fp16's range
-        for part, expected in {"unet": dtype, "clip": dtype, "vae.decoder": dtype, "vae.encoder": wide,
+def shorter_names(state):
+    return {n: t for n, t in state.items() if exsvd.is_extension_parameter(n)}
+
+
+@pytest.mark.parametrize("layout, dtype", [("single", torch.float32), ("folder", torch.float16)],
+                         ids=str)
+def test_load_published_layouts(tmp_path, files, layout, dtype):
+    path = write_model(tmp_path, layout, files.nets, dtype)
+    svd = exsvd.load(path)
+    for net, mine in zip((svd.unet, svd.vae, svd.clip), files.nets):
+        same(net, {n: t.to(dtype).float() for n, t in mine.state_dict().items()})
+        assert not any(p.requires_grad for p in net.parameters())
+    native = 25 if layout == "single" else 14
+    assert svd.unet.config == exsvd.UNetConfig(**vars(UNET) | {"native_frames": native})
+    assert svd.vae.config == VAE and svd.clip.config == CLIP
+    assert svd.unet.max_frames is None and svd.extension is None
+
+
+def test_full_precision_is_preferred_to_what_lies_beside_it(tmp_path, files):
+    write_model(tmp_path, "folder", networks(seed=2), torch.float16)
+    svd = exsvd.load(write_model(tmp_path, "folder", files.nets), parts=("clip",))
+    same(svd.clip, files.nets[2].state_dict())
+
+
+@pytest.mark.parametrize("extension, dtype", [("release", torch.float16), ("own", torch.float32)],
+                         ids=str)
+def test_load_extensions(files, extension, dtype):
+    svd = exsvd.load(files.folder, getattr(files, extension), parts=("unet",))
+    trained = shorter_names(files.longer.state_dict())
+    trained = {n: t.to(dtype).float() for n, t in trained.items()}
+    same(svd.unet, files.nets[0].state_dict() | trained)
+    own = {"step": 7, "architecture": "exvideo", "frames": 12, "native_frames": 25}
+    assert svd.extension == (own if extension == "own" else {})
+    assert svd.vae is None and svd.unet.max_frames == 12
+    native = 25 if extension == "own" else 14  # of the base that it was made from
+    assert svd.unet.config.native_frames == native
+
+
+def test_dtypes(files):
+    for dtype in (torch.float16, torch.float64):
+        svd = exsvd.load(files.single, dtype=dtype)
+        wide = torch.float32 if dtype == torch.float16 else dtype  # the encoder exceeds its range
+        for part, expected in {"unet": dtype, "clip": dtype, "vae.decoder": dtype,
+                               "vae.encoder": wide,
                                "vae.quant_conv": wide}.items():
-            net, mine = (operator.attrgetter(part)(model) for model in (svd, saved))
-            same(net, mine.state_dict(), expected)
-        assert (svd.unet.config, svd.vae.config, svd.clip.config) == (UNET, VAE, CLIP)
-        assert svd.meta["note"] == "hello" and svd.extension is None and svd.unet.max_frames == num_frames
-        assert svd.vae.encode(torch.rand(1, 3, 64, 64)).isfinite().all()
-        assert svd.vae.decode(torch.randn(1, 2, 4, 8, 8)).isfinite().all()
-    alone = exsvd.load(path, parts=("vae",))
-    same(alone.vae, nets[1].state_dict())
-    assert alone.unet is None and alone.clip is None and alone.meta == svd.meta
-    exsvd.save_model(path, *nets, dtype=torch.float16)
-    same(exsvd.load(path).unet, {n: t.half().float() for n, t in nets[0].state_dict().items()})
+            mine = operator.attrgetter(part)(exsvd.SVD(*files.nets, {}, None))
+            same(operator.attrgetter(part)(svd), mine.state_dict(), expected)
+    assert svd.meta["note"] == "hello"
 
 
-def test_an_extension_is_what_the_release_is(tmp_path, full):
-    path, unet = tmp_path / "e.safetensors", make_unet(num_frames=12)
-    name = exsvd.freeze(unet)[0]
-    exsvd.save_extension(path, unet, {name: torch.full_like(unet.get_parameter(name), 3.0)})  # say, from an EMA
+def test_what_stays_float32(files):
+    def trained(name):
+        return exsvd.is_extension_parameter(name) or name == "clip.proj"
+
+    svd = exsvd.load(files.single, files.own, torch.float64, keep_float32=trained)
+    for part, net in {"unet": svd.unet, "vae": svd.vae, "clip": svd.clip}.items():
+        for name, p in net.named_parameters():
+            assert p.dtype == (torch.float32 if trained(f"{part}.{name}") else torch.float64), name
+
+
+def test_loading_to_the_meta_device_only_checks(files, tmp_path):
+    svd = exsvd.load(files.single, files.own, device="meta")
+    assert all(p.is_meta for net in (svd.unet, svd.vae, svd.clip) for p in net.parameters())
+    more = load_file(files.own) | {"blocks.7.x": torch.zeros(1)}
+    save_file(more, tmp_path / "x", metadata=metadata(files.own))
+    with pytest.raises(exsvd.WeightsError, match="1 unexpected, such as blocks.7.x"):
+        exsvd.load(files.single, tmp_path / "x", device="meta")
+
+
+def metadata(path, **changes):
+    return {"exsvd": json.dumps(exsvd.Tensors(path).meta | changes)}
+
+
+def test_whole_models_of_ours(tmp_path, files):
+    path = tmp_path / "model.safetensors"
+    defaults = {"sample": {"steps": 8}}
+    exsvd.save_model(path, files.longer, *files.nets[1:], dtype=torch.float16, defaults=defaults)
+    svd = exsvd.load(path)
+    same(svd.unet, {n: t.half().float() for n, t in files.longer.state_dict().items()})
+    assert svd.unet.max_frames == 12 and svd.meta["defaults"] == defaults
+    again = exsvd.load(path, files.release, parts=("unet",))  # one extension over another
+    assert again.unet.max_frames == 12
+
+
+def test_a_unet_by_itself(tmp_path, files):
+    other = make_unet(seed=8)
+    folder = write_model(tmp_path, "folder", (other, *files.nets[1:])) / "unet"
+    for source in (folder, folder / "diffusion_pytorch_model.safetensors"):
+        svd = exsvd.load(files.single, unet=source)
+        same(svd.unet, other.state_dict())
+        same(svd.vae, files.nets[1].state_dict())
+        assert svd.meta["note"] == "hello"
+    save_file(named(other, "sgm"), tmp_path / "sgm.safetensors", metadata=CONFIG)
+    same(exsvd.load(files.single, unet=tmp_path / "sgm.safetensors").unet, other.state_dict())
+    same(exsvd.load(tmp_path / "sgm.safetensors", parts=("unet",)).unet, other.state_dict())
+    for alone in ("sgm.safetensors", "unet"):
+        with pytest.raises(exsvd.WeightsError, match="holds a UNet alone: give it as --unet"):
+            exsvd.load(tmp_path / alone)
+
+
+@pytest.mark.parametrize("layout", ["ours", "sgm", "diffusers"])
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["UNet", "VAE", "CLIP"])
+def test_load_weights(tmp_path, files, layout, part):
+    net, path = files.nets[part], tmp_path / "one.safetensors"
+    tensors = named(net, layout)
+    save_file(tensors, path)
+    for source, device in ((path, "cpu"), (tensors, "meta")):
+        with torch.device(device):
+            other = type(net)(net.config).eval()
+        assert exsvd.load_weights(other, source) is other
+        same(other, net.state_dict())
+    next(iter(tensors.values())).add_(1)
+    same(other, net.state_dict())  # it has copies, which change with nobody
+
+
+@pytest.mark.parametrize("prefix",
+                         ["module.", "_orig_mod.", "unet.", "model.", "module._orig_mod.unet."])
+@pytest.mark.parametrize("layout", ["sgm", "diffusers"])
+def test_prefixes_of_training_tools(files, prefix, layout):
+    tensors = {prefix + n: t for n, t in named(files.nets[0], layout).items()}
+    same(exsvd.load_weights(exsvd.UNet(UNET).eval(), tensors), files.nets[0].state_dict())
+    tensors["a.b"] = torch.zeros(1)  # not all names have it
+    with pytest.raises(exsvd.WeightsError, match="1428 missing"):
+        exsvd.locate(files.nets[0], exsvd.Tensors(tensors))
+
+
+def test_clip_with_position_ids(files):
+    tensors = named(files.nets[2], "diffusers")
+    tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    same(exsvd.load_weights(exsvd.ImageEncoder(CLIP).eval(), tensors), files.nets[2].state_dict())
+
+
+def test_base_and_extension_into_an_extended_unet(files):
+    unet = exsvd.extend(exsvd.UNet(UNET), 12).double().eval()
+    fresh = {n: t.clone() for n, t in unet.state_dict().items() if "frame_" in n}
+    base = files.nets[0].state_dict()
+    exsvd.load_weights(unet, named(files.nets[0], "sgm"))
+    same(unet, fresh | base, torch.float64)
+    exsvd.load_weights(unet, named(files.longer, "exvideo"))
+    same(unet, base | shorter_names(files.longer.state_dict()), torch.float64)
+
+
+# --------------------------------------------------------------------------------------------------
+# Extension files, of the paper's architecture and of others
+
+
+def test_an_extension_is_what_the_release_is(tmp_path, full, files):
+    path, unet = tmp_path / "e.safetensors", files.longer
+    name = "down.1.attn.temporal.norm_in.bias"
+    exsvd.save_extension(path, unet, {name: torch.full((32,), 3.0)}, step=1)  # say, from an EMA
     saved, release, own = load_file(path), full[-1]["ExVideo-SVD-128f-v1"], named(unet, "exvideo")
     assert saved.keys() == release.keys()  # the full-size names, whose hash is the published one
     assert all(t.ndim == release[n].ndim for n, t in saved.items())
     changed = [n for n in saved if not torch.equal(saved[n], own[n])]
     assert changed == exsvd.file_names(unet, "exvideo")[name] and (saved[changed[0]] == 3).all()
-    with pytest.raises(ValueError, match="module.x is no parameter"):  # or an EMA under wrong names would be left out
-        exsvd.save_extension(path, unet, {"module.x": torch.zeros(1)})
+    first = path.read_bytes()
+    exsvd.save_extension(path, unet, {name: torch.full((32,), 3.0)}, step=1)
+    assert path.read_bytes() == first, "the same weights give the same bytes"
+
+
+def test_what_no_extension_file_holds(tmp_path, files):
+    for name in ("module.x", "conv_out.bias"):  # wrong names, and parameters that would be left out
+        with pytest.raises(ValueError, match=f"{name} is no parameter of an extension"):
+            exsvd.save_extension(tmp_path / "x", files.longer, {name: torch.zeros(1)})
     with pytest.raises(ValueError, match="not extended"):
-        exsvd.save_extension(path, make_unet())
-    saves = set()
-    for _ in range(5):
-        exsvd.save_extension(path, unet, step=1, note="x")
-        saves.add(path.read_bytes())
-    assert len(saves) == 1, "the same weights give the same bytes"
+        exsvd.save_extension(tmp_path / "x", files.nets[0])
 
 
-def test_load_weights(tmp_path):
-    path = tmp_path / "one.safetensors"
-    for layout, net, device in itertools.product(("ours", "sgm", "diffusers"), networks(), ("cpu", "meta")):
-        tensors = named(net, layout)
-        save_file(tensors, path)
-        for source in (path, str(path), tensors):
-            with torch.device(device):
-                other = type(net)(net.config).eval()
-            assert exsvd.load_weights(other, source) is other
-            same(other, net.state_dict())
-        next(iter(tensors.values())).add_(1)
-        same(other, net.state_dict())  # it has copies, which change with nobody
+def test_another_architecture_is_refused(tmp_path, files):
+    other = metadata(files.own, architecture="rotary")
+    save_file(load_file(files.own), tmp_path / "x", metadata=other)
+    with pytest.raises(exsvd.WeightsError, match="'rotary', but this code has 'exvideo'"):
+        exsvd.load(files.single, tmp_path / "x")
 
 
-def test_base_and_extension_into_an_extended_unet():
-    trained, base = make_unet(num_frames=12, seed=3), make_unet(seed=4)
-    temporal = set(exsvd.freeze(trained))
-    unet = exsvd.extend(exsvd.UNet(UNET), 12).bfloat16().eval()  # what it is loaded into decides on the dtype
-    fresh = {n: t.clone() for n, t in unet.state_dict().items() if re.search("frame_(table|conv)", n)}
-    exsvd.load_weights(unet, named(base, "sgm"))
-    same(unet, base.state_dict() | fresh, torch.bfloat16)
-    exsvd.load_weights(unet, named(trained, "exvideo"))
-    tuned = {n: t for n, t in trained.state_dict().items() if n in temporal}
-    same(unet, base.state_dict() | tuned, torch.bfloat16)
+def test_an_extension_may_hold_a_part(tmp_path, files):
+    part = {n: t for n, t in load_file(files.own).items() if "attn1" in n}
+    save_file(part, tmp_path / "x", metadata=metadata(files.own))
+    unet = exsvd.load(files.single, tmp_path / "x", parts=("unet",)).unet
+    want = exsvd.extend(exsvd.load(files.single, parts=("unet",)).unet, 12).state_dict()
+    trained = files.longer.state_dict()
+    same(unet, want | {n: trained[n] for n in want if ".attn.temporal.attn1" in n})
+
+
+def test_older_extensions_of_ours(tmp_path, files):
+    note = {"exsvd": json.dumps({"native_frames": 8})}
+    save_file(load_file(files.own), tmp_path / "x", metadata=note)
+    svd = exsvd.load(files.single, tmp_path / "x", parts=("unet",))
+    assert svd.unet.max_frames == 12 and svd.unet.config.native_frames == 8
+
+
+class LoRA(torch.nn.Module):
+    """A linear layer with a trained update of low rank."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base = base
+        device = base.weight.device
+        self.A = torch.nn.Parameter(torch.randn(rank, base.in_features, device=device) / 8)
+        self.B = torch.nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.A.T @ self.B.T
+
+
+def with_lora(rank, extend=exsvd.extend):
+    """What extend() becomes where a user adds LoRA to the temporal attention."""
+    def extend_and_add(unet, num_frames):
+        extend(unet, num_frames)
+        for block in unet.temporal_blocks():
+            if not isinstance(block.attn1.to_q, LoRA):
+                block.attn1.to_q = LoRA(block.attn1.to_q, rank)
+        return unet
+    return extend_and_add
+
+
+@torch.no_grad()
+def test_lora_on_the_temporal_attention(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(exsvd, "ARCHITECTURE", "lora")
+    monkeypatch.setattr(exsvd, "is_extension_parameter", lambda name: name.endswith((".A", ".B")))
+    monkeypatch.setattr(exsvd, "extend", with_lora(4))
+    unet = exsvd.extend(exsvd.load(files.single, parts=("unet",)).unet, 30)
+    assert exsvd.freeze(unet) == [n for n, p in unet.named_parameters() if p.requires_grad]
+    for block in unet.temporal_blocks():
+        block.attn1.to_q.B.normal_()
+    exsvd.save_extension(tmp_path / "lora", unet)
+    assert len(load_file(tmp_path / "lora")) == 2 * 16
+    same(exsvd.load(files.single, tmp_path / "lora", parts=("unet",)).unet, unet.state_dict())
+    exsvd.load(files.single, tmp_path / "lora", device="meta")
+    monkeypatch.setattr(exsvd, "extend", with_lora(2))
+    with pytest.raises(exsvd.WeightsError, match=r"to_q.A \(4, 32\) instead of \(2, 32\)"):
+        exsvd.load(files.single, tmp_path / "lora")
+
+
+class Rotary(exsvd.SelfAttention):
+    def forward(self, x):
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        angle = torch.arange(x.shape[1])[:, None] / 10 ** torch.linspace(0, 4, x.shape[2] // 2)
+        turn = torch.polar(torch.ones_like(angle), angle)
+        q, k = (torch.view_as_complex(t.unflatten(2, (-1, 2))) * turn for t in (q, k))
+        q, k = (torch.view_as_real(t).flatten(2) for t in (q, k))
+        return self.to_out(exsvd.attention(q, k, v, self.heads))
+
+
+@torch.no_grad()
+def test_rotary_positions_instead_of_the_table(tmp_path, files, monkeypatch):
+    def extend(unet, num_frames):
+        for block in unet.temporal_blocks():
+            block.attn1.__class__ = Rotary
+        unet.max_frames = num_frames
+        return unet
+
+    monkeypatch.setattr(exsvd, "ARCHITECTURE", "rotary")
+    monkeypatch.setattr(exsvd, "extend", extend)
+    unet = exsvd.extend(make_unet(seed=6), 20)
+    exsvd.save_extension(tmp_path / "rotary", unet)
+    exsvd.save_model(tmp_path / "whole", unet, *files.nets[1:])
+    svd = exsvd.load(files.single, tmp_path / "rotary")
+    same(svd.unet, files.nets[0].state_dict() | shorter_names(unet.state_dict()))
+    assert svd.unet.max_frames == 20 and svd.unet(*unet_inputs(20, B=1)).isfinite().all()
+    whole = exsvd.load(tmp_path / "whole").unet
+    same(whole, unet.state_dict())
+    assert whole.max_frames == 20 and torch.equal(whole(*unet_inputs(3)), unet(*unet_inputs(3)))
+    with pytest.raises(exsvd.WeightsError, match="frame_table|positional_embedding"):
+        exsvd.load(files.single, files.release)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files that cannot be used
 
 
 def refused(net, source, *says):
@@ -946,11 +1168,13 @@ def test_damaged_files_and_pickles(tmp_path):
     good = path.read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
-    damaged = [b"", good[:-1000], good[:1000], good + b"0000", b"<!DOCTYPE html><html>Not found</html>"]
-    pickles = [b"\x80\x02}q\x00.", b"PK\x03\x04" + good, pickled(zipped=True), pickled(zipped=False)]
+    damaged = [b"", good[:-1000], good[:1000], good + b"0000", b"<!DOCTYPE html><html></html>"]
+    pickles = [b"\x80\x02}q\x00.", b"PK\x03\x04" + good, pickled(zipped=True),
+               pickled(zipped=False)]
     flipped = [good[:at] + bytes([good[at] ^ bit]) + good[at + 1:] for bit in (0x01, 0x80)
-               for at in [0, 1, 3, 7, 8, *range(9, header - 8, header // 50)]]
-    for contents, says in [(damaged, "is not a complete safetensors file"), (flipped, ""), ([pointer], "is a Git LFS pointer"),
+               for at in [0, 1, 3, 7, 8, *range(9, header - 8, header // 20)]]
+    for contents, says in [(damaged, "is not a complete safetensors file"), (flipped, ""),
+                           ([pointer], "is a Git LFS pointer"),
                            (pickles, "is a pickled checkpoint, which is never opened")]:
         for content in contents:
             path.write_bytes(content)
@@ -967,10 +1191,12 @@ def test_good_files_that_begin_like_a_pickle(tmp_path):
         assert exsvd.Tensors(tmp_path / "x").get("x").tolist() == [1, 2]
 
 
-def test_tensors_that_do_not_fit():
-    unet, vae, clip = networks()
+def test_tensors_that_do_not_fit(files):
+    unet, vae, clip = files.nets
     good, first = named(unet, "diffusers"), "conv_in.weight"
     refused(unet, {}, "1428 missing, such as", "(1428 tensors)")
+    refused(clip, {"my.a": torch.zeros(1), "my.b": torch.zeros(1)}, "which holds my.a, my.b",
+            "2 unexpected")
     refused(unet, good | {"extra.weight": torch.zeros(1)}, "1 unexpected, such as extra.weight")
     refused(unet, {n.replace(first, "conv_inn.weight"): t for n, t in good.items()},
             "1 missing, such as conv_in.weight", "1 unexpected, such as conv_inn.weight")
@@ -978,7 +1204,8 @@ def test_tensors_that_do_not_fit():
             "1 mis-shaped, such as conv_in.weight (32, 4, 3, 3) instead of (32, 8, 3, 3)")
     refused(unet, good | {first: good[first].flatten()}, "mis-shaped")
     a, b = "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"
-    refused(unet, good | {a: good[b], b: good[a]}, "2 mis-shaped", f"{a} (128, 768) instead of (128, 32)")
+    refused(unet, good | {a: good[b], b: good[a]}, "2 mis-shaped",
+            f"{a} (128, 768) instead of (128, 32)")
     refused(unet, named(vae, "diffusers"), "missing", "unexpected")
     refused(clip, named(unet, "sgm"), "missing")
     refused(make_unet(channels=(32, 32, 64, 64), heads=(1, 1, 2, 2)), good, "mis-shaped")
@@ -988,48 +1215,62 @@ def test_tensors_that_do_not_fit():
         both = named(network, "sgm") | named(network, "diffusers")  # two layouts in one file
         refused(network, both, part, "unexpected")
 
-    longer = make_unet(num_frames=12)  # and extensions
+
+def test_releases_that_do_not_fit(files):
+    longer = exsvd.extend(exsvd.UNet(UNET), 12)
     release, extra = named(longer, "exvideo"), "blocks.8.norm_in.weight"
-    refused(unet, release, "extended to 12 frames, but the UNet is not", "extend(unet, 12)")
-    refused(make_unet(num_frames=30), release, "extended to 12 frames, but the UNet to 30", "extend(unet, 12)")
+    refused(files.nets[0], release, "extended to 12 frames, but the UNet is not",
+            "extend(unet, 12)")
+    refused(make_unet(num_frames=30), release, "extended to 12 frames, but the UNet to 30",
+            "extend(unet, 12)")
     refused(longer, {n: t for n, t in release.items() if "positional_conv" not in n}, "32 missing")
-    refused(longer, {n: t for n, t in release.items() if "positional_embedding.emb" not in n}, "16 missing")
+    refused(longer, {n: t for n, t in release.items() if "embeddings" not in n}, "16 missing")
     refused(longer, release | {extra: torch.zeros(32)}, f"1 unexpected, such as {extra}")
 
 
-def test_models_that_cannot_be_loaded(tmp_path):
-    def cannot_load(says, path=tmp_path, **kw):
+def test_models_that_cannot_be_loaded(tmp_path, files):
+    def cannot_load(says, path=tmp_path, *extension):
         with pytest.raises(exsvd.WeightsError, match=says):
-            exsvd.load(path, **kw)
+            exsvd.load(path, *extension)
 
-    nets, single, none = networks(num_frames=12), tmp_path / "x.safetensors", tmp_path / "none.safetensors"
+    none = tmp_path / "none.safetensors"
     cannot_load("none.safetensors: no such weight file", none)
+    cannot_load("none.safetensors: no such weight file", files.single, none)
     cannot_load("no unet/diffusion_pytorch_model.safetensors")
-    exsvd.save_extension(single, nets[0])
-    cannot_load("is an extension, not a model", single)
-    configs = [[], 3, None, {"unet": 3}, {"unet": {"channels": "a"}},
-               {"unet": {"groups": 0}}, {"unet": {"chan": 1}}, {"vae": {"channels": [32]}}, {"clip": {"layers": -1}}]
-    for text in ["{", "3", "null", "[1]", *(json.dumps({"config": config}) for config in configs)]:
-        save_file({"x": torch.zeros(1)}, single, metadata={"exsvd": text})  # what no network can have
-        cannot_load("x.safetensors", single)
-    write_model(tmp_path, "folder", networks())
-    exsvd.save_model(single, *networks())
-    cannot_load("none.safetensors: no such weight file", extension=none)
-    cannot_load("is not an extension", extension=single)
-    for text in ("{", "3"):
-        (tmp_path / "vae/config.json").write_text(text)
-        cannot_load("vae/config.json: not readable as JSON")
-    os.remove(tmp_path / "image_encoder/model.safetensors")
-    (tmp_path / "image_encoder/pytorch_model.bin").write_bytes(b"PK")
-    (tmp_path / "vae/config.json").write_text("{}")
-    cannot_load("no image_encoder/model.safetensors")
+    cannot_load("is an extension, not a model", files.own)
+    cannot_load("is not an extension", files.single, files.single)
+
+
+@pytest.mark.parametrize("text",
+                         ["{", "3", "null", "[1]", *(json.dumps({"config": config}) for config in (
+    [], 3, None, {"unet": 3}, {"unet": {"channels": "a"}}, {"unet": {"groups": 0}},
+    {"unet": {"chan": 1}},
+    {"vae": {"channels": [32]}}, {"clip": {"layers": -1}}))])
+def test_metadata_that_no_network_can_have(tmp_path, text):
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"exsvd": text})
+    with pytest.raises(exsvd.WeightsError, match="x.safetensors"):
+        exsvd.load(tmp_path / "x.safetensors")
+
+
+def test_folders_that_are_not_whole(tmp_path, files):
+    shutil.copytree(files.folder, tmp_path / "x")
+    for text, says in {"{": "not readable as JSON", "3": "configuration is not understood"}.items():
+        (tmp_path / "x/vae/config.json").write_text(text)
+        with pytest.raises(exsvd.WeightsError, match=f"vae/config.json: .*{says}"):
+            exsvd.load(tmp_path / "x")
+    os.remove(tmp_path / "x/vae/diffusion_pytorch_model.safetensors")
+    (tmp_path / "x/vae/diffusion_pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(exsvd.WeightsError, match="no vae/diffusion_pytorch_model.safetensors"):
+        exsvd.load(tmp_path / "x")
 
 
 @pytest.mark.parametrize("fails", ["save_file", "replace"])
 def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
-    def disk_full(first, second, metadata=None):  # save_file(tensors, temporary) or os.replace(temporary, target)
+    # save_file(tensors, temporary) or os.replace(temporary, target)
+    def disk_full(first, second, metadata=None):
         temporary = second if fails == "save_file" else first
-        assert os.path.dirname(temporary) == str(tmp_path)  # beside the target, so that the renaming is atomic
+        # beside the target, so that the renaming is atomic
+        assert os.path.dirname(temporary) == str(tmp_path)
         with open(temporary, "wb") as f:
             f.write(b"half")
         raise OSError("No space left on device")
@@ -1045,7 +1286,7 @@ def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
     assert os.listdir(tmp_path) == ["x.safetensors"], "no temporary file is left"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. data.py: pictures and videos in and out
 
 
@@ -1103,15 +1344,10 @@ def test_exif_orientations_come_out_upright(reads, form):
 
 
 def test_damaged_metadata_leaves_the_pixels_as_they_are(reads, capfd):
-    turn = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)
-    png, jpeg = file_of(corners(), "PNG"), file_of(corners(), "JPEG")
-    for exif in (b"", b"II", b"MM\0*\xff\xff\xff\xff", turn[:15]):
-        reads(png[:33] + png_chunk(b"eXIf", exif) + png[33:], corners())
-        block = b"Exif\0\0" + exif
-        size = struct.pack(">H", len(block) + 2)
-        reads(jpeg[:2] + b"\xff\xe1" + size + block + jpeg[2:], corners(), LOSS["JPEG"])
-    reads(png[:33] + png_chunk(b"iCCP", b"x\0\0junk")[:-1] + b"?" + png[33:], corners())  # checksum
-    reads(jpeg + b"\0\0\0\x18ftypmp42" + bytes(10**5), corners(), LOSS["JPEG"])  # a motion photo
+    jpeg = file_of(corners(), "JPEG")
+    for exif in (b"Exif\0\0", b"Exif\0\0II", b"Exif\0\0MM\0*\xff\xff\xff\xff"):
+        block = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+        reads(jpeg[:2] + block + jpeg[2:], corners(), LOSS["JPEG"])
     assert capfd.readouterr() == ("", "")
 
 
@@ -1153,13 +1389,9 @@ def test_sixteen_bits_are_scaled_not_clipped(reads):
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF"])
 def test_animations_give_their_first_frame(reads, form):
-    first = Image.new("RGBA", (80, 48))
-    first.paste(Image.fromarray(corners(20, 30)), (10, 5))
-    want = np.full((48, 80, 3), 255)
-    want[5:25, 10:40] = corners(20, 30)
-    second = Image.fromarray(corners()).convert("RGBA")
+    first, second = (Image.fromarray(x) for x in (corners(), 255 - corners()))
     file = file_of(first, form, save_all=True, append_images=[second], duration=100)
-    reads(file, want, 3 if form == "GIF" else 0)
+    reads(file, corners(), 3 if form == "GIF" else 0)
 
 
 def test_content_decides_not_the_name(tmp_path, monkeypatch):
@@ -1184,17 +1416,16 @@ def test_unreadable_files_raise_one_line(tmp_path, capfd):
             bad[f"{part} of {form}"] = whole[:int(len(whole) * part)]
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-    for name in [*bad, "missing.png", ".", "nu\0l"]:
+    for name in [*bad, "missing.png", "."]:
         with pytest.raises(data.MediaError) as e:
             data.read_image(tmp_path / name)
         assert str(e.value).isprintable() and data.one_line(tmp_path / name) in str(e.value), name
-        assert ("heif-convert" in str(e.value)) == (name == "x.heic")
     assert capfd.readouterr() == ("", "")
 
 
 def test_only_errors_of_the_library_are_called_damage(tmp_path, monkeypatch):
     data.write_png(tmp_path / "x.png", corners())
-    monkeypatch.setattr(data, "_still", lambda path, picture: undefined_name)  # noqa: F821
+    monkeypatch.setattr(data, "_picture_pixels", lambda picture: undefined_name)  # noqa: F821
     with pytest.raises(NameError):
         data.read_image(tmp_path / "x.png")
 
@@ -1249,12 +1480,6 @@ def test_fit_image_covers_crops_and_does_not_distort():
         assert error[:, 4:-4, 4:-4].abs().max() < 1 / scale + 2
 
 
-@pytest.mark.parametrize("H, W", [(1, 1), (10, 1000), (2, 3)])
-def test_fit_image_of_odd_shapes(H, W):
-    out = data.fit_image(torch.full((H, W, 3), 200, dtype=torch.uint8), 128, 64)
-    assert out.shape == (3, 64, 128) and (out - (200 / 127.5 - 1)).abs().max() < 1e-5
-
-
 def test_pixels_survive_float_and_back():
     x = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(data.to_uint8(data.to_float(x)), x)
@@ -1300,18 +1525,20 @@ def test_a_video_survives_writing(tmp_path, name, least):
     assert data.read_settings(tmp_path / name) == (None if name == "x.gif" else settings)
 
 
-def test_a_folder_of_pngs_is_lossless(tmp_path):
-    write(f"{tmp_path}/run1.5/", ramps().split(5))
-    files = sorted((tmp_path / "run1.5").iterdir())
-    assert [f.name for f in files] == [f"frame_{i:04d}.png" for i in range(12)]
-    assert torch.equal(torch.stack([data.read_image(f) for f in files]), ramps())
+def test_a_folder_of_pngs_is_lossless_and_replaced(tmp_path):
+    for frames in (ramps(), ramps(7), 255 - ramps(9)):
+        write(f"{tmp_path}/run1.5/", frames.split(5))
+        files = sorted((tmp_path / "run1.5").iterdir())
+        assert [f.name for f in files] == [f"frame_{i:04d}.png" for i in range(len(frames))]
+        assert torch.equal(torch.stack([data.read_image(f) for f in files]), frames)
+    assert os.listdir(tmp_path) == ["run1.5"]
 
 
-@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif"])
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.gif", "frames/"])
 def test_pieces_give_the_same_bytes_and_a_failure_leaves_the_old_file(tmp_path, name):
-    write(tmp_path / name, [ramps()], settings={"seed": 3})
+    write(f"{tmp_path}/{name}", [ramps()], settings={"seed": 3})
     old = contents(tmp_path)
-    write(tmp_path / name, ramps().split(1), settings={"seed": 3})
+    write(f"{tmp_path}/{name}", ramps().split(1), settings={"seed": 3})
     assert contents(tmp_path) == old
 
     def interrupted():
@@ -1321,7 +1548,7 @@ def test_pieces_give_the_same_bytes_and_a_failure_leaves_the_old_file(tmp_path, 
     for error, parts in zip((KeyboardInterrupt, ValueError, data.MediaError),
                             (interrupted(), two_sizes, none)):
         with pytest.raises(error):
-            write(tmp_path / name, parts)
+            write(f"{tmp_path}/{name}", parts)
         assert contents(tmp_path) == old
 
 
@@ -1345,18 +1572,20 @@ def test_mp4_is_what_browsers_play(tmp_path):
     assert (data.read_video(tmp_path / "x.mp4")[0].int() - red[0, 0, 0].int()).abs().max() <= 3
 
 
-def test_bad_targets_are_refused_before_any_work(tmp_path):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "file").write_bytes(b"x")
+@pytest.mark.parametrize("name, fps", [
+    ("x.avi", 5), ("x.png", 5), ("photos", 5), ("photos/a.png", 5), ("folder.mp4", 5), ("x.mp4", 0),
+    ("x.mp4", math.nan), ("x.gif", 60)])
+def test_bad_targets_are_refused_before_any_work(tmp_path, name, fps):
     (tmp_path / "folder.mp4").mkdir()
-    for name, fps in [("x.avi", 5), ("x.png", 5), ("photos", 5), ("file", 5), ("folder.mp4", 5),
-                      ("x.mp4", 0), ("x.mp4", math.nan), ("x.gif", 60)]:
-        with pytest.raises(data.MediaError):
-            data.VideoWriter(tmp_path / name, fps)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder.mp4", "photos"]
+    (tmp_path / "photos").mkdir()
+    data.write_png(tmp_path / "photos" / "a.png", corners())
+    before = contents(tmp_path)
+    with pytest.raises(data.MediaError):
+        data.VideoWriter(tmp_path / name, fps)
+    assert contents(tmp_path) == before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. data.py: videos to clips and latents
 
 
@@ -1369,24 +1598,22 @@ def scene(n, frames=48, size=64):
 
 PIXEL_FORMATS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "gif": "rgb8", "ffv1": "yuv444p"}
 CODEC_OPTIONS = {"libx264": {"crf": "12"}, "libx265": {"x265-params": "log-level=none"},
-           "libvpx-vp9": {"cpu-used": "8", "crf": "10", "b": "0"}}
+                 "libvpx-vp9": {"cpu-used": "8", "crf": "10", "b": "0"}}
 
 
-def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, mirror=None,
-                aspect=None, sound=None, **options):
-    """frames uint8 (T, H, W, 3); times in ms; rotation in degrees; mirror: "hflip" or "vflip";
-    sound: an audio stream before the video."""
+def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, aspect=None,
+                **options):
+    """frames uint8 (T, H, W, 3); times in ms; rotation in degrees."""
     base = Fraction(1, rate) if times is None else Fraction(1, 1000)
     with av.open(str(path), "w") as c:
-        audio = c.add_stream("aac", rate=44100, layout="mono") if sound else None
         s = c.add_stream(codec, rate=rate, options=CODEC_OPTIONS.get(codec, {}) | options)
         s.width, s.height = frames.shape[2], frames.shape[1]
         s.pix_fmt = PIXEL_FORMATS.get(codec, "yuv420p")
         s.codec_context.gop_size, s.codec_context.time_base = 12, base
         if codec.startswith(("mpeg", "mjpeg")):
             s.codec_context.qmin = s.codec_context.qmax = 2
-        if rotation or mirror:
-            s.set_display_rotation(rotation, **{mirror: True} if mirror else {})
+        if rotation:
+            s.set_display_rotation(rotation)
         if aspect:
             s.codec_context.sample_aspect_ratio = aspect
         for x, time_stamp in zip(frames, times or itertools.count()):
@@ -1395,10 +1622,6 @@ def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, 
             frame.pts, frame.time_base = time_stamp, base
             c.mux(s.encode(frame))
         c.mux(s.encode(None))
-        if audio:
-            beep = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-            beep.sample_rate, beep.pts = 44100, 0
-            c.mux([*audio.encode(beep), *audio.encode(None)])
     return path
 
 
@@ -1427,8 +1650,8 @@ def from_workers(dataset, numbers):
 
 
 @pytest.mark.parametrize("name, codec, options", [
-    ("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("c.avi", "mpeg4", {"bf": "2"}),
-    ("d.avi", "mjpeg", {}), ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}),
+    ("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("d.avi", "mjpeg", {}),
+    ("c.avi", "mpeg4", {"bf": "2"}), ("k.mts", "libx264", {"bf": "3"}), ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}),
     ("g.ts", "mpeg2video", {"bf": "2"}), ("h.mkv", "ffv1", {}), ("i.mkv", "libx265", {}),
     ("l.gif", "gif", {})])
 def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name, codec, options):
@@ -1436,7 +1659,7 @@ def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name
         pytest.skip(f"PyAV has no {codec} here")
     path = write_video(tmp_path / name, scene(3), codec, **options)
     entry, gif = data.scan(path), name == "l.gif"
-    assert entry["frames"] == 48 and entry["bad"] == 0 and entry["cuts"] == []
+    assert entry["frames"] == 48 and entry["cuts"] == []
     assert data.frame_rate(data._times(entry)) == pytest.approx(30, rel=0.02 if gif else 0.002)
     every = dict(data._numbered(path, entry, (64, 64)))
     assert list(every) == list(range(48))
@@ -1484,32 +1707,21 @@ def first_frame(path):
     return data.read_clip(path, data.scan(path), [0], (64, 64))[0]
 
 
-def test_rotated_and_mirrored_videos_come_out_upright(tmp_path):
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotated_videos_come_out_upright(tmp_path, degrees):
     x = np.broadcast_to(corners(64, 64), (4, 64, 64, 3))
     upright = first_frame(write_video(tmp_path / "0.mp4", x))
-    axis = {"hflip": [2], "vflip": [1], None: []}
-    for degrees, mirror in itertools.product((0, 90, 180, 270), axis):
-        want = upright.rot90(degrees // 90, (1, 2)).flip(axis[mirror])  # to the left, then mirrored
-        path = write_video(tmp_path / f"{degrees}{mirror}.mp4", x, rotation=degrees, mirror=mirror)
-        for image in (data.read_image(path).permute(2, 0, 1), first_frame(path)):
-            assert (image.int() - want.int()).abs().max() < 20, (degrees, mirror)
+    path = write_video(tmp_path / "turned.mp4", x, rotation=degrees)
+    for image in (data.read_image(path).permute(2, 0, 1), first_frame(path)):
+        assert (image.int() - upright.rot90(degrees // 90, (1, 2)).int()).abs().max() < 20
 
 
 def test_pixels_that_are_not_square(tmp_path):
     bar = np.full((4, 64, 64, 3), 230, np.uint8)
     bar[:, :, 20:24] = 0  # shown 128 wide, the sides cropped
-    wide = write_video(tmp_path / "wide.mp4", bar, aspect=Fraction(2))
-    assert data.scan(wide)["size"] == [128, 64]
-    dark = (first_frame(wide).float().mean((0, 1)) < 128).nonzero().flatten()
+    wide = first_frame(write_video(tmp_path / "wide.mp4", bar, aspect=Fraction(2)))
+    dark = (wide.float().mean((0, 1)) < 128).nonzero().flatten()
     assert dark.tolist() == list(range(8, 16))
-    tall = write_video(tmp_path / "tall.mp4", bar, aspect=Fraction(2), rotation=90)
-    assert data.scan(tall)["size"] == [64, 128]
-
-
-def test_sound_is_passed_over(tmp_path):
-    x = np.broadcast_to(corners(64, 64), (4, 64, 64, 3))
-    alone = first_frame(write_video(tmp_path / "0.mp4", x))
-    assert torch.equal(first_frame(write_video(tmp_path / "sound.mp4", x, sound="first")), alone)
 
 
 def test_clips_lie_between_hard_cuts_and_fast_motion_is_no_cut(tmp_path):
@@ -1526,7 +1738,7 @@ def test_clips_lie_between_hard_cuts_and_fast_motion_is_no_cut(tmp_path):
     assert cuts == {"cut.mp4": [30], "drawn.mp4": [], "fast.mp4": [], "flash.mp4": []}
     starts = [*range(21), *range(30, 47)]
     assert dataset.starts("cut.mp4") == starts
-    drawn = [dataset._draw(n, 0) for n in range(3000)]
+    drawn = [dataset._draw(n) for n in range(3000)]
     assert {row for name, row in drawn if name == "cut.mp4"} == set(range(len(starts)))
 
 
@@ -1580,14 +1792,14 @@ def test_what_cannot_be_used_is_left_out_and_named(mixed, capsys, monkeypatch):
     flags = ["--frames", 24, "--size", "96x64", "--skip-static", 0.002]
     assert run_data(monkeypatch, "check", mixed, *flags) == 0
     out = capsys.readouterr().out
-    for words in ("4 of 8 files", "1 with damaged packets", "4 smaller than 96x64", ", 0 cuts",
+    for words in ("4 of 8 files",
                   "stride 1, 1 cannot be read, 1 no time stamps, 1 static, 1 too short",
                   "short.mp4: too short: 12 frames, 12 without a cut",
                   'bare.h264: no time stamps: ', 'ffmpeg -i "bare.h264" -crf 16 out.mp4'):
         assert words in out, out
     dataset = open_clips(mixed, frames=24, skip_static=0.002)
     assert dataset.names == ["broken.avi", "cut off.ts", "deep/vp9.webm", "good.mp4"]
-    assert dataset.index["broken.avi"]["frames"] == 47 and dataset.index["broken.avi"]["bad"] == 1
+    assert dataset.index["broken.avi"]["frames"] == 47
     for n in range(8):  # all of them can be read
         data.check_item(dataset[n], 24, (64, 64))
 
@@ -1622,30 +1834,21 @@ def test_index_is_built_once_and_again_for_what_changed(mixed, scanned):
     assert scanned[8:] == ["short.mp4"] * 2
 
 
-def test_index_of_a_folder_that_cannot_be_written(mixed, scanned, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    open_clips(mixed)
-    open_clips(mixed)
-    assert len(scanned) == 8 and not (mixed / data.INDEX).exists()
-
-
 NAMES = ["good.mp4", "deep/vp9.webm"]
 ROWS = [f'a\u2028b\u0085c\x0cd,"e,\n{"f" * 200_000}",{name}' for name in NAMES]
 LISTS = {
-    "a.txt": "\ufeffgood.mp4\r\n# a comment\n\ndeep/vp9.webm\n",
+    "a.txt": "\ufeffgood.mp4\r\n\ndeep/vp9.webm\n",
     "b.csv": "path\n" + "\n".join(NAMES),
     "c.csv": "\ufeffcaption,extra,video\r\n" + "\r\n".join(ROWS),
-    "d.csv": "path,file\n,\n" + ",x\n".join(NAMES) + ",x",  # with a row whose cells are empty
+    "d.csv": "path,file\n,x\n" + ",x\n".join(NAMES) + ",x",  # with an empty cell
     "e.json": json.dumps(NAMES),
     "f.json": "\ufeff" + json.dumps([{"path": name, "cap": "x"} for name in NAMES])}
 BAD_LISTS = {
     "a.json": ('{"good.mp4": 1}', "not a list"), "b.json": ("[", "Expecting value"),
-    "c.json": ("[7]", "holds 7"), "d.json": ("[" * 10**5, "recursion"),
     "e.json": ('[{"cap": 1}]', "has the columns 'cap'; .* path, video or file"),
     "f.csv": ("file_name,text\na,b", "has the columns 'file_name', 'text'"),
     "g.csv": ("path;text\na;b", "has the columns 'path;text'"),
-    "h.txt": ("", "0 of 0 files"), "i.xyz": ("", "no folder")}
+    "h.txt": ("", "0 of 0 files"), "i.xyz": ("", "no such folder")}
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -1664,10 +1867,10 @@ def test_bad_lists_say_what_is_wrong(tmp_path, name):
 
 
 def test_names_that_cannot_be_opened_are_left_out(mixed):
-    names = ["good.mp4", "nu\0l.mp4", "two\nlines.mp4", "no \udcff.mp4"]
+    names = ["good.mp4", "two\nlines.mp4", "no \udcff.mp4"]
     (mixed / "odd.json").write_text(json.dumps(names))
     dataset = open_clips(mixed / "odd.json")
-    assert dataset.names == ["good.mp4"] and len(dataset.left_out) == 3
+    assert dataset.names == ["good.mp4"] and len(dataset.left_out) == 2
 
 
 def test_items_depend_on_seed_and_number_alone(mixed):
@@ -1694,7 +1897,7 @@ def test_a_file_that_goes_during_a_run_costs_a_line_and_another_clip(mixed, capf
         try:
             assert same_item(dataset[n], item) == (not gone)
         except data.MediaError:
-            assert dataset._draw(n, 1)[0] == "good.mp4"  # the other clip is of the same file
+            assert dataset._draw(n + 10**9)[0] == "good.mp4"  # the other clip is of the same file
     assert capfd.readouterr().err.count("other clips take its place") == 1
 
 
@@ -1706,41 +1909,25 @@ def test_the_error_of_a_worker_is_one_line(mixed):
         list(from_workers(dataset, [0]))
 
 
-MY_CLIPS = """
-import glob, os
-import numpy as np
-import torch
-
-class Arrays:
-    def __init__(self, frames, size, seed):
-        self.paths = sorted(glob.glob(os.path.dirname(__file__) + "/*.npy"))
-        self.frames, self.seed = frames, seed
-
-    def __getitem__(self, n):
-        path = np.random.default_rng([self.seed, n]).choice(self.paths)
-        video = torch.from_numpy(np.load(path)[:self.frames]).permute(0, 3, 1, 2)
-        return {"video": video, "fps": 8.0, "motion": 127.0, "name": str(path)}
-
-clips = Arrays
-"""
-
-
-def test_clips_of_npy_files_by_a_python_file(tmp_path, monkeypatch):
+def test_the_example_of_a_python_file_works(tmp_path, monkeypatch):
+    with open(data.__file__) as f:
+        lines = re.search("#   class Arrays.*clips = Arrays", f.read(), re.DOTALL)[0].split("\n")
+    example = ["import glob, torch", "import numpy as np", *(line[4:] for line in lines)]
+    (tmp_path / "my_clips.py").write_text("\n".join(example))
+    (tmp_path / "arrays").mkdir()
     for n in range(3):
-        np.save(tmp_path / f"{n}.npy", scene(n))
-    (tmp_path / "my_clips.py").write_text(MY_CLIPS)
-    dataset = open_clips(tmp_path / "my_clips.py", stride=1, fps=None)  # as train.py's defaults are
+        np.save(tmp_path / "arrays" / f"{n}.npy", scene(n))
+    monkeypatch.chdir(tmp_path)
+    dataset = open_clips("my_clips.py", stride=1, fps=None)  # as train.py's defaults are
     data.check_item(dataset[0], 8, (64, 64))
     assert same_item(next(iter(from_workers(dataset, [5]))), dataset[5])
-    flags = ["--frames", 8, "--size", "64x64"]
-    assert run_data(monkeypatch, "check", tmp_path / "my_clips.py", *flags) == 0
     with pytest.raises(data.MediaError, match="--stride.*for videos"):
-        open_clips(tmp_path / "my_clips.py", stride=2)
+        open_clips("my_clips.py", stride=2)
 
 
 @pytest.mark.parametrize("text, error, words", [
     ("clips = lambda frames, size, seed: undefined_name", NameError, "undefined_name"),
-    ("def clips(", SyntaxError, ""), ("", data.MediaError, "defines no clips")])
+    ("def clips(", SyntaxError, "never closed"), ("", data.MediaError, "defines no clips")])
 def test_a_bug_in_a_python_file_shows_its_traceback(tmp_path, text, error, words):
     (tmp_path / "my_clips.py").write_text(text)
     with pytest.raises(error, match=words):
@@ -1749,15 +1936,16 @@ def test_a_bug_in_a_python_file_shows_its_traceback(tmp_path, text, error, words
 
 def test_a_bug_in_a_dataset_of_files_shows_its_traceback(mixed, monkeypatch):
     dataset = open_clips(mixed)
-    monkeypatch.setattr(data, "motion_score", lambda video: video["typo"])
-    with pytest.raises(TypeError):
+    monkeypatch.setattr(data, "motion_score", lambda video: video.typo)
+    with pytest.raises(AttributeError):
         dataset[0]
 
 
 PIXELS = {"video": torch.zeros(8, 3, 48, 64, dtype=torch.uint8), "fps": 8.0,
-          "motion": np.float32(3), "name": "a"}
+          "motion": np.float32(3), "pan": 1, "name": "a"}
 LATENTS = {"latents": torch.zeros(8, 4, 6, 8), "cond": torch.zeros(4, 6, 8), "ctx": torch.zeros(16),
-           "aug": torch.tensor(0.1), "fps": 8, "motion": 3.0, "name": "a"}
+           "aug": torch.tensor(0.1), "fps": 8, "motion": 3.0, "pan": 0.5,
+           "name": "a"}
 
 
 @pytest.mark.parametrize("item, words", [
@@ -1768,18 +1956,12 @@ LATENTS = {"latents": torch.zeros(8, 4, 6, 8), "cond": torch.zeros(4, 6, 8), "ct
     (PIXELS | {"motion": math.nan}, '"motion".*found nan'), ({}, '"video".*found nothing'),
     (PIXELS | {"name": 3}, '"name".*found 3, wanted a str'),
     (LATENTS | {"ctx": torch.zeros(8)}, r'"ctx".*\(8,\), wanted .*\(16,\)'),
-    (LATENTS | {"aug": None}, '"aug".*None')])
+    (LATENTS | {"aug": None}, '"aug".*None'), (LATENTS | {"pan": None}, '"pan".*None')])
 def test_an_item_that_breaks_the_contract_is_named(item, words):
-    if words is None:
-        data.check_item(item, 8, (64, 48), ctx_dim=16)
-    else:
-        with pytest.raises(data.MediaError, match=words):
-            data.check_item(item, 8, (64, 48), ctx_dim=16)
-
-
-def test_numbers_of_a_modified_unet_are_asked_for():
-    with pytest.raises(data.MediaError, match='"pan".*found nothing, wanted a number'):
-        data.check_item(PIXELS, 8, (64, 48), ids=("fps", "motion", "aug", "pan"))
+    ids = ("fps", "motion", "aug", "pan")  # the UNet was modified: it wants a number more
+    expected = pytest.raises(data.MediaError, match=words) if words else contextlib.nullcontext()
+    with expected:
+        data.check_item(item, 8, (64, 48), ctx_dim=16, ids=ids)
 
 
 def test_motion_and_its_buckets_are_exvideos():
@@ -1825,7 +2007,7 @@ def pair(tmp_path):
     return tmp_path / "videos"
 
 
-CLIPS = {"frames": 4, "size": (64, 64), "stride": 2, "seed": 3}
+OPTIONS_4 = {"frames": 4, "size": (64, 64), "stride": 2, "seed": 3}
 
 
 @pytest.mark.parametrize("dtype, bound, more", [
@@ -1834,9 +2016,9 @@ CLIPS = {"frames": 4, "size": (64, 64), "stride": 2, "seed": 3}
 def test_latents_are_what_training_from_videos_sees(pair, tmp_path, coder, dtype, bound, more):
     svd = exsvd.load(coder, parts=("vae", "clip"))
     svd.clip.to(exsvd.best_dtype("cpu"))  # as encode() does
-    data.encode(coder, pair, tmp_path / "out", dtype, **CLIPS | more)
-    videos = data.open_dataset(pair, **CLIPS | more)
-    latents = data.open_dataset(tmp_path / "out", **CLIPS | more)
+    data.encode(coder, pair, tmp_path / "out", dtype, **OPTIONS_4 | more)
+    videos = data.open_dataset(pair, **OPTIONS_4 | more)
+    latents = data.open_dataset(tmp_path / "out", **OPTIONS_4 | more)
     assert latents.names == videos.names and latents.id == videos.id
     for n in range(4):
         a, b = videos[n], latents[n]
@@ -1850,16 +2032,16 @@ def test_latents_are_what_training_from_videos_sees(pair, tmp_path, coder, dtype
 
 
 def test_latents_are_of_one_kind_of_clip(pair, tmp_path, coder):
-    data.encode(coder, pair, tmp_path / "out", **CLIPS)
+    data.encode(coder, pair, tmp_path / "out", **OPTIONS_4)
     for change in ({"size": (64, 72)}, {"frames": 5}, {"stride": 1}, {"fps": 5.0}):
         with pytest.raises(data.MediaError, match=f"was encoded with {next(iter(change))}"):
-            data.open_dataset(tmp_path / "out", **CLIPS | change)
+            data.open_dataset(tmp_path / "out", **OPTIONS_4 | change)
 
 
 def test_start_every_keeps_fewer_condition_latents(pair, tmp_path, coder):
-    data.encode(coder, pair, tmp_path / "out", start_every=3, **CLIPS)
+    data.encode(coder, pair, tmp_path / "out", start_every=3, **OPTIONS_4)
     assert load_file(tmp_path / "out" / "a.mp4.safetensors")["cond"].shape == (3, 4, 8, 8)
-    latents = data.open_dataset(tmp_path / "out", **CLIPS)
+    latents = data.open_dataset(tmp_path / "out", **OPTIONS_4)
     assert latents.starts("a.mp4") == [0, 3, 6] and latents.starts("deep/b.mp4") == [0, 3]
     for n in range(10):
         data.check_item(latents[n], 4, (64, 64), ctx_dim=16)
@@ -1889,7 +2071,7 @@ def test_encoding_goes_on_where_it_was_killed(pair, tmp_path, coder, monkeypatch
 
 def test_flags_of_the_command_line(monkeypatch, capsys, coder, tmp_path):
     encode = ["encode", "--model", coder, "--data", tmp_path, "--out", tmp_path / "out"]
-    for flags, words in (["--size", "64"], "WIDTHxHEIGHT"), (["--shard", "3/2"], "I/N"):
+    for flags, words in (["--size", "64"], "size value"), (["--shard", "3/2"], "shard value"):
         with pytest.raises(SystemExit):
             run_data(monkeypatch, *encode, *flags)
         assert words in capsys.readouterr().err
@@ -1912,7 +2094,7 @@ def sampled(name, denoise, x, sigmas, eta=0.0, seed=1):
         denoise, x, sigmas, s, lambda: torch.randn(x.shape, generator=generator).to(x))
 
 
-@pytest.mark.parametrize("name, eta", [("euler", 0.0), ("ddim", 1.0), ("heun", 0.0), ("dpm++", 0.0)])
+@pytest.mark.parametrize("name, eta", [("euler", 0), ("ddim", 1), ("heun", 0), ("dpm++", 0)])
 def test_samplers_hit_a_gaussian_and_known_frames(name, eta):
     x, known = torch.randn(2, 1, 5, 4, 25, 40).double()
     sigmas, ideal = exsvd.karras_sigmas(400).double(), gaussian_denoiser(1.5, 0.5)
@@ -1928,7 +2110,8 @@ def test_samplers_hit_a_gaussian_and_known_frames(name, eta):
         levels.append((x - known)[:, mask].std() / sigma)  # the noise that a known frame carries
         return ideal(x, sigma)
 
-    out = sampled(name, sample.with_known_frames(spy, known, mask.double()), start, sigmas, eta)
+    denoise = sample.with_known_frames(spy, known, mask.double())
+    out = sampled(name, denoise, start, sigmas, eta)
     assert torch.allclose(out[:, mask], known[:, mask], atol=1e-4)
     assert all(0.6 < level < 1.4 for level in levels)
     assert torch.allclose(out[:, ~mask], free[:, ~mask], atol=1e-5)
@@ -1941,15 +2124,25 @@ def test_order_of_a_sampler(name, order):
         sigmas = torch.logspace(1, -1, steps + 1).double()
         # the probability flow ODE, solved
         exact = 1.5 + (x - 1.5) * ((0.1**2 + 0.5**2) / (10**2 + 0.5**2)) ** 0.5
-        error[steps] = (sampled(name, gaussian_denoiser(1.5, 0.5), x, sigmas) - exact).abs().item()
+        out = sampled(name, gaussian_denoiser(1.5, 0.5), x, sigmas)
+        error[steps] = (out - exact).abs().item()
     assert 0.9 < math.log2(error[40] / error[80]) / order < 1.1, error
+
+
+def test_eta_replaces_noise_by_fresh_noise():
+    x, sigmas, D = torch.randn(3, 4) * 700, exsvd.karras_sigmas(10), gaussian_denoiser(0.3, 1.0)
+    runs = ((0.5, 5), (1.0, 5), (1.0, 5), (1.0, 6))
+    a, b, c, other = (sampled("ddim", D, x, sigmas, eta, seed) for eta, seed in runs)
+    assert torch.equal(b, c) and not torch.allclose(a, b) and not torch.allclose(b, other)
+    assert torch.allclose(sampled("ddim", D, x, sigmas), sampled("euler", D, x, sigmas))
 
 
 def test_align_your_steps():
     sigmas, finer = sample.ays_sigmas(10), sample.ays_sigmas(20)
     assert torch.equal(sigmas, torch.tensor([*sample.AYS[:-1], 0.0]))
     assert torch.allclose(finer[::2], sigmas)
-    assert torch.allclose(finer[1::2] ** 2, sigmas[:-1] * torch.tensor(sample.AYS[1:])), "ln sigma"
+    between = sigmas[:-1] * torch.tensor(sample.AYS[1:])
+    assert torch.allclose(finer[1::2] ** 2, between), "ln sigma"
     for steps in (1, 3, 25):
         sigmas = sample.ays_sigmas(steps)
         assert len(sigmas) == steps + 1 and sigmas[0] == 700 and sigmas[-1] == 0
@@ -1959,7 +2152,8 @@ def test_align_your_steps():
 def test_four_steps_of_latent_consistency():
     """x = D + next sigma * fresh noise, at the levels that AnimateLCM-SVD was distilled on."""
     sigmas = sample.lcm_sigmas(4)
-    assert torch.equal(sigmas, torch.cat([exsvd.karras_sigmas(40)[[0, 10, 20, 30]], torch.zeros(1)]))
+    distilled = exsvd.karras_sigmas(40)[[0, 10, 20, 30]]
+    assert torch.equal(sigmas, torch.cat([distilled, torch.zeros(1)]))
     seen, g = [], torch.Generator().manual_seed(1)
     out = sampled("lcm", lambda x, sigma: seen.append(x) or torch.full_like(x, len(seen)),
                   torch.zeros(2, 3), sigmas)
@@ -1968,23 +2162,17 @@ def test_four_steps_of_latent_consistency():
     assert len(seen) == 4 and torch.equal(out, torch.full((2, 3), 4.0))
 
 
-def test_eta_replaces_noise_by_fresh_noise():
-    x, sigmas, D = torch.randn(3, 4), exsvd.karras_sigmas(10), gaussian_denoiser(0.3, 1.0)
-    runs = ((0.5, 5), (1.0, 5), (1.0, 5), (1.0, 6))
-    a, b, c, other = (sampled("ddim", D, x * 700, sigmas, eta, seed) for eta, seed in runs)
-    assert torch.equal(b, c) and not torch.allclose(a, b) and not torch.allclose(b, other)
-    assert torch.allclose(sampled("ddim", D, x * 700, sigmas), sampled("euler", D, x * 700, sigmas))
-
-
 def test_levels_of_the_authors_second_pass():
-    """All steps are spread over what the strength leaves of the ramp. Numbers: computed with DiffSynth
-    1.1.9, ContinuousODEScheduler().set_timesteps(steps, strength).sigmas, the first, second and last."""
+    """All steps are spread over what the strength leaves of the ramp. Numbers: computed with
+    DiffSynth 1.1.9, ContinuousODEScheduler().set_timesteps(steps, strength).sigmas, the first,
+    second and last."""
     for steps, strength, *theirs in (
             (25, 0.5, 15.589973449707031, 12.58881664276123, 0.0020000035874545574),
             (10, 0.8, 193.64572143554688, 100.40792083740234, 0.0020000035874545574),
             (50, 0.3, 1.4347213506698608, 1.3144350051879883, 0.0020000035874545574),
             (4, 1.0, 700.0001220703125, 70.54086303710938, 0.0020000035874545574)):
-        sigmas = sample.noise_levels(sample.Settings(steps=steps, strength=strength, schedule="karras"), True)
+        s = sample.Settings(steps=steps, strength=strength, schedule="karras")
+        sigmas = sample.noise_levels(s, True)
         assert len(sigmas) == steps + 1 and sigmas[-1] == 0
         assert [sigmas[i].item() for i in (0, 1, -2)] == pytest.approx(theirs, rel=1e-5)
     ays = sample.noise_levels(sample.Settings(steps=10, strength=0.5, schedule="ays"), True)
@@ -2002,13 +2190,15 @@ def test_guidance_goes_linearly_over_the_frames(monkeypatch):
 
     monkeypatch.setattr(exsvd, "denoise", fake)
     for cfg, interval, passes in (
-            ((1.0, 3.0), None, 2), ((1.0, 1.0), None, 1), ((1.5, 1.0), None, 2), ((0.0, 1.0), None, 2),
-            ((1.0, 3.0), (0.5, 1.0), 2), ((1.0, 3.0), (1.0, 2.0), 1), ((1.0, 3.0), (0.5, 2.0), 2)):
+            ((1.0, 3.0), None, 2), ((1.0, 1.0), None, 1), ((1.5, 1.0), None, 2),
+            ((0.0, 1.0), None, 2), ((1.0, 3.0), (0.5, 1.0), 2), ((1.0, 3.0), (1.0, 2.0), 1),
+            ((1.0, 3.0), (0.5, 2.0), 2)):
         calls.clear()
-        D = sample.guided(None, *given, cfg, 5, interval)(x, torch.tensor(1.0))[0, :, 0, 0, 0]
+        denoise = sample.guided(None, *given, cfg, 5, interval)
+        D = denoise(x, torch.tensor(1.0))[0, :, 0, 0, 0]
         expected = 0.5 + 0.5 * torch.linspace(*cfg, 5) if passes == 2 else torch.ones(5)
         assert torch.allclose(D, expected), (cfg, interval)
-        assert calls == [(True, True), (False, False)][:passes], "guidance of 1 must not cost a pass"
+        assert calls == [(True, True), (False, False)][:passes], "guidance of 1 is free"
 
 
 def test_time_reversal_fusion_ends_with_each_image():
@@ -2040,26 +2230,32 @@ def test_adjust_matches_frames_and_raises_contrast():
 
 def test_the_defaults_of_a_model_come_in_order():
     """The class, published weights, the model's file, the extension's file, flags."""
+    def has(s, **expected):
+        assert asdict(s) == asdict(s) | expected
+
     unet = make_unet()
     svd = exsvd.SVD(unet, None, None, {}, None)
-    s = sample.settings_for(svd)
-    assert (s.steps, s.size, s.cfg, s.fps, s.native, s.dtype) == (25, (1024, 576), (1, 3), 7, 25, "float32")
+    has(sample.settings_for(svd), steps=25, size=(1024, 576), cfg=(1, 3), fps=7, native=25,
+        dtype="float32", match_stats=False)
     unet.max_frames = 128
-    s = sample.settings_for(replace(svd, extension={}))
-    assert (s.steps, s.size, s.match_stats, s.contrast, s.encode_scale) == (50, (512, 512), True, 1.2, 0.13025)
-    model = {"defaults": {"sample": {"steps": 8, "size": [256, 128], "cfg": [1, 1], "sampler": "lcm"}}}
+    has(sample.settings_for(replace(svd, extension={})), steps=50, size=(512, 512),
+        match_stats=True, contrast=1.2, encode_scale=0.13025)
+    sampling = {"steps": 8, "size": [256, 128], "cfg": [1, 1], "sampler": "lcm"}
     own = {"defaults": {"sample": {"size": [64, 64]}}}
-    s = sample.settings_for(replace(svd, meta=model, extension=own), {"steps": 3})
-    assert (s.steps, s.size, s.cfg, s.schedule, s.match_stats) == (3, (64, 64), (1, 1), "lcm", False)
-    for bad in ({"steps": 0}, {"size": [100, 64]}, {"cfg": [1]}, {"sampler": "rm -rf"}, {"out": "/etc/passwd"},
-                {"share_mean": 1}, {"fps": "fast"}, {"fps": None}, {"dtype": ["float32"]}):
-        with pytest.raises(exsvd.WeightsError, match=f"m.safetensors: its default.* {next(iter(bad))}"):
-            sample.settings_for(replace(svd, meta={"defaults": {"sample": bad}}), model="m.safetensors")
+    ours = replace(svd, meta={"defaults": {"sample": sampling}}, extension=own)
+    has(sample.settings_for(ours, {"steps": 3}), steps=3, size=(64, 64), cfg=(1, 1),
+        schedule="lcm", match_stats=False, contrast=1)
+    for bad in ({"steps": 0}, {"size": [100, 64]}, {"cfg": [1]}, {"sampler": "rm -rf"},
+                {"out": "/etc/passwd"}, {"share_mean": 1}, {"fps": "fast"}, {"fps": None},
+                {"dtype": ["float32"]}):
+        meta = {"defaults": {"sample": bad}}
+        with pytest.raises(exsvd.WeightsError, match=f"m.st: its default.* {next(iter(bad))}"):
+            sample.settings_for(replace(svd, meta=meta), model="m.st")
 
 
 class Frames:
-    """Stands in for the VAE where only the cutting matters: a frame's pixels are its latents, but for
-    the outermost frames of what is decoded at once, which are off by `edges`."""
+    """Stands in for the VAE where only the cutting matters: a frame's pixels are its latents, but
+    for the outermost frames of what is decoded at once, which are off by `edges`."""
 
     def __init__(self, fail_at=(), edges=0):
         self.calls, self.fail_at, self.edges = [], fail_at, edges
@@ -2086,10 +2282,10 @@ def test_chunks_cover_every_frame_once_in_order(T, chunk):
     pieces = list(sample.decode(vae, z, chunk))
     assert torch.allclose(torch.cat(pieces), z[0, :, :3], atol=1e-4) and torch.equal(z, before)
     assert max(map(len, pieces)) <= chunk  # memory does not grow with the video
-    if chunk >= 6:  # a chunk's outermost frames saw padding where there are frames: none of it is left
+    if chunk >= 6:  # a chunk's outermost frames saw padding: none of it is left
         frames = torch.cat(list(sample.decode(Frames(edges=100), z, chunk)))
         assert torch.allclose(frames[1:-1], z[0, 1:-1, :3], atol=1e-4)
-    # all at once where that is possible; never a short last chunk, whose norms would see fewer frames
+    # all at once where that is possible; never a short last chunk, whose norms see fewer frames
     assert vae.calls == [T] if T <= chunk else set(vae.calls) == {chunk}
 
 
@@ -2105,7 +2301,8 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(fail_at, capsys):
 
 @torch.no_grad()
 def test_seams_do_not_show():
-    """The mean change from frame to frame beside that of the whole decode: at the seams as elsewhere."""
+    """The mean change from frame to frame beside that of the whole decode: at the seams as
+    elsewhere."""
     vae = exsvd.load(os.path.join(HERE, "assets", "toy.safetensors"), parts=("vae",)).vae
     overlap, ratios = 4, []
     for number in range(2):
@@ -2120,64 +2317,69 @@ def test_seams_do_not_show():
         excess = (change - true)[seam].mean()
         psnr = 10 * torch.log10(4 / (video - whole).square().mean())
         print(f"change at the seams x {ratios[-1]:.3f} of elsewhere, {excess:+.3f} of 255; "
-              f"PSNR against the whole decode {psnr:.1f} dB")                     # see it with -s
+              f"PSNR against the whole decode {psnr:.1f} dB")  # pytest -s shows it
         assert psnr > 50 and abs(excess) < 0.05
     assert abs(torch.stack(ratios).mean() - 1) <= 0.03, ratios
 
 
 @torch.no_grad()
 def test_a_video_is_that_of_diffusers_pipeline():
-    """7 frames of 128x64 by diffusers' whole pipeline, with the same weights, noise and settings."""
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    """5 frames of 128x64 by diffusers' whole pipeline: the same weights, noise and settings."""
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
     config = exsvd.CLIPConfig(**vars(CLIP) | {"image": 224, "patch": 56})  # the pipeline's size
-    unet, vae, clip = make_unet(), randomize(exsvd.VAE(VAE)), randomize(exsvd.ImageEncoder(config))
-    their_vae = diffusers.AutoencoderKLTemporalDecoder(block_out_channels=VAE.channels, layers_per_block=2,
-                                                       down_block_types=("DownEncoderBlock2D",) * 4).eval()
+    clip = randomize(exsvd.ImageEncoder(config))
+    unet, vae = make_unet(), randomize(exsvd.VAE(VAE))
+    their_vae = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=VAE.channels, layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4).eval()
     their_vae.load_state_dict(named(vae, "diffusers"))
     their_clip = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
-        hidden_size=config.width, intermediate_size=4 * config.width, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, image_size=224, patch_size=56, projection_dim=config.out_dim,
-        hidden_act="gelu")).eval()
+        hidden_size=config.width, intermediate_size=4 * config.width, hidden_act="gelu",
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, image_size=224,
+        patch_size=56, projection_dim=config.out_dim)).eval()
     their_clip.load_state_dict(named(clip, "diffusers"))
     scheduler = diffusers.EulerDiscreteScheduler(  # as published beside SVD-XT's weights
         sigma_min=0.002, sigma_max=700, use_karras_sigmas=True, prediction_type="v_prediction",
         timestep_type="continuous", timestep_spacing="leading", steps_offset=1)
     pipeline = diffusers.StableVideoDiffusionPipeline(
-        their_vae, their_clip, diffusers_unet(unet, 64 / 128), scheduler, transformers.CLIPImageProcessor())
+        their_vae, their_clip, diffusers_unet(unet, 64 / 128), scheduler,
+        transformers.CLIPImageProcessor())
     pipeline.set_progress_bar_config(disable=True)
 
-    s = sample.Settings(frames=7, steps=10, fps=6.0, motion=40.0, aug=0.1, cfg=(1.2, 4.0), seed=3, native=25,
-                        schedule="karras")
+    s = sample.Settings(frames=5, steps=5, fps=6.0, motion=40.0, aug=0.1, cfg=(1.2, 4.0), seed=3,
+                        native=25, schedule="karras")
     picture = torch.randint(256, (64, 128, 3), dtype=torch.uint8)
-    svd = exsvd.SVD(unet, vae, clip, {}, None)
-    latents = sample.make_latents(svd, data.fit_image(picture, 128, 64), s, torch.device("cpu"))
-    [frames] = sample.decode(vae, latents / exsvd.VAE_SCALE, 7)
-    g = torch.Generator().manual_seed(3)
-    noise = torch.randn(1, 7, 4, 8, 16, generator=g)
-    options = dict(image=Image.fromarray(picture.numpy()), height=64, width=128, num_frames=7, num_inference_steps=10,
-                   min_guidance_scale=1.2, max_guidance_scale=4.0, fps=6, motion_bucket_id=40,
-                   noise_aug_strength=0.1, latents=noise, return_dict=False)
-    close(latents, pipeline(generator=g.clone_state(), output_type="latent", **options), PARITY, "latents")
-    theirs = pipeline(generator=g.clone_state(), output_type="pt", **options)
-    close(((frames + 1) / 2).clamp(0, 1), theirs[0], PARITY, "frames")
+    svd, img = exsvd.SVD(unet, vae, clip, {}, None), data.fit_image(picture, 128, 64)
+    latents = sample.make_latents(svd, img, s, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(1, 5, 4, 8, 16, generator=generator)
+    theirs = pipeline(
+        Image.fromarray(picture.numpy()), 64, 128, num_frames=5, num_inference_steps=5,
+        min_guidance_scale=1.2, max_guidance_scale=4.0, fps=6, motion_bucket_id=40,
+        noise_aug_strength=0.1, latents=noise, generator=generator, output_type="latent").frames
+    close(latents, theirs, PARITY, "latents")
+    [frames] = sample.decode(vae, latents / exsvd.VAE_SCALE, 5)
+    their_frames = pipeline.decode_latents(theirs, 5)[0].transpose(0, 1)  # from (3,T,H,W)
+    close(frames, their_frames, PARITY, "frames")
 
 
 # --- the command, on a small model with random weights
 
-SAMPLING = {"size": [64, 64], "steps": 1, "sampler": "ddim", "eta": 1.0, "cfg": [1.0, 1.0], "fps": 8.0, "motion": 40.0,
-            "dtype": "float32"}
-TRAINING = {"frames": 10, "size": [64, 64], "lr": 1e-3, "warmup": 2, "checkpoint": "none", "drop": 0.0,
-            "dtype": "float32"}
+SAMPLING = {"size": [64, 64], "steps": 1, "sampler": "ddim", "eta": 1.0, "cfg": [1.0, 1.0],
+            "fps": 8.0, "motion": 40.0, "dtype": "float32"}
+TRAINING = {"frames": 10, "size": [64, 64], "lr": 1e-3, "warmup": 2, "checkpoint": "none",
+            "drop": 0.0, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    exsvd.save_model(path, exsvd.UNet(exsvd.UNetConfig((16, 32, 32, 32), (1, 1, 1, 1), 16, 8, 8)),
-                     exsvd.VAE(exsvd.VAEConfig((8, 16, 16, 16), 8)),
-                     exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 16)),
-                     defaults={"sample": SAMPLING, "train": TRAINING})
+    unet = exsvd.UNet(exsvd.UNetConfig((16, 32, 32, 32), (1, 1, 1, 1), 16, 8, 8))
+    vae = exsvd.VAE(exsvd.VAEConfig((8, 16, 16, 16), 8))
+    clip = exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 56, 16))
+    exsvd.save_model(path, unet, vae, clip, defaults={"sample": SAMPLING, "train": TRAINING})
     return str(path)
 
 
@@ -2188,7 +2390,7 @@ def small_vae(small):
 
 @pytest.fixture(scope="module")
 def extensions(small, tmp_path_factory):
-    """-> (our own extension to 20 frames, the same without metadata as the ExVideo release is)"""
+    """-> (our own extension to 20 frames, the same without metadata as the release is)"""
     own, release = (str(tmp_path_factory.mktemp("extension") / "e.safetensors") for _ in range(2))
     exsvd.save_extension(own, exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 20))
     save_file(load_file(own), release)
@@ -2199,20 +2401,20 @@ def extensions(small, tmp_path_factory):
 def pictures(tmp_path):
     paths = [str(tmp_path / name) for name in ("first.png", "second.png")]
     for number, path in enumerate(paths):
-        data.write_png(path, sample.to_pixels(world.picture(0, number)[None, :, :96, :96])[0])
+        pixels = sample.to_pixels(world.picture(0, number)[None, :, :96, :96])
+        data.write_png(path, pixels[0])
     return paths
 
 
 @pytest.fixture
 def make(small, pictures, tmp_path):
-    """make(flags) -> the path of what sample.py made: from the first picture with the small model, where
-    the flags don't say otherwise."""
+    """make(flags) -> the path of what sample.py made: from the first picture with the small model,
+    where the flags don't say otherwise."""
 
     def make(*flags, images=pictures[:1], name="a.mp4"):
-        defaults = {"--model": small, "--out": tmp_path / name}
-        rest = [word for flag, value in defaults.items() if flag not in flags for word in (flag, value)]
-        sample.main([*map(str, [*images, *flags, *rest])])
-        return tmp_path / name
+        out = tmp_path / name
+        sample.main([*map(str, [*images, "--model", small, "--out", out, *flags])])
+        return out
 
     return make
 
@@ -2226,7 +2428,8 @@ def spied(monkeypatch, module, name):
 
 def oracle(monkeypatch, *clips):
     """From now on the model sees the first of these latents, then the second, ... in whatever it is
-    shown. -> lists of what it will be shown, (x, sigma), and of the image latents it is conditioned on"""
+    shown. -> lists of what it will be shown, (x, sigma), and of the image latents it is
+    conditioned on"""
     shown, conditions, clips = [], [], iter(clips)
 
     def guided(unet, image_latents, *_):
@@ -2255,34 +2458,48 @@ def floats(frames):
     return frames.permute(0, 3, 1, 2) / 127.5 - 1
 
 
+def frames_of(folder):
+    """What sample.py wrote as a folder of PNGs: uint8 (T,H,W,3)"""
+    return torch.stack([data.read_image(path) for path in sorted(folder.glob("frame_*.png"))])
+
+
 def test_video_from_an_image(make, monkeypatch, capsys):
     """Guided in an interval of noise levels."""
     denoise = spied(monkeypatch, exsvd, "denoise")
     out = make("--steps", 6, "--cfg", 2, 2, "--cfg-interval", 0.1, 10)
-    sigmas, asked = exsvd.karras_sigmas(6)[:-1].tolist(), [call.args[2].item() for call in denoise.call_args_list]
-    assert sorted(asked) == sorted(sigmas + [s for s in sigmas if 0.1 < s <= 10]) and 6 < len(asked) < 12
+    sigmas = exsvd.karras_sigmas(6)[:-1].tolist()
+    asked = [call.args[2].item() for call in denoise.call_args_list]
+    assert sorted(asked) == sorted(sigmas + [s for s in sigmas if 0.1 < s <= 10])
     video, fps = data.read_video(out)
     assert video.shape == (8, 64, 64, 3) and fps == 8
     settings = data.read_settings(out)
-    assert [settings[key] for key in ("frames", "steps", "seed", "cfg_interval")] == [8, 6, 0, [0.1, 10]]
-    assert not any("/" in str(value) for value in settings.values()), "a path, which says where one works"
+    assert settings == settings | {"frames": 8, "steps": 6, "seed": 0, "cfg_interval": [0.1, 10]}
+    assert not any("/" in str(value) for value in settings.values()), "a path gives away too much"
     text = capsys.readouterr().out
     assert "float32 on cpu" in text and "s to sample" in text and "at the peak" in text
-    for name in ("a.webm", "a.gif"):
-        out = make("--frames", 3, name=name)
-        assert data.read_video(out)[0].shape == (3, 64, 64, 3)
-        assert name == "a.gif" or data.read_settings(out)["frames"] == 3
+
+
+@pytest.mark.parametrize("name", ["a.webm", "a.gif"])
+def test_defaults_and_flags_reach_the_file(make, extensions, name):
+    """Only the published extension is corrected, unless flags say otherwise."""
+    out = make("--extension", extensions[1], "--frames", 3, "--contrast", 1.1, "--sampler", "heun",
+               name=name)
+    assert data.read_video(out)[0].shape == (3, 64, 64, 3)
+    if name == "a.webm":  # a GIF holds no settings
+        settings = data.read_settings(out)
+        assert settings == settings | {
+            "frames": 3, "match_stats": True, "contrast": 1.1, "encode_scale": 0.13025,
+            "sampler": "heun", "schedule": "karras", "eta": 1.0}
 
 
 @pytest.mark.parametrize("schedule, sampler", [
     ("karras", "euler"), ("karras", "heun"), ("karras", "ddim"), ("ays", "dpm++"), ("lcm", "lcm")])
-def test_what_the_model_says_comes_out(make, small_vae, extensions, monkeypatch, schedule, sampler):
+def test_what_the_model_says_comes_out(make, small_vae, monkeypatch, schedule, sampler):
     """It is asked once a step (by heun twice, but in the last), at the schedule's noise levels."""
-    z = torch.randn(1, 20, 4, 8, 8)
+    z = torch.randn(1, 8, 4, 8, 8)
     shown, _ = oracle(monkeypatch, z)
     flags = ("--schedule", schedule) if sampler != "lcm" else ()  # lcm brings its own
-    out = make("--extension", extensions[0], *flags, "--sampler", sampler, "--steps", 4, "--decode-chunk", 20,
-               name="frames/")
+    out = make(*flags, "--sampler", sampler, "--steps", 4, name="frames/")
     levels = sample.SCHEDULES[schedule](4)[:-1]
     if sampler == "heun":
         levels = levels.repeat_interleave(2)[1:]
@@ -2290,11 +2507,6 @@ def test_what_the_model_says_comes_out(make, small_vae, extensions, monkeypatch,
     assert torch.allclose(latents_of(out), z, atol=1e-4)
     expected = sample.to_pixels(small_vae.decode(z / exsvd.VAE_SCALE)[0])
     assert (frames_of(out).int() - expected.int()).abs().max() <= 1
-
-
-def frames_of(folder):
-    """What sample.py wrote as a folder of PNGs: uint8 (T,H,W,3)"""
-    return torch.stack([data.read_image(path) for path in sorted(folder.glob("frame_*.png"))])
 
 
 def test_noise_of_one_mean_stays_standard_normal(make, monkeypatch):
@@ -2316,10 +2528,12 @@ def test_offload_has_one_stage_on_the_device_and_changes_nothing(make, monkeypat
         return to(self, where)
 
     monkeypatch.setattr(torch.nn.Module, "to", spy)
-    assert make(name="plain.mp4").read_bytes() == make("--offload", name="offload.mp4").read_bytes()
-    out_and_back = [(n, "cpu") for stage in (["ImageEncoder", "VAE"], ["UNet"], ["VAE"]) for n in stage * 2]
-    offloaded = [move for move in out_and_back if move[0] != "UNet"]  # the UNet's Stream moves it
-    assert moves == out_and_back + offloaded
+    plain, offloaded = make(name="plain.mp4"), make("--offload", name="offload.mp4")
+    assert plain.read_bytes() == offloaded.read_bytes()
+    stages = [["ImageEncoder", "VAE"], ["UNet"], ["VAE"]]
+    there_and_back = [(name, "cpu") for stage in stages for name in stage * 2]
+    without_unet = [move for move in there_and_back if move[0] != "UNet"]  # its Stream moves it
+    assert moves == there_and_back + without_unet
 
     moves.clear()
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append(str(where)))
@@ -2333,39 +2547,38 @@ def test_offload_really_moves(make, small):
     svd = exsvd.load(small)
     with torch.inference_mode(), sample.on_device(torch.device("cuda"), svd.unet):
         assert svd.unet.conv_out.weight.is_cuda
-    assert not svd.unet.conv_out.weight.is_cuda and not svd.unet.conv_out.weight.is_inference()
+    weight = svd.unet.conv_out.weight
+    assert not weight.is_cuda and not weight.is_inference()
     make("--offload", "--device", "cuda")
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ("", {"sampler": "ddim", "eta": 1.0, "match_stats": False, "contrast": 1.0}),
-    ("--sampler heun", {"sampler": "heun", "schedule": "karras"}),
-    ("--extension {own}", {"match_stats": False, "contrast": 1.0}),
-    ("--extension {release}", {"match_stats": True, "contrast": 1.2, "encode_scale": 0.13025}),
-    ("--extension {release} --no-match-stats --contrast 1.1", {"match_stats": False, "contrast": 1.1})])
-def test_defaults_and_flags(make, extensions, flags, expected):
-    """A model's file carries defaults. Only the published extension is corrected."""
-    own, release = extensions
-    settings = data.read_settings(make("--frames", 4, *flags.format(own=own, release=release).split()))
-    assert settings == settings | expected
+def test_frames_beyond_the_native_length(small, pictures, capsys):
+    svd, img = exsvd.load(small, parts=("unet",)), data.read_image(pictures[0])
 
+    def complete(*flags):
+        a, given = sample.parse([pictures[0], *flags])
+        return sample.complete(sample.settings_for(svd, given), a, given, svd, img, seed=0)
 
-def test_a_warning_beyond_the_native_length(make, capsys):
-    for flags, warns in (("--frames 9", True), ("--frames 9 --native 9", False), ("--frames 9 --overlap 1", False)):
-        make(*flags.split())
+    for flags, warns in (("--frames 9", True), ("--frames 9 --native 9", False),
+                         ("--frames 9 --overlap 1", False)):
+        assert complete(*flags.split()).frames == 9
         assert ("warning: 9 frames, but" in capsys.readouterr().err) == warns, flags
+    with pytest.raises(data.MediaError, match="less than a round"):
+        complete("--frames", "9", "--overlap", "8")
+    with pytest.raises(data.MediaError, match="the frames 0 to 7"):
+        complete("--keyframe", f"8={pictures[0]}")
 
 
-def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch, capsys):
+def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
     whole = make(name="whole.mp4")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="shape"):
-        patch.setattr(exsvd.VAE, "decode", lambda *_: torch.zeros(1).view(2))
-        make(name="lost.mp4")
-    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="--decode-only .*--dtype float32"):
-        patch.setattr(exsvd.VAE, "decode", lambda _, z: torch.full((1, z.shape[1], 3, 64, 64), math.inf))
-        make(name="lost.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(exsvd.VAE, "decode",
+                      lambda _, z: torch.full((1, z.shape[1], 3, 64, 64), math.inf))
+        with pytest.raises(FloatingPointError, match="--decode-only .*--dtype float32"):
+            make(name="lost.mp4")
     assert not (tmp_path / "lost.mp4").exists()
-    again = make("--decode-only", tmp_path / "lost.latents.safetensors", images=(), name="lost.mp4")
+    latents = tmp_path / "lost.latents.safetensors"
+    again = make("--decode-only", latents, images=(), name="lost.mp4")
     assert again.read_bytes() == whole.read_bytes()
 
 
@@ -2373,14 +2586,14 @@ ZEROS, NO_LATENTS = torch.zeros(1, 2, 4, 8, 8), "no latents saved by sample.py"
 SAVED = asdict(sample.Settings(frames=2, size=(64, 64), dtype="float32"))
 
 
-@pytest.mark.parametrize("flag", ["--decode-only", "--video"])
 @pytest.mark.parametrize("latents, settings, words", [
     (ZEROS, None, NO_LATENTS), (ZEROS, [1], NO_LATENTS), (ZEROS, {"frames": 2}, NO_LATENTS),
     (ZEROS[0], SAVED, NO_LATENTS), (ZEROS * math.nan, SAVED, "not finite")])
-def test_latents_that_cannot_be_used(make, tmp_path, flag, latents, settings, words):
-    exsvd.save(tmp_path / "saved.safetensors", {"latents": latents}, {"settings": settings})
+def test_latents_that_cannot_be_used(tmp_path, latents, settings, words):
+    path = tmp_path / "saved.safetensors"
+    exsvd.save(path, {"latents": latents}, {"settings": settings})
     with pytest.raises(exsvd.WeightsError, match=words):
-        make(flag, tmp_path / "saved.safetensors", images=())
+        sample.saved_latents(path)
 
 
 def test_names_of_outputs():
@@ -2388,19 +2601,22 @@ def test_names_of_outputs():
     assert len({sample.latents_path(out) for out in outs}) == len(outs)
     assert sample.latents_path("a/b.mp4") == "a/b.latents.safetensors"
     jobs = sample.parse(["a.png", "--seeds", "2", "--out", "frames.d/"])[0].jobs
-    assert [out for _, _, out in jobs] == ["frames.d-0/", "frames.d-1/"], "seeds of a folder are folders"
+    outs = [out for _, _, out in jobs]
+    assert outs == ["frames.d-0/", "frames.d-1/"], "seeds of a folder are folders"
 
 
 def test_the_toy_that_ships(tmp_path):
     names = "toy.safetensors", "toy-exvideo.safetensors", "img.png"
     toy, tuned, image = (os.path.join(HERE, "assets", name) for name in names)
     assert os.path.getsize(toy) + os.path.getsize(tuned) < 32e6
-    sample.main([image, "--model", toy, "--extension", tuned, "--out", str(tmp_path / "a.mp4")])
-    frames, fps = data.read_video(tmp_path / "a.mp4")
+    out = tmp_path / "a.mp4"
+    sample.main([image, "--model", toy, "--extension", tuned, "--out", str(out)])
+    frames, fps = data.read_video(out)
     size = frames.shape[1]
     picture = data.fit_image(data.read_image(image), size, size)
-    m = measure.measure(floats(frames), picture, data.read_settings(tmp_path / "a.mp4")["motion"], fps)
-    assert len(frames) == 40 and 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.08 and m["back"] < 0.03, m
+    m = measure.measure(floats(frames), picture, data.read_settings(out)["motion"], fps)
+    assert len(frames) == 40
+    assert 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.08 and m["back"] < 0.03, m
 
 
 def test_default_model(tmp_path, monkeypatch, capsys):
@@ -2414,17 +2630,17 @@ def test_default_model(tmp_path, monkeypatch, capsys):
     assert "using the toy" in capsys.readouterr().err
     assert chosen(model=tmp_path / "m") == ("m", None)
     (tmp_path / "weights").mkdir()
-    (tmp_path / "weights/svd_xt.safetensors").touch()
-    assert chosen() == ("weights/svd_xt.safetensors", None)
-    (tmp_path / "weights/model.fp16.safetensors").touch()
-    assert chosen() == ("weights/svd_xt.safetensors", "weights/model.fp16.safetensors")
-    (tmp_path / "weights/exvideo.safetensors").touch()
-    assert chosen() == ("weights/svd_xt.safetensors", "weights/exvideo.safetensors")
+    expected = None
+    for name in ("svd_xt", "model.fp16", "exvideo"):  # the last is our own, and comes first
+        (tmp_path / f"weights/{name}.safetensors").touch()
+        if name != "svd_xt":
+            expected = f"weights/{name}.safetensors"
+        assert chosen() == ("weights/svd_xt.safetensors", expected)
     assert chosen(extension=tmp_path / "e")[1] == "e" and not capsys.readouterr().err
 
 
 def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
-    """Seeds, a bad image, latents that overflow, what exists already, and a model that is loaded once."""
+    """Seeds, a bad image, latents that overflow, what exists already; one load of the model."""
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
     load, made, make_latents = spied(monkeypatch, exsvd, "load"), [], sample.make_latents
@@ -2440,12 +2656,14 @@ def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
     with pytest.raises(data.MediaError, match=failed):
         make(*flags, images=(pictures[0], bad, pictures[1]), name="{name}.mp4")
     errors = capsys.readouterr().err
-    assert f"sample.py: {bad}: " in errors and f"sample.py: {outs[0]}: the latents are not" in errors
+    assert f"sample.py: {bad}: " in errors
+    assert f"sample.py: {outs[0]}: the latents are not" in errors
     assert sorted(tmp_path.glob("*.mp4")) == outs[1:] and load.call_count == 1
     make(*flags, name="{name}.mp4")
-    assert sorted(tmp_path.glob("*.mp4")) == outs and len({out.read_bytes() for out in outs}) == 4
     assert "first-4.mp4: exists and is skipped" in capsys.readouterr().out
-    assert data.read_video(outs[0])[0].shape == (2, 64, 128, 3) and data.read_settings(outs[1])["seed"] == 4
+    assert sorted(tmp_path.glob("*.mp4")) == outs and len({o.read_bytes() for o in outs}) == 4
+    assert data.read_video(outs[0])[0].shape == (2, 64, 128, 3)
+    assert data.read_settings(outs[1])["seed"] == 4
     count = len(made)
     make(*flags, "--overwrite", name="{name}.mp4")
     assert len(made) == count + 2
@@ -2454,29 +2672,35 @@ def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
 def test_longer_than_the_table_in_rounds(make, extensions, monkeypatch):
     clips, condition = torch.randn(3, 1, 20, 4, 8, 8), spied(monkeypatch, sample, "condition")
     oracle(monkeypatch, *clips)
-    out = make("--extension", extensions[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45, name="frames/")
+    out = make("--extension", extensions[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45,
+               name="frames/")
     expected = torch.zeros(1, 45, 4, 8, 8)  # common frames fade from one round to the next
     for clip, start, shared in zip(clips, (0, 16, 25), (0, 4, 11)):
-        weight = torch.cat([torch.linspace(1, 0, shared + 1)[:-1], torch.zeros(20 - shared)]).view(1, 20, 1, 1, 1)
-        expected[:, start:start + 20] = torch.lerp(clip, expected[:, start:start + 20], weight)
+        fading = torch.linspace(1, 0, shared + 1)[:-1]
+        weight = torch.cat([fading, torch.zeros(20 - shared)]).view(1, 20, 1, 1, 1)
+        made = expected[:, start:start + 20]
+        expected[:, start:start + 20] = torch.lerp(clip, made, weight)
     assert torch.allclose(latents_of(out), expected, atol=1e-4)
-    video, (_, *later) = floats(frames_of(out)), [call.args[1] for call in condition.call_args_list]
+    video, (_, *later) = floats(frames_of(out)), [c.args[1] for c in condition.call_args_list]
     # a round is conditioned on its own first frame, as the model was trained
     assert [(video - img).square().mean((1, 2, 3)).argmin() for img in later] == [16, 25]
 
 
-def test_rounds_and_key_frames_of_published_weights(make, small_vae, extensions, pictures, monkeypatch):
-    """A later round is conditioned on the frame that a viewer sees. A key frame enters at the scale of
-    the authors' encoder, and its statistics stay."""
+def test_rounds_and_key_frames_of_published_weights(
+        make, small_vae, extensions, pictures, monkeypatch):
+    """A later round is conditioned on the frame that a viewer sees. A key frame enters at the scale
+    of the authors' encoder, and its statistics stay."""
     clips = torch.randn(2, 1, 20, 4, 8, 8)
     _, conditions = oracle(monkeypatch, *clips)
-    out = make("--extension", extensions[1], "--frames", 24, "--overlap", 8, "--keyframe", f"14={pictures[0]}")
+    out = make("--extension", extensions[1], "--frames", 24, "--overlap", 8,
+               "--keyframe", f"14={pictures[0]}")
     z, s = latents_of(out), sample.Settings(match_stats=True, contrast=1.2)
     encoded = small_vae.encode(fitted(pictures[0])[None])
     assert torch.allclose(z[:, 14], encoded * 0.13025, atol=1e-5)
     assert torch.allclose(sample.adjust(z, s, [14])[:, 14], z[:, 14] * 1.2)
     clips[0][:, 14] = z[:, 14]
-    assert torch.allclose(conditions[1], sample.adjust(clips[0], s, [14])[:, 4:5] / exsvd.VAE_SCALE, atol=1e-4)
+    seen = sample.adjust(clips[0], s, [14])[:, 4:5] / exsvd.VAE_SCALE
+    assert torch.allclose(conditions[1], seen, atol=1e-4)
     write_video = spied(monkeypatch, sample, "write_video")
     make("--decode-only", sample.latents_path(str(out)), "--contrast", 1, images=())
     _, _, settings, _, keyframes = write_video.call_args.args
@@ -2500,36 +2724,42 @@ def test_an_end_and_key_frames(make, small_vae, extensions, pictures, monkeypatc
     oracle(monkeypatch, *clips)
     out = make("--extension", extensions[0], "--frames", 24, "--overlap", 4, "--end", pictures[1])
     images = [call.args[1] for call in condition.call_args_list]
-    assert len(images) == 3 and torch.equal(images[0], first) and torch.equal(images[2], last)
+    assert len(images) == 3
+    assert torch.equal(images[0], first) and torch.equal(images[2], last)
     z = latents_of(out)
     assert torch.allclose(z[:, 0], clips[0][:, 0], atol=1e-5)
     assert torch.allclose(z[:, -1], clips[2][:, 0], atol=1e-5)
 
 
-@pytest.mark.parametrize("strength", [0.5, 1])
-def test_a_video_is_refined_from_where_the_strength_says(make, small_vae, extensions, pictures, monkeypatch, strength):
-    """The video and its latents start alike, at the scale of the weights: published ones take 0.13025."""
+def test_a_video_is_refined_from_where_the_strength_says(
+        make, small_vae, extensions, pictures, monkeypatch):
+    """The video and its latents start alike, at the scale of the weights: published ones take
+    0.13025."""
     first = make("--frames", 8, name="first.mp4")
-    (video, fps), latents = data.read_video(first), latents_of(first)
+    video, fps = data.read_video(first)
+    source, z = sample.latents_path(str(first)), latents_of(first) / exsvd.VAE_SCALE
     encoded = data.encode_frames(small_vae, floats(video))[None]
-    sigma = sample.noise_levels(sample.Settings(steps=4, strength=strength, schedule="karras"), True)[0]
     noise = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    for path, given, flags, strength, scale in (
+            (first, encoded, (), 0.5, exsvd.VAE_SCALE),
+            (source, z, (), 1, exsvd.VAE_SCALE),
+            (source, z, ("--extension", extensions[1]), 0.5, 0.13025)):
+        shown, _ = oracle(monkeypatch, torch.randn(1, 4, 4, 8, 8))
+        out = make("--video", path, "--strength", strength, "--steps", 4, "--seed", 5,
+                   "--frames", 4, *flags, images=(), name="refined.mp4")
+        s = sample.Settings(steps=4, strength=strength, schedule="karras")
+        sigma = sample.noise_levels(s, True)[0]
+        assert len(shown) == 4 and shown[0][1] == sigma, "all steps are made"
+        start = given[:, [0, 2, 5, 7]] * scale + sigma * noise
+        assert torch.allclose(shown[0][0], start, rtol=1e-4, atol=1e-3)
+        refined, its_fps = data.read_video(out)
+        assert refined.shape == (4, 64, 64, 3) and its_fps == fps / 2, "as long as it was"
     condition = spied(monkeypatch, sample, "condition")
-    for source, z in ((first, encoded), (sample.latents_path(str(first)), latents / exsvd.VAE_SCALE)):
-        for extension, scale in ((None, exsvd.VAE_SCALE), (extensions[1], 0.13025)):
-            shown, _ = oracle(monkeypatch, torch.randn(1, 4, 4, 8, 8))
-            flags = ("--extension", extension) if extension else ()
-            out = make("--video", source, "--strength", strength, "--steps", 4, "--seed", 5, "--frames", 4, *flags,
-                       images=(), name="refined.mp4")
-            assert len(shown) == 4 and shown[0][1] == sigma, "all steps are made"
-            assert torch.allclose(shown[0][0], z[:, [0, 2, 5, 7]] * scale + sigma * noise, rtol=1e-4, atol=1e-3)
-            refined, its_fps = data.read_video(out)
-            assert refined.shape == (4, 64, 64, 3) and its_fps == fps / 2, "it lasts as long as the video did"
     oracle(monkeypatch, torch.zeros(1, 8, 4, 8, 8))
     make("--video", source, images=pictures[1:], name="refined.mp4")
     assert torch.equal(condition.call_args.args[1], fitted(pictures[1]))
     with pytest.raises(data.MediaError, match="latents are of 64x64"):
-        make("--video", source, "--size", "128x128")
+        sample.open_video(source, (128, 128), small_vae, torch.device("cpu"))
 
 
 def test_a_name_that_is_too_long_fails_before_the_work(make, tmp_path, monkeypatch):
@@ -2539,13 +2769,13 @@ def test_a_name_that_is_too_long_fails_before_the_work(make, tmp_path, monkeypat
     assert not load.called and not list(tmp_path.glob("x*"))
 
 
-def test_out_of_memory_names_what_helps_in_order(small, pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "make_latents", Mock(side_effect=torch.OutOfMemoryError("injected")))
+def test_out_of_memory_names_what_helps_in_order(monkeypatch):
+    monkeypatch.setattr(sample, "main", Mock(side_effect=torch.OutOfMemoryError("injected")))
     with pytest.raises(SystemExit) as exit:
-        sample.command([pictures[0], "--model", small])
+        sample.command([])
     flags = re.findall(r"--[a-z-]+", exit.value.code)
-    assert flags[:4] == ["--dtype", "--dtype", "--offload", "--frames"] and "--decode-only" in flags
+    assert flags[:4] == ["--dtype", "--dtype", "--offload", "--frames"]
+    assert "--decode-only" in flags
 
 
 OVERWRITTEN = "would overwrite what is read"
@@ -2553,21 +2783,26 @@ OVERWRITTEN = "would overwrite what is read"
 
 @pytest.mark.parametrize("args, words", [
     *((f"{{picture}} {flags}", words) for flags, words in (
-        ("--size 100x64", "multiples of 64"), ("--size big", "WIDTHxHEIGHT"), ("--size 64x64x64", "WIDTHxHEIGHT"),
-        ("--eta 2", "at most 1"), ("--strength 0", "at least 0.01"), ("--frames 0", "at least 1"),
-        ("--frames 1.5", "a whole number"), ("--fps nan", "at least 1"), ("--cfg nan 1", "at least 0"),
-        ("--frames 9 --overlap 8", "less than a round"), ("--keyframe 8={picture}", "the frames 0 to 7"),
-        ("--keyframe c.png", "NUMBER=IMAGE"), ("--end missing.png", "missing.png"),
+        ("--size 100x64", "multiples of 64"), ("--size big", "WIDTHxHEIGHT"),
+        ("--size 64x64x64", "WIDTHxHEIGHT"), ("--eta 2", "at most 1"),
+        ("--strength 0", "at least 0.01"), ("--frames 0", "at least 1"),
+        ("--frames 1.5", "a whole number"), ("--fps nan", "at least 1"),
+        ("--cfg nan 1", "at least 0"), (f"--seed {10**30}", "at most"),
+        ("--sampler eular", "invalid choice"), ("--keyframe c.png", "NUMBER=IMAGE"),
+        ("--end missing.png", "missing.png"), ("--end a.mp4 --out a.mp4", OVERWRITTEN),
         ("--video missing.mp4", "missing.mp4"), ("{picture} --video missing.mp4", "one video"),
-        ("{picture}", "same file"), ("--device nonsense", "--device nonsense"), ("--out a.xyz", ".mp4"),
-        ("--out {picture}/a.mp4", "cannot be written"), ("--extension {model}", "not an extension"),
-        ("--model missing.safetensors", "no such weight file"), ("--model {picture}", "not a complete safetensors"),
-        ("--unet missing.safetensors", "missing.safetensors"), ("--sampler eular", "invalid choice"),
-        ("--end a.mp4 --out a.mp4", OVERWRITTEN), (f"--seed {10**30}", "at most"))),
-    ("a.mp4 --out a.mp4", OVERWRITTEN), ("--video a.latents.safetensors --out a.webm", OVERWRITTEN),
-    ("", "at least one image"), ("missing.png", "missing.png"), ("--video {picture}", "holds a single picture"),
-    ("--decode-only {model}", "no latents")])
-def test_bad_input_is_one_line_and_a_failure(args, words, small, pictures, tmp_path, monkeypatch, capsys):
+        ("{picture}", "same file"), ("--device nonsense", "--device nonsense"),
+        ("--out a.xyz", ".mp4"), ("--out {picture}/a.mp4", "cannot be written"),
+        ("--model missing.safetensors", "no such weight file"),
+        ("--model {picture}", "not a complete safetensors"),
+        ("--extension {model}", "not an extension"),
+        ("--unet missing.safetensors", "missing.safetensors"))),
+    ("a.mp4 --out a.mp4", OVERWRITTEN),
+    ("--video a.latents.safetensors --out a.webm", OVERWRITTEN),
+    ("", "at least one image"), ("missing.png", "missing.png"),
+    ("--video {picture}", "holds a single picture"), ("--decode-only {model}", "no latents")])
+def test_bad_input_is_one_line_and_a_failure(
+        args, words, small, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = args.format(picture=pictures[0], model=small).split()
     if "--model" not in args:
@@ -2580,13 +2815,39 @@ def test_bad_input_is_one_line_and_a_failure(args, words, small, pictures, tmp_p
 
 
 def test_the_script_runs_where_deepspeed_is_not_installed(small, pictures, tmp_path):
-    code = "import runpy, sys; sys.modules['deepspeed'] = None; runpy.run_path('sample.py', run_name='__main__')"
-    for name, returncode in (("a.mp4", 0), ("a.xyz", 1)):
-        flags = ["--model", small, "--frames", "2", "--out", str(tmp_path / name)]
-        p = subprocess.run([sys.executable, "-c", code, pictures[0], *flags], cwd=HERE, capture_output=True, text=True)
-        assert p.returncode == returncode and "Traceback" not in p.stderr, p.stderr
-        assert p.stderr.startswith("sample.py: ") == (returncode == 1)
+    code = ("import runpy, sys; sys.modules['deepspeed'] = None; "
+            "runpy.run_path('sample.py', run_name='__main__')")
+    flags = ["--model", small, "--frames", "2", "--out", str(tmp_path / "a.mp4")]
+    subprocess.run([sys.executable, "-c", code, pictures[0], *flags], cwd=HERE, check=True)
     assert data.read_video(tmp_path / "a.mp4")[0].shape == (2, 64, 64, 3)
+
+
+def test_text_to_video_by_the_snippet(small, tmp_path, monkeypatch):
+    """The very lines of README.md, with a pipeline of random weights in place of the real one."""
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(  # bytes need no vocabulary file
+        vocab_size=384, eos_token_id=1, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2))
+    unet = diffusers.UNet2DConditionModel(
+        8, block_out_channels=(32,), layers_per_block=1, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",))
+    pipeline = diffusers.StableDiffusionPipeline(
+        diffusers.AutoencoderKL(block_out_channels=(32,)), text,
+        transformers.ByT5Tokenizer(model_max_length=77), unet, diffusers.DDIMScheduler(), None,
+        None, requires_safety_checker=False)
+    on_cuda = Mock()  # there is no cuda, and two steps will do
+    on_cuda.to = lambda device: functools.partial(pipeline, num_inference_steps=2)
+    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained",
+                        lambda name, torch_dtype: on_cuda)
+    monkeypatch.setattr(sample, "default_model", lambda a: (small, None))
+    monkeypatch.chdir(tmp_path)
+    with open(os.path.join(HERE, "README.md")) as file:
+        blocks = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+    [snippet] = [block for block in blocks if "from diffusers" in block]
+    exec(snippet, {})
+    assert data.read_image("lighthouse.png").shape == (8, 8, 3)
+    assert data.read_video("out/lighthouse.mp4")[0].shape == (8, 64, 64, 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2594,20 +2855,16 @@ def test_the_script_runs_where_deepspeed_is_not_installed(small, pictures, tmp_p
 #    process; what is killed, or has several ranks, is started as a user starts it.
 
 
-def launch(*args, ranks=1, wait=True, script="train.py"):
-    """-> CompletedProcess, or Popen without wait. All that is started is in one process group."""
+def launch(*args, ranks=1, script="train.py"):
+    """-> Popen. All that is started is in one process group."""
     launcher = [sys.executable]
     if ranks > 1:
         deepspeed = os.path.join(os.path.dirname(sys.executable), "deepspeed")
         launcher = [deepspeed, "--num_accelerators", ranks, "--master_port", free_port()]
     command = [*map(str, [*launcher, os.path.join(HERE, script), *args])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
-    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
-                         start_new_session=True)
-    if not wait:
-        return p
-    output, _ = p.communicate()
-    return subprocess.CompletedProcess(command, p.returncode, output)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=env, start_new_session=True)
 
 
 def free_port():
@@ -2635,15 +2892,9 @@ def log_of(out):
         return list(csv.DictReader(f))
 
 
-def untimed(out):
-    """The rows of log.csv without what differs from run to run."""
-    timing = ("seconds_per_step", "frames_per_second", "peak_memory_GB")
-    return [{key: value for key, value in row.items() if key not in timing} for row in log_of(out)]
-
-
 def flat(out, step, key, groups=2):
     """What the ranks hold of a flat fp32 tensor in a state, joined, one per group."""
-    files = sorted((out / f"state-{step:08d}").glob("rank-*.safetensors"), key=lambda path: int(path.stem[5:]))
+    files = sorted((out / f"state-{step:08d}").glob("rank-*.safetensors"))
     parts = [load_file(path) for path in files]
     return [torch.cat([part[f"{group}.{key}"] for part in parts]) for group in range(groups)]
 
@@ -2698,14 +2949,6 @@ def videos(tmp_path_factory):
 
 
 OPTIONS = ("--log-every", 1, "--steps", 4, "--save-every", 1, "--weights-every", 4)
-TWO = (*OPTIONS, "--workers", 1)  # with readers of their own
-
-
-@pytest.fixture(scope="module")
-def all_states():
-    """Keeps every state of the runs in here, not the last two."""
-    with patch.object(train, "saved_states", lambda out, real=train.saved_states: AllStates(real(out))):
-        yield
 
 
 class AllStates(list):
@@ -2716,22 +2959,33 @@ class AllStates(list):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(small, videos, tmp_path_factory):
-    out = tmp_path_factory.mktemp("two_ranks")
-    p = launch("--model", small, "--data", videos, "--out", out, *TWO, ranks=2)
-    assert p.returncode == 0, p.stdout
-    return out, p.stdout
+def one_rank(small, videos, tmp_path_factory):
+    """-> the folder of a run of four steps that kept every state, and its Shards"""
+    out, kept = tmp_path_factory.mktemp("one_rank"), []
+    saved_states, shards = train.saved_states, train.Shards
+    with (patch.object(train, "saved_states", lambda out: AllStates(saved_states(out))),
+          patch.object(train, "Shards", lambda *args: kept.append(shards(*args)) or kept[0])):
+        train_here("--model", small, "--data", videos, "--out", out, *OPTIONS)
+    return argparse.Namespace(out=out, shards=kept[0], step=4)
 
 
 @pytest.fixture(scope="module")
-def one_rank(small, videos, tmp_path_factory, all_states):
-    out = tmp_path_factory.mktemp("one_rank")
-    train_here("--model", small, "--data", videos, "--out", out, *OPTIONS)
-    return out
+def two_ranks(small, videos, tmp_path_factory):
+    """-> a run that saved and left on a signal to every process, readers too, as a terminal, Slurm
+    and DeepSpeed's launcher send it; and what it printed"""
+    out = tmp_path_factory.mktemp("two_ranks")
+    p = launch("--model", small, "--data", videos, "--out", out, *OPTIONS, "--workers", 1,
+               "--steps", 10000, ranks=2)
+    while not (out / "log.csv").exists() or len(log_of(out)) < 3:
+        assert p.poll() is None, p.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(p.pid, signal.SIGTERM)
+    text = p.communicate(timeout=100)[0]
+    return argparse.Namespace(out=out, text=text, step=int(log_of(out)[-1]["step"]))
 
 
-def extended(small, frames=10):
-    return exsvd.extend(exsvd.load(small, parts=("unet",)).unet, frames)
+def extended(small):
+    return exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 10)
 
 
 def trained_parameters(unet):
@@ -2740,67 +2994,67 @@ def trained_parameters(unet):
             if exsvd.is_extension_parameter(name) and not exsvd.IDLE.search(name)}
 
 
-def test_two_ranks_train_on_real_videos(two_ranks):
-    out, text = two_ranks
-    rows = log_of(out)
-    assert [int(r["step"]) for r in rows] == [1, 2, 3, 4] and [int(r["videos"]) for r in rows] == [2, 4, 6, 8]
+def test_two_ranks_train_on_real_videos_until_a_signal(two_ranks):
+    out, rows, steps = two_ranks.out, log_of(two_ranks.out), range(1, two_ranks.step + 1)
+    assert [int(r["step"]) for r in rows] == [*steps]
+    assert [int(r["videos"]) for r in rows] == [2 * n for n in steps]
     assert all(0 < float(r["loss"]) < 10 and float(r["grad_norm"]) > 0 for r in rows)
-    assert "1 too short" in text and "float32, 2 ranks on cpu" in text
-    assert sorted(p.name for p in out.glob("state-*")) == ["state-00000003", "state-00000004"], "the last two"
+    assert "1 too short" in two_ranks.text and "float32, 2 ranks on cpu" in two_ranks.text
+    last_two = [f"state-{n:08d}" for n in steps[-2:]]
+    assert sorted(p.name for p in out.glob("state-*")) == last_two
     about = json.loads((out / "run.json").read_text())
-    assert about["deepspeed"]["zero_optimization"]["stage"] == 2 and about["settings"]["frames"] == 10
+    assert about["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert about["settings"]["frames"] == 10
 
 
 def test_average_is_its_closed_form(small, one_rank):
-    unet = extended(small)
-    groups = [g["params"] for g in train.parameter_groups(trained_parameters(unet), train.Settings())]
-    average = [torch.cat([p.detach().flatten() for p in group]) for group in groups]
+    groups = train.parameter_groups(trained_parameters(extended(small)), train.Settings())
+    average = [torch.cat([p.detach().flatten() for p in g["params"]]) for g in groups]
     for step in range(1, 5):
-        decay = min(0.9999, step / (9 + step))  # (1 + n) / (10 + n), where the first step is number 0
-        masters = [m[:len(a)] for m, a in zip(flat(one_rank, step, "master"), average)]
+        decay = min(0.9999, step / (9 + step))  # (1 + n) / (10 + n); the first step is number 0
+        masters = [m[:len(a)] for m, a in zip(flat(one_rank.out, step, "master"), average)]
         assert not any(torch.equal(m, a) for m, a in zip(masters, average))
         average = [decay * a + (1 - decay) * m for m, a in zip(masters, average)]
-        for ours, theirs in zip(flat(one_rank, step, "average"), average):
+        for ours, theirs in zip(flat(one_rank.out, step, "average"), average):
             assert torch.allclose(ours[:len(theirs)], theirs, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_weights_file_is_the_average(ranks, small, one_rank, two_ranks):
+@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
+def test_the_weights_file_is_the_average(ranks, small, request):
     """In 16 bits, every tensor under its name in the release, whatever the number of ranks."""
-    out, unet = one_rank if ranks == 1 else two_ranks[0], extended(small)
-    trained = trained_parameters(unet)
+    run, unet = request.getfixturevalue(ranks), extended(small)
+    trained, files = trained_parameters(unet), exsvd.file_names(unet, "exvideo")
     names = {id(p): name.removeprefix("unet.") for name, p in trained.items()}
-    saved = load_file(out / "exvideo-000004.safetensors")
-    for group, whole in zip(train.parameter_groups(trained, train.Settings()), flat(out, 4, "average")):
+    saved = load_file(run.out / f"exvideo-{run.step:06d}.safetensors")
+    groups = train.parameter_groups(trained, train.Settings())
+    for group, whole in zip(groups, flat(run.out, run.step, "average")):
         sizes = [p.numel() for p in group["params"]]
         for p, tensor in zip(group["params"], whole[:sum(sizes)].split(sizes)):
-            [file_name] = exsvd.file_names(unet, "exvideo")[names[id(p)]]
-            assert torch.equal(saved[file_name].flatten(), tensor.half()), file_name
+            [name] = files[names[id(p)]]
+            assert torch.equal(saved[name].flatten(), tensor.half()), name
 
 
 def test_only_temporal_blocks_learn_and_all_of_them(small, one_rank):
-    start, file = extended(small).state_dict(), one_rank / "exvideo-000004.safetensors"
+    start, file = extended(small).state_dict(), one_rank.out / "exvideo-000004.safetensors"
     svd = exsvd.load(small, file)
     assert svd.unet.max_frames == 10 and svd.extension["native_frames"] == 8
     for name, p in svd.unet.named_parameters():
         temporal = exsvd.is_extension_parameter(name)
         was = start[name].half().float() if temporal else start[name]
         assert torch.equal(p, was) != (temporal and not exsvd.IDLE.search(name)), name
-    assert set(load_file(file)) == {f for names in exsvd.file_names(svd.unet, "exvideo").values() for f in names}
+    in_release = exsvd.file_names(svd.unet, "exvideo").values()
+    assert set(load_file(file)) == {name for names in in_release for name in names}
     s = sample.settings_for(svd)
-    assert s.size == (64, 64) and s.sampler == "ddim", "sampled as its base is, at the size it was trained at"
+    assert s.size == (64, 64) and s.sampler == "ddim", "as its base, at the size of training"
 
 
-def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small, clips, tmp_path):
-    train_here("--model", small, "--data", clips, "--out", tmp_path, "--steps", 1, "--lr", 1e-3, "--warmup", 0,
-               "--weight-decay", 100)
-    start = dict(extended(small).named_parameters())
-    for name, p in exsvd.load(small, tmp_path / "exvideo-000001.safetensors").unet.named_parameters():
-        if exsvd.is_extension_parameter(name) and not exsvd.IDLE.search(name):
-            exempt = p.ndim == 1 or "frame_table" in name or "frame_conv" in name
-            decay = 0 if exempt else 0.9 * 1e-3 * 100  # of the average: 0.1 old, 0.9 new
-            moved = p - (1 - decay) * start[name]
-            assert moved.abs().max() < 0.9 * 1.01e-3 + 1e-3 * p.abs().max(), name  # Adam moves by lr
+def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small):
+    trained = trained_parameters(extended(small))
+    groups = train.parameter_groups(trained, train.Settings(weight_decay=0.5))
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    for name, p in trained.items():
+        exempt = p.ndim == 1 or "frame_table" in name or "frame_conv" in name
+        assert decay[id(p)] == (0 if exempt else 0.5), name
 
 
 KILLED = """
@@ -2808,132 +3062,138 @@ import os, signal, sys, train
 rename = os.rename
 def die(source, target):
     if target.endswith("state-00000003"):
-        os.killpg(0, signal.SIGKILL)  # launcher, ranks and readers
+        os.killpg(0, signal.SIGKILL)  # readers too
     rename(source, target)
 os.rename = die
 train.main()
 """
 
 
-def test_killed_while_saving_it_resumes_bit_identically(small, videos, two_ranks, tmp_path):
-    straight, run = two_ranks[0], tmp_path / "run"
-    args = ("--model", small, "--data", videos, "--out", run, *TWO, "--log-every", 3)
+def test_killed_while_saving_it_resumes_bit_identically(small, videos, one_rank, tmp_path, capsys):
+    straight, run = one_rank.out, tmp_path / "run"
+    args = ("--model", small, "--data", videos, "--out", run, *OPTIONS, "--log-every", 3)
     (tmp_path / "killed.py").write_text(KILLED)
-    p = launch(*args, ranks=2, script=tmp_path / "killed.py")
-    assert p.returncode == -signal.SIGKILL, p.stdout
+    p = launch(*args, script=tmp_path / "killed.py")
+    output = p.communicate()[0]
+    assert p.returncode == -signal.SIGKILL, output
     assert (run / "state-00000003.tmp").exists() and not (run / "state-00000003").exists()
-    text = launch(*args, ranks=2).stdout
-    assert "state-00000002: step 2" in text, text
+    train_here(*args)
+    assert "state-00000002: step 2" in capsys.readouterr().out
     assert not list(run.glob("*.tmp")) and same_state(straight, run)
     ours, theirs = (load_file(out / "exvideo-000004.safetensors") for out in (run, straight))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     # rows of three steps, the first of which was interrupted: what was summed before is not lost
-    (three, _), every = log_of(run), log_of(straight)
+    (three, four), every = log_of(run), log_of(straight)
     mean = sum(float(row["loss"]) for row in every[:3]) / 3
     assert three["step"] == "3" and float(three["loss"]) == pytest.approx(mean, abs=2e-5)
-    assert untimed(run)[-1] == untimed(straight)[3]
+    for column in ("step", "videos", "loss", *train.Log.BINS, "grad_norm", "lr"):
+        assert four[column] == every[3][column]
 
 
-RESAVED = """
-import sys, train
-load, out = train.Shards.load, sys.argv.pop()
-def load_and_save(shards, paths, saved):
-    load(shards, paths, saved)
-    shards.save(f"{out}/rank-{shards.rank}.safetensors")
-train.Shards.load = load_and_save
-train.main()
-"""
+@pytest.mark.parametrize("before, now", [(1, 2), (2, 3), (3, 2), (2, 1), (4, 3)])
+def test_flat_tensors_are_cut_anew_for_any_number_of_ranks(before, now, tmp_path):
+    def cut(tensor, ranks):
+        size = -(-len(tensor) // ranks)
+        return F.pad(tensor, (0, size * ranks - len(tensor))).split(size)
+
+    tensor, files = torch.rand(13), []
+    for rank, part in enumerate(cut(tensor, before)):
+        save_file({"0.master": part.clone()}, tmp_path / f"rank-{rank}")
+        files.append(train.safe_open(tmp_path / f"rank-{rank}", "pt"))
+    for rank, part in enumerate(cut(tensor, now)):
+        out = torch.full_like(part, math.nan)
+        train.read_range(files, "0.master", rank * len(part), out)
+        assert torch.equal(out, part)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(small, videos, two_ranks, tmp_path):
-    """2 -> 3 -> 1: what each loads, joined, is bit for bit what the one before saved."""
-    (tmp_path / "resaved.py").write_text(RESAVED)
-    out, videos_seen = tmp_path / "run", 8
-    shutil.copytree(two_ranks[0], out)
-    for step, ranks in ((4, 3), (5, 1)):
-        loaded = tmp_path / f"state-{step:08d}"
-        loaded.mkdir()
-        p = launch("--model", small, "--data", videos, "--out", out, *TWO, "--steps", step + 1, loaded, ranks=ranks,
-                   script=tmp_path / "resaved.py")
-        assert p.returncode == 0 and f"{videos_seen} videos seen" in p.stdout, p.stdout
-        assert same_state(out, tmp_path, step)
-        videos_seen += ranks
-        assert int(log_of(out)[-1]["videos"]) == videos_seen
+def test_a_run_of_two_ranks_goes_on_with_one(small, videos, two_ranks, tmp_path, monkeypatch):
+    """What one loads is bit for bit what the two saved."""
+    out, step, load = tmp_path / "run", two_ranks.step, train.Shards.load
+    shutil.copytree(two_ranks.out, out)
+    loaded = tmp_path / f"state-{step:08d}"
+    loaded.mkdir()
+
+    def load_and_save(shards, *args):
+        load(shards, *args)
+        shards.save(loaded / "rank-0.safetensors")
+
+    monkeypatch.setattr(train.Shards, "load", load_and_save)
+    train_here("--model", small, "--data", videos, "--out", out, *OPTIONS, "--steps", step + 1)
+    assert same_state(two_ranks.out, tmp_path, step)
+    assert int(log_of(out)[-1]["videos"]) == 2 * step + 1
 
 
-def test_a_state_that_cannot_be_read_is_named(small, videos, one_rank, tmp_path, capsys):
+def test_a_state_that_cannot_be_read_is_named(one_rank, tmp_path, monkeypatch):
     """The state before it is used."""
-    out = tmp_path / "run"
-    shutil.copytree(one_rank, out)
+    monkeypatch.setattr(train, "of_all_ranks", lambda value: [value])
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda values: None)
+    out, said = tmp_path / "run", []
+    shutil.copytree(one_rank.out, out)
     state = out / "state-00000004"
     tensors, info = state / "rank-0.safetensors", state / "state.json"
     good, text = tensors.read_bytes(), info.read_bytes()
-    assert train.read_state(state)[0]["step"] == 4
-    for file, damaged in ((info, text[1:]), (info, None), (tensors, None), (tensors, good[:-100])):
+    assert train.newest_state(out, said.append)[0] == str(state) and not said
+    for file, damaged in (info, text[1:]), (info, None), (tensors, None), (tensors, good[:-100]):
         info.write_bytes(text)
         file.unlink(missing_ok=True)
         if damaged is not None:
             file.write_bytes(damaged)
-        with pytest.raises(OSError):
-            train.read_state(state)
-    args = ("--model", small, "--data", videos, "--out", out, *OPTIONS)
-    shutil.copytree(out, tmp_path / "again")
-    train_here(*args)
-    said = capsys.readouterr().out
-    assert f"{state} cannot be read" in said and "state-00000003: step 3" in said
-    assert same_state(one_rank, out)
-    for file in (tmp_path / "again").glob("state-*/state.json"):
+        folder, info_of_it, paths = train.newest_state(out, said.append)
+        assert folder == str(out / "state-00000003") and info_of_it["step"] == 3
+        assert paths == [f"{folder}/rank-0.safetensors"]
+        assert f"{state} cannot be read" in said.pop()
+    for file in out.glob("state-*/state.json"):
         file.unlink()
     with pytest.raises(SystemExit, match="no state in .* can be read"):
-        train_here(*args, "--out", tmp_path / "again")
+        train.newest_state(out, said.append)
 
 
-@pytest.mark.parametrize("change, words", [
-    ("order", "holds .* where this run has"), ("shape", "holds .* where this run has"),
-    ("optimizer", "was made with Lion"), ("drop", r"drop 0.0 \(now 0.5\)")])
-def test_a_state_of_other_parameters_is_refused(small, videos, one_rank, tmp_path, change, words):
+@pytest.mark.parametrize("change", ["order", "shape", "optimizer"])
+def test_a_state_of_other_parameters_is_told(one_rank, change):
     """It would be cut at the wrong places, and the run would go on, corrupted."""
-    out = tmp_path / "run"
-    shutil.copytree(one_rank, out)
-    path = out / "state-00000004" / "state.json"
-    info = json.loads(path.read_text())
-    group = info["shards"]["layout"][0]
+    path = one_rank.out / "state-00000004" / "state.json"
+    saved, shards = json.loads(path.read_text())["shards"], one_rank.shards
+    assert shards.difference(saved) is None
+    first, second = saved["layout"][0][:2]
     if change == "order":
-        group[0][0], group[1][0] = group[1][0], group[0][0]
+        first[0], second[0] = second[0], first[0]
     elif change == "shape":
-        group[0][1][0] += 1
-    elif change == "optimizer":
-        info["shards"]["optimizer"] = "Lion"
-    path.write_text(json.dumps(info))
-    more = ("--drop", 0.5) if change == "drop" else ()
-    with pytest.raises(SystemExit, match=words):
-        train_here("--model", small, "--data", videos, "--out", out, *OPTIONS, "--steps", 5, *more)
+        first[1][0] += 1
+    else:
+        saved["optimizer"] = "Lion"
+    words = "was made with Lion" if change == "optimizer" else "holds .* where this run has"
+    assert re.search(words, shards.difference(saved))
 
 
-def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(small, one_rank, videos, tmp_path, monkeypatch, capsys):
+def test_a_state_of_other_settings_is_refused(small, videos, one_rank, tmp_path):
+    shutil.copytree(one_rank.out, tmp_path / "run")
+    with pytest.raises(SystemExit, match=r"state-00000004 was made with drop 0.0 \(now 0.5\)"):
+        train_here("--model", small, "--data", videos, "--out", tmp_path / "run", *OPTIONS,
+                   "--steps", 5, "--drop", 0.5)
+
+
+def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(
+        small, one_rank, videos, tmp_path, monkeypatch, capsys):
     args = ("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS)
     rename = os.rename
 
-    def full(*steps):
-        def fail(source, target):
-            if str(target).endswith(steps):
-                raise OSError(28, "No space left on device")
-            rename(source, target)
-        return fail
+    def disk_full(source, target):
+        if str(target).endswith(("state-00000002", "state-00000003", "state-00000005")):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
 
-    with monkeypatch.context() as m:
-        m.setattr(train.os, "rename", full("state-00000002", "state-00000003"))
-        train_here(*args)
+    monkeypatch.setattr(train.os, "rename", disk_full)
+    train_here(*args)
     said = capsys.readouterr().out
     assert "step 2 could not be saved" in said and "step 3 could not be saved" in said
-    assert same_state(one_rank, tmp_path)
-    monkeypatch.setattr(train.os, "rename", full("state-00000005"))
+    assert same_state(one_rank.out, tmp_path)
     with pytest.raises(SystemExit, match="step 5 could not be saved"):
         train_here(*args, "--steps", 5)
     assert (tmp_path / "state-00000004").exists()
 
 
-def test_what_cannot_be_loaded_again_ends_the_run_before_its_first_step(small, clips, tmp_path, monkeypatch):
+def test_what_cannot_be_loaded_again_ends_the_run_before_its_first_step(
+        small, clips, tmp_path, monkeypatch):
     save_extension = exsvd.save_extension
 
     def wrong_shape(path, unet, state, *args, **meta):
@@ -2946,136 +3206,64 @@ def test_what_cannot_be_loaded_again_ends_the_run_before_its_first_step(small, c
     assert not (tmp_path / "log.csv").exists()
 
 
-def test_a_signal_saves_and_leaves(small, clips, tmp_path):
-    """To every process, as a terminal, Slurm and launch.py send it: readers too."""
-    p = launch("--model", small, "--data", clips, "--out", tmp_path, *TWO, "--steps", 10000, "--save-every", 10000,
-               ranks=2, wait=False)
-    while not (tmp_path / "log.csv").exists() or len(log_of(tmp_path)) < 2:
-        assert p.poll() is None, p.communicate()[0]
-        time.sleep(0.05)
-    os.killpg(p.pid, signal.SIGTERM)
-    p.communicate(timeout=100)
-    state, = tmp_path.glob("state-*")
-    assert int(state.name[6:]) == int(log_of(tmp_path)[-1]["step"])
-
-
 def test_a_failing_run_with_readers_ends(small, clips, tmp_path):
     """Within seconds, with the traceback of the user's own code, though readers ignore SIGTERM."""
     bad = tmp_path / "bad_clips.py"
-    bad.write_text(clips.read_text().replace("W, H =", "assert n < 3, 'a bug of mine'; W, H ="))
-    p = launch("--model", small, "--data", bad, "--out", tmp_path / "run", "--steps", 1000, "--workers", 2, wait=False)
-    text = p.communicate(timeout=60)[0]
+    bug = "assert n < 3, 'a bug of mine'; W, H ="
+    bad.write_text(clips.read_text().replace("W, H =", bug))
+    p = launch("--model", small, "--data", bad, "--out", tmp_path / "run", "--workers", 2)
+    text = p.communicate(timeout=100)[0]
     assert p.returncode == 1 and "Traceback" in text and "a bug of mine" in text
 
 
-def test_one_clip_is_overfitted_and_samples_show_it(small, clips, tmp_path, monkeypatch, capsys):
+def test_one_clip_is_overfitted_and_samples_and_monitors_show_it(
+        small, clips, tmp_path, monkeypatch, capsys):
     """Everything trains, CLIP too, and samples are made with the average of CLIP."""
-    one = tmp_path / "one_clip.py"
+    one, seen, condition = tmp_path / "one_clip.py", [], sample.condition
     one.write_text(clips.read_text().replace("n % 4", "0"))
-    seen, condition = [], sample.condition
 
     def spy(svd, *args):
         seen.append(svd.clip.proj.clone())
         return condition(svd, *args)
 
     monkeypatch.setattr(sample, "condition", spy)
-    train_here("--model", small, "--data", one, "--out", tmp_path, "--frames", 2, "--train", "all", "--steps", 40,
-               "--sample-every", 20, "--lr", 3e-3)
+    curves = stand_in_for_wandb(monkeypatch)
+    (tmp_path / "config.json").write_text(json.dumps({"wandb": {"enabled": True}}))
+    train_here("--model", small, "--data", one, "--out", tmp_path, "--frames", 2, "--train", "all",
+               "--steps", 40, "--sample-every", 20, "--lr", 3e-3, "--deepspeed_config",
+               tmp_path / "config.json")
     svd, start = exsvd.load(tmp_path / "model-000040.safetensors"), exsvd.load(small)
     video = data.to_float(data.open_dataset(one, 2, (64, 64))[0]["video"])
-    z, noise = start.vae.encode(video)[None], torch.randn(4, 2, 4, 8, 8)
-    batch = (z.repeat(4, 1, 1, 1, 1) * exsvd.VAE_SCALE, torch.tensor([0.5, 1, 2, 4]), noise, z[:, :1].repeat(4, 1, 1, 1, 1))
-    before, after = (
-        exsvd.training_loss(net.unet, exsvd.LOSSES["edm"], *batch,
-                            net.clip(exsvd.preprocess_clip(video[:1]))[:, None].repeat(4, 1, 1),
-                            torch.tensor([[7.0, 40.0, 0.05]] * 4)).mean().item() for net in (start, svd))
-    assert after < 0.7 * before, (before, after)
+    z = start.vae.encode(video)[None].repeat(4, 1, 1, 1, 1)
+    noise, sigma = torch.randn(4, 2, 4, 8, 8), torch.tensor([0.5, 1, 2, 4])
+    ids = torch.tensor([[7.0, 40.0, 0.05]] * 4)
+
+    def loss(net):
+        ctx = net.clip(exsvd.preprocess_clip(video[:1]))[:, None].repeat(4, 1, 1)
+        return exsvd.training_loss(net.unet, exsvd.LOSSES["edm"], z * exsvd.VAE_SCALE, sigma,
+                                   noise, z[:, :1], ctx, ids).mean().item()
+
+    assert loss(svd) < 0.7 * loss(start)
     assert svd.meta["defaults"]["sample"] == SAMPLING and svd.unet.max_frames is None
-    assert torch.equal(svd.vae.quant_conv.weight, start.vae.quant_conv.weight.half().float())
-    assert len(seen) == 3 and torch.equal(seen[0], start.clip.proj) and not torch.equal(seen[0], seen[2])
+    unchanged = start.vae.quant_conv.weight.half().float()
+    assert torch.equal(svd.vae.quant_conv.weight, unchanged)
+    assert len(seen) == 3 and torch.equal(seen[0], start.clip.proj)
+    assert not torch.equal(seen[0], seen[2])
     assert torch.allclose(seen[2], svd.clip.proj, rtol=2**-10, atol=1e-6)
     assert data.read_video(tmp_path / "sample-000040.mp4")[0].shape == (2, 64, 64, 3)
     assert data.read_image(tmp_path / "progress.png").shape == (3 * 64, 2 * 64, 3)
     assert "brightness" in capsys.readouterr().out, "what the dataset measures"
+    rows = log_of(tmp_path)
+    for column in ("loss", "lr"):
+        expected = [(int(r["videos"]), pytest.approx(float(r[column]), abs=1e-5)) for r in rows]
+        assert curves[f"train/{column}"] == expected
+    assert [videos for videos, _ in curves["sample/brightness"]] == [0, 20, 40]
 
 
-def test_training_from_latents_is_training_from_videos(small, videos, one_rank, tmp_path):
-    latents = tmp_path / "latents"
-    data.encode(small, videos, latents, torch.float32, frames=10, size=(64, 64))
-    train_here("--model", small, "--data", latents, "--out", tmp_path / "run", *OPTIONS, "--sample-every", 4)
-    assert [row["loss"] for row in log_of(one_rank)] == [row["loss"] for row in log_of(tmp_path / "run")]
-    assert data.read_image(tmp_path / "run" / "progress.png").shape == (2 * 64, 9 * 64, 3)
-
-
-def test_accumulated_passes_are_one_large_batch(small, clips, tmp_path):
-    rows, moments = [], []
-    for batch in (4, 1):
-        out = tmp_path / str(batch)
-        train_here("--model", small, "--data", clips, "--out", out, "--steps", 2, "--batch", batch, "--log-every", 1,
-                   "--accumulate", 4 // batch, "--warmup", 4)
-        rows.append(log_of(out))
-        moments.append(torch.cat(flat(out, 2, "exp_avg")))
-    assert [row["videos"] for row in rows[1]] == ["4", "8"]
-    assert [float(row["lr"]) for row in rows[0]] == [2.5e-4, 5e-4]
-    assert [float(r["loss"]) for r in rows[1]] == pytest.approx([float(r["loss"]) for r in rows[0]], rel=1e-3)
-    close(moments[1], moments[0], 1e-3, "first moments")
-
-
-def test_optimiser_on_the_cpu(small, clips, tmp_path):
-    """--offload: DeepSpeed's own AdamW, with gradients that pass through small buckets. It resumes."""
-    (tmp_path / "config.json").write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
-    args = ("--model", small, "--data", clips, "--save-every", 1, "--warmup", 0)
-    train_here(*args, "--out", tmp_path / "gpu", "--steps", 2)
-    for steps in (1, 2):
-        train_here(*args, "--out", tmp_path / "cpu", "--steps", steps, "--offload", "--deepspeed_config",
-                   tmp_path / "config.json")
-    config = json.loads((tmp_path / "cpu" / "run.json").read_text())["deepspeed"]
-    assert config["zero_optimization"]["reduce_bucket_size"] == 1000
-    for key in ("exp_avg", "master"):
-        for ours, theirs in zip(flat(tmp_path / "cpu", 2, key), flat(tmp_path / "gpu", 2, key)):
-            close(ours, theirs, 1e-4, key)
-
-
-def test_another_optimiser(small, clips, tmp_path, monkeypatch):
-    """One function decides; what the optimiser keeps is saved and comes back."""
-    monkeypatch.setattr(train, "make_optimizer", lambda groups, s: torch.optim.SGD(groups, lr=s.lr, momentum=0.9))
-    args = ("--model", small, "--data", clips, "--save-every", 1)
-    train_here(*args, "--out", tmp_path / "once", "--steps", 3)
-    train_here(*args, "--out", tmp_path / "twice", "--steps", 1)
-    train_here(*args, "--out", tmp_path / "twice", "--steps", 3)
-    for key in ("momentum_buffer", "master"):
-        for a, b in zip(flat(tmp_path / "once", 3, key), flat(tmp_path / "twice", 3, key)):
-            assert torch.equal(a, b) and a.any()
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_keeps_fp32_masters(small, clips, tmp_path, dtype):
-    """A resumed run keeps its dtype."""
-    if dtype == "float16" and not HAS_FP16:
-        pytest.skip("no fp16 on this CPU")
-    args = ("--model", small, "--data", clips, "--out", tmp_path, "--frames", 2, "--train", "to_q", "--save-every", 1)
-    train_here(*args, "--steps", 1, "--dtype", dtype)
-    assert train.parse(["--model", small, "--data", str(clips), "--out", str(tmp_path)]).dtype in (dtype, "float32")
-    start = exsvd.load(small, parts=("unet",)).unet
-    sizes = [p.numel() for name, p in start.named_parameters() if "to_q" in name and not exsvd.IDLE.search("." + name)]
-    master = flat(tmp_path, 1, "master", groups=1)[0]
-    assert master.dtype == torch.float32 and not torch.equal(master, master.to(getattr(torch, dtype)).float())
-    assert len(master) >= sum(sizes)
-
-
-def test_the_native_length_of_a_base_that_does_not_say_it(small, clips, tmp_path):
-    """The fold walks over the positions the base knows, and no others."""
-    train_here("--model", small, "--data", clips, "--native", 6, "--out", tmp_path, "--steps", 1, "--lr", 0)
-    svd = exsvd.load(small, tmp_path / "exvideo-000001.safetensors", parts=("unet",))
-    assert svd.extension["native_frames"] == 6
-    for block in svd.unet.temporal_blocks():
-        rows = exsvd.sinusoid(torch.tensor(exsvd.fold_positions(6, 10)), block.frame_table.shape[1])
-        assert torch.equal(block.frame_table, rows.half().float())
-
-
-def test_monitors_get_loss_and_measures(small, clips, tmp_path, monkeypatch):
-    """By --deepspeed_config, over videos: W&B drops values whose number goes back, and so does this stand-in."""
-    wandb, curves, last = Mock(), {}, [0]
+def stand_in_for_wandb(monkeypatch):
+    """-> {name: [(step, value)]} of what is logged. Like W&B it drops values whose number goes
+    back."""
+    curves, last = {}, [0]
 
     def log(values, step, commit):
         if step >= last[0]:
@@ -3083,15 +3271,88 @@ def test_monitors_get_loss_and_measures(small, clips, tmp_path, monkeypatch):
             for name, value in values.items():
                 curves.setdefault(name, []).append((step, value))
 
-    wandb.log = log
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    (tmp_path / "config.json").write_text(json.dumps({"wandb": {"enabled": True}}))
-    train_here("--model", small, "--data", clips, "--out", tmp_path / "run", "--steps", 2, "--sample-every", 2,
-               "--log-every", 1, "--deepspeed_config", tmp_path / "config.json")
-    rows = log_of(tmp_path / "run")
-    for name, column in (("train/loss", "loss"), ("train/lr", "lr")):
-        assert curves[name] == [(int(r["videos"]), pytest.approx(float(r[column]), abs=1e-5)) for r in rows]
-    assert [videos for videos, _ in curves["sample/brightness"]] == [0, 2]
+    monkeypatch.setitem(sys.modules, "wandb", Mock(log=log))
+    return curves
+
+
+def test_training_from_latents_is_training_from_videos(small, videos, one_rank, tmp_path):
+    latents, out = tmp_path / "latents", tmp_path / "run"
+    data.encode(small, videos, latents, torch.float32, frames=10, size=(64, 64))
+    train_here("--model", small, "--data", latents, "--out", out, *OPTIONS, "--sample-every", 4)
+    assert [row["loss"] for row in log_of(out)] == [row["loss"] for row in log_of(one_rank.out)]
+    assert data.read_image(out / "progress.png").shape == (2 * 64, 9 * 64, 3)
+
+
+def test_accumulated_passes_are_one_large_batch(small, clips, tmp_path):
+    rows, moments = [], []
+    for batch in (2, 1):
+        out = tmp_path / str(batch)
+        train_here("--model", small, "--data", clips, "--out", out, "--steps", 2, "--warmup", 4,
+                   "--batch", batch, "--accumulate", 2 // batch, "--log-every", 1)
+        rows.append(log_of(out))
+        moments.append(torch.cat(flat(out, 2, "exp_avg")))
+    assert [row["videos"] for row in rows[1]] == ["2", "4"]
+    assert [float(row["lr"]) for row in rows[0]] == [2.5e-4, 5e-4]
+    losses = [[float(row["loss"]) for row in run] for run in rows]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    close(moments[1], moments[0], 1e-3, "first moments")
+
+
+def test_optimiser_on_the_cpu(small, clips, tmp_path):
+    """--offload: DeepSpeed's own AdamW, with gradients that pass through small buckets. It
+    resumes."""
+    config = tmp_path / "config.json"
+    config.write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    args = ("--model", small, "--data", clips, "--save-every", 1, "--warmup", 0)
+    train_here(*args, "--out", tmp_path / "gpu", "--steps", 2)
+    for steps in (1, 2):
+        train_here(*args, "--out", tmp_path / "cpu", "--steps", steps, "--offload",
+                   "--deepspeed_config", config)
+    about = json.loads((tmp_path / "cpu" / "run.json").read_text())
+    assert about["deepspeed"]["zero_optimization"]["reduce_bucket_size"] == 1000
+    for key in ("exp_avg", "master"):
+        for ours, theirs in zip(flat(tmp_path / "cpu", 2, key), flat(tmp_path / "gpu", 2, key)):
+            close(ours, theirs, 1e-4, key)
+
+
+def test_another_optimiser(small, clips, tmp_path, monkeypatch):
+    """One function decides; what the optimiser keeps is saved and comes back."""
+    monkeypatch.setattr(train, "make_optimizer",
+                        lambda groups, s: torch.optim.SGD(groups, lr=s.lr, momentum=0.9))
+    args = ("--model", small, "--data", clips, "--out", tmp_path, "--save-every", 1, "--steps", 2)
+    train_here(*args)
+    once = [flat(tmp_path, 2, key) for key in ("momentum_buffer", "master")]
+    shutil.rmtree(tmp_path / "state-00000002")
+    train_here(*args)  # from the first step on
+    again = [flat(tmp_path, 2, key) for key in ("momentum_buffer", "master")]
+    for a, b in zip(sum(once, []), sum(again, [])):
+        assert torch.equal(a, b) and a.any()
+
+
+HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param(
+    "float16", marks=pytest.mark.skipif(not HAS_FP16, reason="no fp16 on this CPU"))])
+def test_half_precision_keeps_fp32_masters(small, clips, tmp_path, dtype):
+    """A resumed run keeps its dtype."""
+    args = ("--model", small, "--data", clips, "--out", tmp_path)
+    train_here(*args, "--frames", 2, "--train", "to_q", "--steps", 1, "--dtype", dtype)
+    assert train.parse([*map(str, args)]).dtype == dtype
+    master = flat(tmp_path, 1, "master", groups=1)[0]
+    assert master.dtype == torch.float32
+    assert not torch.equal(master, master.to(getattr(torch, dtype)).float())
+
+
+def test_the_native_length_of_a_base_that_does_not_say_it(small, clips):
+    """The fold walks over the positions the base knows, and no others."""
+    s = train.parse(["--model", small, "--data", str(clips), "--native", "6"])
+    unet = train.load_networks(s, False, torch.device("cpu")).unet
+    assert unet.config.native_frames == 6
+    for block in unet.temporal_blocks():
+        positions = torch.tensor(exsvd.fold_positions(6, 10))
+        rows = exsvd.sinusoid(positions, block.frame_table.shape[1])
+        assert torch.equal(block.frame_table, rows)
 
 
 def test_progress_shows_frames_evenly_and_drops_rows_that_come_again(tmp_path):
@@ -3103,53 +3364,57 @@ def test_progress_shows_frames_evenly_and_drops_rows_that_come_again(tmp_path):
 
 
 def test_draws_depend_on_seed_and_number():
-    draws = [train.draw(train.Settings(seed=seed), n, (1, 4, 2, 2)) for seed in (0, 1, 10**12)
-             for n in (*range(4000), 2**32, 2**33)]
-    assert len({float(sigma) for sigma, _, _ in draws}) > 0.999 * len(draws)  # 32-bit seeds may coincide
+    numbers = (*range(4000), 2**32, 2**33)
+    draws = [train.draw(train.Settings(seed=seed), n, (1, 4, 2, 2))
+             for seed in (0, 1, 10**12) for n in numbers]
+    different = {float(sigma) for sigma, _, _ in draws}
+    assert len(different) > 0.999 * len(draws)  # 32-bit seeds may coincide
     again = train.draw(train.Settings(seed=1), 7, (1, 4, 2, 2))
     assert all(torch.equal(a, b) for a, b in zip(again, draws[4002 + 7]))
     ln = torch.stack([sigma for sigma, _, _ in draws]).log()
-    assert abs(ln.mean() - 0.7) < 0.06 and abs(ln.std() - 1.6) < 0.05          # four standard errors
-    assert abs(1 - torch.stack([kept for _, _, kept in draws]).mean() - 0.1) < 0.012
-
-
-HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    assert abs(ln.mean() - 0.7) < 0.06 and abs(ln.std() - 1.6) < 0.05  # four standard errors
+    dropped = 1 - torch.stack([kept for _, _, kept in draws]).mean()
+    assert abs(dropped - 0.1) < 0.012
 
 
 def test_gradients_that_stay_bad_stop_the_run(small, clips, tmp_path, monkeypatch):
-    svd = exsvd.load(small)
+    svd, bad = exsvd.load(small), tmp_path / "bad.safetensors"
     svd.unet.conv_out.bias.data[0] = math.nan
-    exsvd.save_model(tmp_path / "bad.safetensors", svd.unet, svd.vae, svd.clip, defaults={"train": TRAINING})
+    exsvd.save_model(bad, svd.unet, svd.vae, svd.clip, defaults={"train": TRAINING})
     monkeypatch.setattr(train, "MAX_SKIPPED", 3)
     with pytest.raises(SystemExit, match="no finite gradients in 3 steps, .*clip 2"):
-        train_here("--model", tmp_path / "bad.safetensors", "--data", clips, "--out", tmp_path / "run", "--frames", 2)
+        train_here("--model", bad, "--data", clips, "--out", tmp_path / "run", "--frames", 2)
 
 
 @pytest.mark.parametrize("args, words", [
-    ("--nonsense", "unrecognized"), ("--size 100x100", "multiples of 64"), ("--size 64", "write it as WIDTHxHEIGHT"),
-    ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"), ("--motion much", "must be a number"),
-    ("--data missing", "missing"), ("--sample-image missing.png", "missing.png"), ("--loss l2", "invalid choice"),
+    ("--nonsense", "unrecognized"), ("--size 100x100", "multiples of 64"),
+    ("--size 64", "WIDTHxHEIGHT"), ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"),
+    ("--motion much", "must be a number"), ("--data missing", "missing"),
+    ("--sample-image missing.png", "missing.png"), ("--loss l2", "invalid choice"),
     ("--train nothing", "names no parameter"), ("--train (", "no regular expression"),
     ("--deepspeed_config {stage}", "ZeRO-2")])
 def test_train_refuses_in_one_line(args, words, small, clips, tmp_path, capsys):
     (tmp_path / "stage").write_text('{"zero_optimization": {"stage": 3}}')
+    args = args.format(stage=tmp_path / "stage").split()
     with pytest.raises((SystemExit, data.MediaError, AssertionError)) as e:
-        train_here("--model", small, "--data", clips, "--out", tmp_path / "run",
-                   *args.format(stage=tmp_path / "stage").split())
-    assert words in capsys.readouterr().err + str(e.value) and getattr(e.value, "code", 1) not in (0, None)
+        train_here("--model", small, "--data", clips, "--out", tmp_path / "run", *args)
+    assert words in capsys.readouterr().err + str(e.value)
+    assert getattr(e.value, "code", 1) not in (0, None)
     assert not list(tmp_path.glob("run/state-*"))
 
 
 def test_train_exits_with_a_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "missing.safetensors"])
-    with pytest.raises(SystemExit, match=r"^train.py: missing.safetensors: no such weight file$"):
+    expected = r"^train.py: missing.safetensors: no such weight file$"
+    with pytest.raises(SystemExit, match=expected):
         runpy.run_path(train.__file__, run_name="__main__")
 
 
-def test_the_toy_is_the_default(tmp_path, monkeypatch):
+def test_the_toy_is_the_default():
     s = train.parse([])
-    assert s.data == train.TOY_CLIPS and s.out == "runs/toy" and s.frames == 40 and s.size == (128, 128)
+    assert s.data == train.TOY_CLIPS and s.out == "runs/toy"
+    assert s.frames == 40 and s.size == (128, 128)
     s = train.parse(["--model", train.TOY, "--data", "x", "--lr", "3e-4"])
     assert s.data == "x" and s.lr == 3e-4
 
