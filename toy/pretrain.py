@@ -1,26 +1,39 @@
-"""Makes the toy that ships, assets/toy.safetensors and assets/toy-exvideo.safetensors, from nothing but toy/world.py:
+"""Makes the toy that ships, assets/toy.safetensors and assets/toy-exvideo.safetensors:
 
     python toy/pretrain.py                             # its VAE: runs/toy/start.safetensors, later vae.safetensors
 
     two="deepspeed --num_accelerators 2 train.py"      # the UNet on 8 frames, and CLIP with it: 16 clips a step
-    base="--model runs/toy/start.safetensors --train all --frames 8 --batch 8 --ema 0.995 --warmup 100"
-    base="$base --sample-every 0 --checkpoint none --out runs/toy/base"
+    base="--model runs/toy/start.safetensors --data toy/world.py --train all --frames 8 --batch 8 --ema 0.995"
+    base="$base --warmup 100 --sample-every 0 --out runs/toy/base"
     $two $base --lr 2e-3 --steps 1977 && $two $base --lr 8e-4 --steps 2381 && $two $base --lr 3e-4 --steps 2539
-    python toy/pretrain.py --pack runs/toy/base/model-002539.safetensors --vae runs/toy/vae.safetensors \\
+
+    python toy/pretrain.py --sharpen runs/toy/vae.safetensors --pictures FOLDER --lr 5e-4 --out runs/toy/sharp
+    python toy/pretrain.py --pack runs/toy/base/model-002539.safetensors --decoder runs/toy/sharp/decoder.safetensors \\
         --out assets/toy.safetensors
 
     tune="--sample-every 0 --out runs/toy/tuned"       # ExVideo: 40 frames, 2 clips a step
     $two $tune --lr 1e-3 --steps 400 && $two $tune --lr 3e-4 --steps 480
     python toy/pretrain.py --pack runs/toy/tuned/exvideo-000480.safetensors --out assets/toy-exvideo.safetensors
 
-Every command goes on where it stopped when it is given again. Of the weights that ship, the base's first 1,084 steps
-were made by one process, with 8 clips each and --drop 0, and the clips were encoded in bfloat16. The networks are
-SVD's, block for block, only narrower; 128 x 128 pixels are 16 x 16 latents.
+Every command resumes when it is given again. The weights that ship were made in a longer story: the base's first 1,084
+steps by one process, with 8 clips each; its clips and the extension's into synthetic pictures of 256 pixels, not 384,
+encoded in bfloat16. The decoder was sharpened for 625 of 750 planned steps, the first 400 with --adversarial 0.08.
 
-The VAE learns in two phases. First encoder and decoder together, and a picture that moves is to be latents that move
-(EQ-VAE, arXiv:2502.09509): every other step enlarges picture and latents alike, or the UNet could not learn to fly.
-Then the latents are given mean 0 and variance 1, the encoder is left alone, and the decoder gets better at them. From
-then on the base can be trained on them, beside it: start.safetensors is written.
+The VAE learns in three phases. First encoder and decoder train together, and a picture that moves is to be latents that
+move (EQ-VAE, arXiv:2502.09509): every other step enlarges picture and latents alike, or the UNet could not learn to
+fly. Then the latents are given mean 0 and variance 1, and the decoder trains alone, on them. From then on the base can
+be trained beside it: start.safetensors is written. Last, --sharpen trains the decoder against blur (a loss on gradients
+and a discriminator, as published image VAEs are trained) and against flicker (noise of its own on the latents of each
+frame, and a loss on the change between frames).
+
+For a base of 256 pixels, --tune goes on with clips of both sizes; with 40 frames it tunes an extension. Neither has run
+for long enough to ship:
+
+    python toy/pretrain.py --tune assets/toy.safetensors --pictures FOLDER --steps 0 0 0 400 --out runs/toy/base256
+    python toy/pretrain.py --tune runs/toy/base256/model.safetensors --pictures FOLDER --steps 0 0 0 200 --batch 2 \\
+        --clips 40x256:0.8 40x128:0.2 --out runs/toy/tuned256
+
+The networks are SVD's, block for block, only narrower; 128 x 128 pixels are 16 x 16 latents.
 """
 
 import argparse
@@ -53,7 +66,7 @@ COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
 SHARP_CROP = 96              # pixels of what sharpen() sees
 JUDGED_FROM = 100            # steps before the discriminator is listened to
 DEFAULTS = {  # of sample.py and train.py for this model: kept in its files
-    "sample": dict(size=(256, 256), steps=8, sampler="ddim", eta=1.0, share_mean=True, cfg=(1.0, 1.0), fps=8.0,
+    "sample": dict(size=(128, 128), steps=8, sampler="ddim", eta=1.0, share_mean=True, cfg=(1.0, 1.0), fps=8.0,
                    motion=40.0, aug=0.02, decode_chunk=16),
     "train": dict(frames=40, size=(128, 128), steps=100, lr=1e-3, checkpoint="none", weights_every=50, sample_every=50,
                   warmup=10, ema=0.98, drop=0.0),
@@ -256,7 +269,7 @@ class Discriminator(nn.Sequential):
 
 
 def gradient_loss(a, b):
-    """L1 between the differences of neighbouring pixels of images (n,3,H,W): edges as sharp as the true ones. Scalar."""
+    """L1 between the differences of neighbouring pixels of images (n,3,H,W), so that edges stay sharp. Scalar."""
     return sum((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for d in (2, 3))
 
 
@@ -265,7 +278,7 @@ def views(stills, folder, n, frames, size, rng):
     of them synthetic. A pixel of a crop is as large as one of a picture of 256 pixels, or up to 1.5 times smaller."""
     videos = []
     for i in range(n):
-        if rng.uniform() < 0.6:
+        if folder and rng.uniform() < 0.6:
             image = world.photograph(folder, rng)
         else:
             image = stills[rng.integers(len(stills))].float() / 127.5 - 1
@@ -284,7 +297,7 @@ def sharpen(args):
     torch.manual_seed(0)
     judge, path = Discriminator(), os.path.join(args.out, "sharpen-state.pt")
     opt = torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.5, 0.99), weight_decay=1e-3)
-    judge_opt = torch.optim.AdamW(judge.parameters(), lr=4e-4, betas=(0.5, 0.99), weight_decay=1e-3)
+    judge_opt = torch.optim.AdamW(judge.parameters(), lr=1e-3, betas=(0.5, 0.99), weight_decay=1e-3)
     noise = (vae.quant_conv.bias[4:] / 2).exp().view(4, 1, 1)                     # what normalise() left there
     stills = torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(args.stills)])
     step, start, mean = 0, time.time(), {}
@@ -337,7 +350,8 @@ def sharpen(args):
 
 def tune(args):
     """The UNet on clips of several sizes, each of them encoded once and used --reuse times with other noise. A base
-    trains as a whole, an extension (--extension, or extended afresh) as the paper's. Resumes from --out/tune-state.pt."""
+    trains as a whole; with clips longer than SHORT an extension trains, as in the paper. Resumes from
+    --out/tune-state.pt."""
     svd = exsvd.load(args.tune, args.extension)
     unet, kinds = svd.unet.train(), [parse_kind(text) for text in args.clips]
     unet.checkpointing, long = None, max(frames for frames, _, _ in kinds) > world.SHORT
@@ -349,7 +363,9 @@ def tune(args):
         p.requires_grad_(True)
     opt = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.01)
     average = {name: p.detach().clone() for name, p in trained.items()}
-    sources = [world.clips(frames, (size, size), args.seed + i, args.pictures) for i, (frames, size, _) in enumerate(kinds)]
+    sources = []
+    for i, (frames, size, _) in enumerate(kinds):
+        sources.append(world.clips(frames, (size, size), args.seed + i, args.pictures))
     step, drawn, stores, path = 0, [0] * len(kinds), [[] for _ in kinds], os.path.join(args.out, "tune-state.pt")
     if os.path.exists(path):
         state = torch.load(path)
@@ -425,8 +441,6 @@ def pack(args):
         exsvd.save(args.out, tensors, file.meta | {"defaults": {"sample": DEFAULTS["sample"]}})
         return
     svd = exsvd.load(args.pack)
-    if args.vae:
-        svd.vae = exsvd.load(args.vae, parts=("vae",)).vae
     if args.decoder:
         svd.vae.decoder.load_state_dict(load_file(args.decoder))
     exsvd.save_model(args.out, svd.unet, svd.vae, svd.clip, dtype=torch.float16, defaults=DEFAULTS)
@@ -439,10 +453,10 @@ if __name__ == "__main__":
     add("--out", default=os.path.join(ROOT, "runs", "toy"), help="folder of a run, or file of --pack")
     add("--pictures", metavar="FOLDER", help="pictures to fly into beside the synthetic ones")
     add("--stills", type=int, default=1500, help="synthetic stills that the VAE is trained on")
-    add("--steps", type=int, nargs=4, default=(4000, 1900, 600, 100), help="of the VAE's three phases, and of --tune")
+    add("--steps", type=int, nargs=4, default=(4000, 1900, 750, 400), help="of the VAE's three phases, and of --tune")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--sharpen", metavar="MODEL", help="the VAE's third phase, on the decoder of this model")
-    add("--adversarial", type=float, default=0.08, help="weight of the discriminator in the third phase")
+    add("--adversarial", type=float, default=0.15, help="weight of the discriminator in the third phase")
     add("--tune", metavar="MODEL", help="train the UNet of this model: its base, or on long clips an extension")
     add("--extension", help="with --tune: the extension to go on from")
     add("--clips", nargs="+", default=["8x256:0.65", "8x128:0.35"], help="FRAMESxPIXELS:SHARE of --tune's clips")
@@ -450,7 +464,6 @@ if __name__ == "__main__":
     add("--reuse", type=int, default=3, help="how often --tune uses a clip")
     add("--seed", type=int, default=20, help="of --tune's clips and noise")
     add("--pack", metavar="FILE", help="write this model or extension as it ships, to --out")
-    add("--vae", metavar="MODEL", help="with --pack: the model whose VAE goes with it")
     add("--decoder", metavar="FILE", help="with --pack: the decoder of --sharpen")
     args = p.parse_args()
     torch.set_num_threads(1)

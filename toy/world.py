@@ -1,9 +1,8 @@
 """The toy's world: a still picture into which a camera flies. An example of clips that train.py can be given.
 
-    clips(frames, size, seed)          training clips, made on the fly: what `train.py --data toy/world.py` reads
-    picture(seed, index)               a synthetic still in the colours of photographs
-    photograph(folder, rng)            a square of a picture in a folder
-    flight(image, scales, size)        what a camera sees that flies into an image
+    clips(frames, size, seed)       clips made on the fly, for `train.py --data toy/world.py`
+    picture(seed, index)            a synthetic still in the colours of photographs
+    flight(image, scales, size)     what a camera sees that flies into an image
 
 The first frame and the motion bucket determine the clip: nothing appears that was not there at the start, and the
 motion bucket is 1000 times the camera's speed. At speed v the window that the camera sees shrinks by a factor of
@@ -42,7 +41,6 @@ class Clips:
         if size[0] != size[1]:
             raise ValueError(f"the toy's clips are square: {size[0]}x{size[1]}")
         self.frames, self.size, self.seed, self.pictures = frames, size[0], seed, pictures
-        self.id = f"toy/world.py {pictures or 'synthetic'}"
 
     def __getitem__(self, n):
         rng = np.random.default_rng([self.seed, n, 1])
@@ -50,24 +48,18 @@ class Clips:
         motion = 0.0 if rng.uniform() < 1 / 8 else rng.uniform(0, MAX_MOTION)
         start = rng.uniform(0.7, 1)
         offset = torch.from_numpy(rng.uniform(-1, 1, 2) * (1 - start)).float()
-        if self.pictures and rng.uniform() < 0.5:
-            image = photograph(self.pictures, rng)
-        else:
-            image = picture(self.seed, n)
+        taken = self.pictures and rng.uniform() < 0.5
+        image = photograph(self.pictures, rng) if taken else picture(self.seed, n)
         video = flight(image, start * scales(motion, fps, self.frames), self.size, offset)
         video = ((video + 1) * 127.5).round().to(torch.uint8)                     # (T, 3, size, size)
         return dict(video=video, fps=fps, motion=motion, name=f"{self.seed}@{n}")
-
-    def describe(self):
-        return f"flights into {'pictures of ' + self.pictures if self.pictures else 'synthetic pictures'}"
 
     def measure(self, frames, image, fps, motion):
         """"arrival": the share of its way that the camera has flown at the last frame."""
         from toy import measure
         if motion == 0:
             return {}
-        path = measure.camera_path(frames, image)
-        return {"arrival": measure.way(path, motion, fps)[-1].item()}
+        return {"arrival": measure.way(measure.camera_path(frames, image), motion, fps)[-1].item()}
 
 
 clips = Clips
@@ -81,8 +73,8 @@ def power_noise(rng, size, steepness):
     """Two fields of mean 0 and variance 1, their amplitude falling as 1 / frequency**steepness: (2,size,size)."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])
     frequency[0, 0] = np.inf
-    white = rng.standard_normal((2, size, size))
-    field = np.fft.ifft2((white[0] + 1j * white[1]) * frequency**-steepness)
+    real, imaginary = rng.standard_normal((2, size, size))
+    field = np.fft.ifft2((real + 1j * imaginary) * frequency**-steepness)
     fields = np.stack([field.real, field.imag])
     return (fields / fields.std((1, 2), keepdims=True)).astype(np.float32)
 
