@@ -3,7 +3,7 @@
     python sample.py assets/img.png                                # the toy in this repository
     python sample.py photo.jpg --model svd_xt.safetensors --extension model.fp16.safetensors
     python sample.py photo.jpg --end last.jpg                      # the same picture twice: a loop
-    python sample.py photo.jpg --frames 300 --keyframe 200=c.png   # in rounds, past the model's length
+    python sample.py photo.jpg --frames 300 --keyframe 200=c.png   # in rounds, beyond its length
     python sample.py photo.jpg --video out/photo.mp4 --steps 25 --size 1024x1024    # a second pass
     python sample.py photos/*.jpg --seeds 5                        # a batch; what exists is skipped
     python sample.py photo.jpg --unet animatelcm_svd.safetensors --sampler lcm --steps 4 --cfg 1 1.2
@@ -183,7 +183,7 @@ def frame_size(value):
     try:
         W, H = (int(n) for n in (value.lower().split("x") if isinstance(value, str) else value))
     except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"{value}: write it as WIDTHxHEIGHT, like 512x512") from None
+        raise argparse.ArgumentTypeError(f"{value}: write WIDTHxHEIGHT, like 512x512") from None
     if min(W, H) < 64 or W % 64 or H % 64:
         near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
         raise argparse.ArgumentTypeError(f"{W}x{H}: use multiples of 64; the nearest is {near}")
@@ -596,7 +596,7 @@ def write_video(vae, latents, s, out, keyframes=()):
 @contextmanager
 def on_device(device, *networks):
     """Moves networks to the device, and back afterwards. Does nothing if they are there already."""
-    networks = [n for n in networks if getattr(n, "stream", None) is None]  # a Stream moves the UNet
+    networks = [n for n in networks if getattr(n, "stream", None) is None]  # it moves itself
     homes = [next(network.parameters()).device for network in networks]
     with torch.inference_mode(False):  # parameters moved in inference mode can't be trained again
         for network in networks:
@@ -643,7 +643,7 @@ def parse(argv):
     add("--video", metavar="FILE",
         help="refine a video, or its *.latents.safetensors, instead of starting from noise. By default "
              "IMAGE is its first frame, and --size, --frames and --fps are its own")
-    add("--decode-only", metavar="FILE", help="decode the latents of an earlier run, without sampling")
+    add("--decode-only", metavar="FILE", help="decode the latents of an earlier run again")
     add("--out", help="a .mp4, .webm or .gif file, or with a final slash a folder of PNGs. {name} is "
                       "the image's name, {seed} the seed [out/{name}.mp4; of --video "
                       "out/{name}-refined.mp4]")
@@ -651,7 +651,7 @@ def parse(argv):
     add("--overwrite", action="store_true", help="of several videos, make again those that exist")
     cuda = torch.cuda.is_available()
     add("--device", default="cuda" if cuda else "cpu", help="[cuda if there is one, else cpu]")
-    add("--offload", action="store_true", help="for small GPUs: networks wait in CPU memory until they are used")
+    add("--offload", action="store_true", help="for small GPUs: networks wait in CPU memory")
     add("--compile", action="store_true", help="torch.compile; the first step takes minutes")
     add_flags(p.add_argument_group("settings"), Settings)
     a = p.parse_args(argv)
@@ -673,7 +673,7 @@ def parse(argv):
     a.jobs = jobs_of(a, given.get("seed", Settings.seed))
     outs = [out for _, _, out in a.jobs]
     if len(set(outs)) < len(outs):
-        p.error("two images would be written to the same file: put {name} into --out, or rename one")
+        p.error("two images would be written to the same file: put {name} into --out")
     read = [*a.images, *(path for _, path in a.keyframe), a.video, a.end, a.decode_only]
     read = {Path(path).resolve() for path in read if path}
     for out in outs:

@@ -93,7 +93,7 @@ TOY_CLIPS = os.path.join(HERE, "toy", "world.py")
 TOY_IMAGE = os.path.join(HERE, "assets", "img.png")
 
 SIGMA_BINS = (0.7, 2.0, 6.0)  # the loss is logged apart between these: quartiles of EDM's sigmas
-BUCKET = 50_000_000           # gradients that DeepSpeed reduces at once; its own default is 10 times that
+BUCKET = 50_000_000           # gradients that DeepSpeed reduces at once, a tenth of its default
 MAX_SKIPPED = 50              # steps in a row without an update that end a run; float16 needs some
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -163,15 +163,16 @@ class Settings:
 
 # These may differ when a run is resumed. Everything else must be as it was.
 MAY_CHANGE = {
-    "model", "extension", "data", "out", "steps", "lr", "warmup", "weight_decay", "clip", "accumulate",
-    "deepspeed_config", "checkpoint", "workers", "timeout", "deterministic", "save_every",
-    "weights_every", "log_every", "sample_every", "sample_image"}
+    "model", "extension", "data", "out", "steps", "lr", "warmup", "weight_decay", "clip",
+    "accumulate", "deepspeed_config", "checkpoint", "workers", "timeout", "deterministic",
+    "save_every", "weights_every", "log_every", "sample_every", "sample_image"}
 
 
 def parse(argv=None):
     """-> Settings: flags, then the defaults in the model's file, then those of the class."""
     p = argparse.ArgumentParser(
-        description="Post-tune SVD for long videos. In [brackets]: the default; a model's file may hold others.")
+        description="Post-tune SVD for long videos. In [brackets]: the default; a model's file may "
+                    "hold others.")
     sample.add_flags(p, Settings)
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     given = vars(p.parse_args(argv))
@@ -179,7 +180,8 @@ def parse(argv=None):
 
     model = given.get("model", TOY)
     meta = exsvd.open_model(model)[0]["unet"].meta
-    s = Settings(**(sample.defaults_in_file(Settings, meta, "train", model) | given | {"model": model}))
+    in_file = sample.defaults_in_file(Settings, meta, "train", model)
+    s = Settings(**(in_file | given | {"model": model}))
     if model == TOY:
         s = replace(s, data=s.data or TOY_CLIPS, sample_image=s.sample_image or TOY_IMAGE)
     if s.data is None:
@@ -380,16 +382,16 @@ class Shards:
         self.updates = 0
 
     def pieces(self, rank):
-        """Where a rank's parts and parameters overlap: (group, slice of the part, name, shape, slice
-        of the flattened parameter)"""
+        """Where a rank's parts and parameters overlap: (group, slice of the part, name, shape,
+        slice of the flattened parameter)"""
         for i, group in enumerate(self.layout):
             size = self.masters[i].numel()
             begin, end = rank * size, (rank + 1) * size
             for name, shape, offset in group:
                 low, high = max(offset, begin), min(offset + math.prod(shape), end)
                 if low < high:
-                    part, piece = slice(low - begin, high - begin), slice(low - offset, high - offset)
-                    yield i, part, name, shape, piece
+                    part = slice(low - begin, high - begin)
+                    yield i, part, name, shape, slice(low - offset, high - offset)
 
     @torch.no_grad()
     def start_from(self, weights):
@@ -419,7 +421,8 @@ class Shards:
                     dist.broadcast(flat, rank)
                 for i, part, name, shape, piece in self.pieces(rank) if self.rank == 0 else ():
                     if i == group:
-                        weights.setdefault(name, torch.empty(shape)).view(-1)[piece] = flat[part].cpu()
+                        weight = weights.setdefault(name, torch.empty(shape))
+                        weight.view(-1)[piece] = flat[part].cpu()
         return weights
 
     def save(self, path):
@@ -598,7 +601,7 @@ def read_state(folder):
 
 
 def newest_state(out, say):
-    """-> (folder, state.json, paths) of the newest state that can be read; None where a run begins."""
+    """-> (folder, state.json, paths) of the newest state that can be read; None of a new run."""
     candidates = [saved_states(out)]
     dist.broadcast_object_list(candidates)  # all ranks look at those of rank 0
     for folder in reversed(candidates[0]):
@@ -607,7 +610,7 @@ def newest_state(out, say):
         except OSError as e:
             say(f"warning: {folder} cannot be read ({e}); the state before it is used")
     if candidates[0]:
-        sys.exit(f"train.py: no state in {out} can be read: remove its folders state-* to begin anew")
+        sys.exit(f"train.py: no state in {out} can be read: remove its state-* to begin anew")
     return None
 
 
@@ -680,7 +683,7 @@ class Run:
             print(*words, **options, flush=True)
 
     def decoders(self):
-        """VAE and CLIP, for samples and whole models. Where clips are latents they are read anew."""
+        """VAE and CLIP, for samples and whole models. If clips are latents, they are read anew."""
         if self.svd.vae is not None:
             return self.svd.vae, self.svd.clip
         loaded = exsvd.load(self.s.model, parts=("vae", "clip"), device=self.device)
@@ -693,7 +696,7 @@ class Run:
 
 
 def join_ranks(s):
-    """Find the other ranks; a process without a launcher is a world of one. -> rank, world, device"""
+    """Find the other ranks; without a launcher there are none. -> rank, world, device"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -709,7 +712,8 @@ def join_ranks(s):
     # there would leave the lock, and later ones would wait for it without end. gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(minutes=s.timeout))
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    local = local or dist.get_world_size()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = min(torch.get_num_threads(), cores // int(local))  # ranks share the cores
     torch.set_num_threads(max(1, threads))
@@ -759,15 +763,18 @@ def begin(s, rank, world, device):
     shards.start_from(values)
     untrained = {name: t for name, t in values.items() if name not in trained}
     is_extension = svd.unet.max_frames is not None and all(map(in_extension, trained))
-    run = Run(s, rank, world, device, dataset, item, svd, module, shards, untrained, is_extension, fixed)
+    run = Run(s, rank, world, device, dataset, item, svd, module, shards, untrained, is_extension,
+              fixed)
 
     if hasattr(dataset, "describe"):
         run.say(dataset.describe())
-    total, tuned = (sum(p.numel() for p in ps) / 1e6 for ps in (svd.unet.parameters(), trained.values()))
-    run.say(f"UNet of {total:,.1f} M parameters; {tuned:,.1f} M are trained in {s.dtype}, {world} ranks on {device.type}")
+    total = sum(p.numel() for p in svd.unet.parameters()) / 1e6
+    tuned = sum(p.numel() for p in trained.values()) / 1e6
+    run.say(f"UNet of {total:,.1f} M parameters; {tuned:,.1f} M are trained in {s.dtype}, {world} "
+            f"ranks on {device.type}")
     if s.extension and svd.extension == {}:
-        run.say(f"warning: {s.extension} has none of our metadata. If it is ExVideo's release, it was "
-                "tuned on latents scaled by 0.13025, and training here moves it to 0.18215")
+        run.say(f"warning: {s.extension} has none of our metadata. If it is ExVideo's release, it "
+                "was tuned on latents scaled by 0.13025, and training here moves it to 0.18215")
     if rank == 0 and not saved_states(s.out):
         write_run_json(s, config)
     return run
@@ -797,10 +804,13 @@ def resume(run):
     folder, info, paths = newest
     changed = [f"{key} {value} (now {fixed.get(key)})" for key, value in info["settings"].items()
                if fixed.get(key) != value]
-    difference = f"was made with {', '.join(changed)}" if changed else shards.difference(info["shards"])
+    difference = shards.difference(info["shards"])
+    if changed:
+        difference = f"was made with {', '.join(changed)}"
     if difference:
         advice = " with --extension to start from its weights" if changed else ""
-        sys.exit(f"train.py: {folder} {difference}: use what it was made with, or another --out{advice}")
+        sys.exit(f"train.py: {folder} {difference}: use what it was made with, or another --out"
+                 f"{advice}")
     shards.load(paths, info["shards"])
     if run.rank == 0:
         sums += torch.tensor(info["sums"], device=run.device)
@@ -825,7 +835,7 @@ def videos_of(rank, world, batch, videos):
 
 
 def ignore_signals(_):
-    for stop in STOP_SIGNALS:  # in the readers: launchers signal them too, and a rank still needs them
+    for stop in STOP_SIGNALS:  # in the readers, which launchers signal too
         signal.signal(stop, signal.SIG_IGN)
 
 
@@ -910,8 +920,8 @@ def sample_start(run):
 
 
 def own_sampling(run):
-    """How what is trained wants to be sampled: as the model and the extension that it began with, at
-    the size it is trained at."""
+    """How what is trained is to be sampled: as the model and extension that it began with, at the
+    size it is trained at."""
     sampling = {}
     for meta in (run.svd.meta, run.svd.extension or {}):
         sampling |= meta.get("defaults", {}).get("sample", {})
@@ -933,8 +943,8 @@ def sample_video(run, img, known):
 
 
 def add_progress(out, step, frames):
-    """Frames 0, T/8, ... T-1 of a sample, uint8 (T,H,W,3), as the last row of progress.png. The rows
-    are kept apart too, so that a resumed run goes on with them."""
+    """Frames 0, T/8, ... T-1 of a sample, uint8 (T,H,W,3), as the last row of progress.png. The
+    rows are kept apart too, so that a resumed run goes on with them."""
     T = len(frames)
     chosen = sorted({T * i // 8 for i in range(8)} | {T - 1})
     every = math.ceil(frames.shape[1] / 256)  # small enough to look at
@@ -1039,16 +1049,16 @@ def main(argv=None):
     loader = iter(torch.utils.data.DataLoader(
         run.dataset, batch_sampler=videos_of(rank, world, s.batch, videos), num_workers=s.workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
-        multiprocessing_context="fork" if s.workers else None))  # a user's file of clips is not pickled
+        multiprocessing_context="fork" if s.workers else None))  # your clips can't be pickled
     log = Log(s.out, step) if rank == 0 else None
     start = sample_start(run) if s.sample_every and rank == 0 else None
     if s.sample_every and step == 0:
-        shutil.rmtree(os.path.join(s.out, "progress"), ignore_errors=True)  # of a run without states
+        shutil.rmtree(os.path.join(s.out, "progress"), ignore_errors=True)  # left without states
         take_sample(run, step, videos, start)
     stop = []
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, lambda received, _: stop.append(received))
-    run.say(f"rank 0 is process {os.getpid()}: send SIGTERM to it, or another rank, to save and leave")
+    run.say(f"rank 0 is process {os.getpid()}: send SIGTERM to it, or another rank, to stop early")
 
     bar = tqdm(total=s.steps, initial=step, desc="training", unit="step", disable=rank > 0)
     skipped = 0  # steps in a row that were not applied, since gradients were not finite
@@ -1077,7 +1087,7 @@ def main(argv=None):
         if skipped == 0:
             shards.update_average()
         if skipped == MAX_SKIPPED:
-            sys.exit(f"train.py: no finite gradients in {skipped} steps, the last on {item['name']}")
+            sys.exit(f"train.py: no finite gradients in {skipped} steps, on {item['name']}")
 
         # 3. log, sample, save; leave together
         leaving = step == s.steps or any(of_all_ranks(bool(stop)))
