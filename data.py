@@ -557,7 +557,7 @@ def scan(path):
     advice = f'encode it again, for example with ffmpeg -i "{file}" -crf 16 out.mp4'
     steps = np.diff([0 if stamp is None else stamp for stamp in stamps])
     back = np.flatnonzero(steps < 0)
-    if None in stamps or len(back) > len(steps) / 20:  # a bare stream; AVI with B-frames
+    if None in stamps or len(back) > max(1, len(steps) / 20):  # a bare stream; AVI with B-frames
         return {"error": f"no time stamps: its frames do not say when they are shown; {advice}"}
     if len(back):
         return {"error": f"clock jumps back: after frame {back[0]}, as in joined files; {advice}"}
@@ -635,6 +635,8 @@ def build_index(source, files):
 #               frames: float (T, 3, H, W) in [-1, 1]; image: float (3, H', W'), where they start
 #
 # For clips of your own write a Python file, say my_clips.py, and give it as --data my_clips.py:
+#
+#   import glob, numpy as np, torch
 #
 #   class Arrays:  # .npy files of uint8 (T, H, W, 3)
 #       def __init__(self, frames, size, seed):
@@ -822,7 +824,7 @@ class Clips:
             if name not in self.warned:
                 print(f"{e}; other clips take its place", file=sys.stderr, flush=True)
             self.warned.add(name)
-        return self._read(*self._draw(int(n) + 10**9))  # a clip that no run comes to
+        return self._read(*self._draw(int(n) + 10**9))  # a number beyond any run
 
 
 class LatentClips(Clips):
@@ -926,8 +928,7 @@ def _encode_file(dataset, name, svd, dtype, progress):
     tensors = {"latents": [], "cond": [], "ctx": [], "aug": [], "motion": []}
     window = {}  # {number: pixels} of the frames that clips still need
     for i, pixels in _numbered(path, entry, dataset.size):
-        window[i] = pixels.to(device)
-        frame = to_float(window[i])
+        window[i], frame = pixels, to_float(pixels.to(device))
         tensors["latents"].append(encode_frames(svd.vae, frame[None])[0].to("cpu", dtype))
         if i in can_start:
             aug, noise = draw_condition(dataset.seed, f"{name}@{i}", dataset.size)
@@ -963,7 +964,9 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
         if theirs[key] != ours[key]:
             raise MediaError(f"{out}: was begun with {key} {theirs[key]}, not {ours[key]}")
     store.parent.mkdir(parents=True, exist_ok=True)
-    store.write_text(json.dumps(ours))
+    new = store.with_name(f"{SETTINGS}.{os.getpid()}.tmp")  # other shards may read it now
+    new.write_text(json.dumps(ours))
+    os.replace(new, store)
     part, parts = shard
     mine = [name for name in dataset.names if zlib.crc32(name.encode()) % parts == part - 1]
     todo = [name for name in mine if not os.path.exists(_latents_file(out, name))]
@@ -1024,9 +1027,9 @@ def main():
     flag("--out", required=True, help="folder for the latents")
     flag("--seed", type=int, default=0, help="of the noise on condition images [0]")
     flag("--dtype", default="float16", choices=["float32", "float16", "bfloat16"],
-         help="of what is stored; float16 changes the loss of a clip by up to 5e-5 of itself, "
-         "bfloat16 by 9e-4, float32 not at all [float16]")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[a GPU]")
+         help="of what is stored; float16 changes the loss of a clip by up to 0.005 %%, bfloat16 by "
+         "0.09 %%, float32 not at all [float16]")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one, else cpu]")
     flag("--start-every", type=int, default=1, metavar="K", help="clips start at every K-th frame "
          "only, so that fewer condition latents are needed [1]")
     flag("--shard", type=shard, default=(1, 1), metavar="I/N", help="encode the I-th of N parts, "
@@ -1035,7 +1038,7 @@ def main():
         flag("--frames", type=int, help="of a clip [what the model says, else 128]")
         flag("--size", type=size, metavar="WxH", help="[what the model says, else 512x512]")
         flag("--stride", type=int, default=1, help="take every so many frames [1]")
-        flag("--fps", type=float, help="take the frames nearest to this rate instead")
+        flag("--fps", type=float, help="take frames at this rate instead of a stride")
         flag("--skip-static", type=float, default=0.0, help="leave out shots that change less than "
              "this; 0.002 finds stills [0]")
     a = p.parse_args()

@@ -29,11 +29,11 @@ import json
 import math
 import os
 import re
-import warnings
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from itertools import repeat
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ class UNetConfig:
     heads: tuple = (5, 10, 20, 20)  # head size 64 on every level of SVD
     context_dim: int = 1024         # D, width of the CLIP image embedding
     groups: int = 32                # of every GroupNorm
-    native_frames: int = 25         # the base was trained on: SVD-XT 25, SVD 14. No weight shows it
+    native_frames: int = 25         # the base was trained on: SVD-XT 25, SVD 14. Weights do not tell
     ids: tuple = ("fps", "motion", "aug")  # numbers that the UNet is conditioned on, see unet_ids()
 
 
@@ -89,7 +89,7 @@ EPS_LAYER_NORM = 1e-5        # every LayerNorm, CLIP's too
 EPS_VAE = 1e-6               # every VAE norm ...
 EPS_VAE_TEMPORAL = 1e-5      # ... but the decoder's temporal residual blocks
 
-VAE_SCALE = 0.18215  # the UNet's video latents are VAE latents times this, its image latents not
+VAE_SCALE = 0.18215  # video latents of the UNet are VAE latents times this; image latents are not
 EXVIDEO_ENCODE_SCALE = 0.13025  # DiffSynth, in which ExVideo was made, encodes with SDXL's scale
 ID_DIM = 256  # width of the sinusoid of each of UNetConfig.ids
 
@@ -223,7 +223,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, emb_dim=None, temporal=False, groups=32, eps=EPS_UNET_RES):
         super().__init__()
-        if temporal:
+        if temporal:  # as 2D ones over (T, H*W) a pass takes 0.98 of the time, but bits differ
             Conv = partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0))
         else:
             Conv = partial(nn.Conv2d, kernel_size=3, padding=1)
@@ -335,7 +335,7 @@ class SpatialBlock(nn.Module):
 #
 #    To try another extension, change this section alone. What extend() adds is trained, saved and
 #    loaded if is_extension_parameter() says so. Add parameters but no buffers: load() builds the
-#    networks without storage.
+#    networks without storage. extend() may be called again, on an extended UNet.
 
 ARCHITECTURE = "exvideo"  # in extension files: what changes this section needs another name
 
@@ -1111,7 +1111,7 @@ def group_norm_(norm, x):
 
 
 class Resident:
-    """Weights and skips stay where they are. What UNet.forward has in place of a Stream."""
+    """What UNet.forward uses without a Stream: nothing moves."""
 
     def visit(self, blocks, skips=()):
         return blocks
@@ -1329,7 +1329,7 @@ def file_names(module, layout):
         return exvideo_names(module, [name for name in parameters if is_extension_parameter(name)])
     names = {}
     for ours in parameters:
-        name = rename(ours, RULES[layout][type(module)])
+        name = published_name(ours, layout, type(module))
         names[ours] = [name.replace("{qkv}", c) for c in "qkv"] if "{qkv}" in name else [name]
     return names
 
@@ -1348,6 +1348,11 @@ def exvideo_names(unet, parameters):
     return names
 
 
+@cache
+def published_name(name, layout, network):
+    return rename(name, RULES[layout][network])
+
+
 def rename(name, rules):
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
@@ -1359,6 +1364,8 @@ def convert(names, tensors, shape):
     t = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # CLIP's q, k, v, split in diffusers
     if names == ["visual_projection.weight"] and t.ndim == 2:
         t = t.T  # a Linear in diffusers, a matrix in the single file
+    if re.search(r"(label_emb\.0\.0|add_embedding\.linear_1|cond_embed\.0)\.weight", names[0]):
+        t = F.pad(t, (0, max(0, shape[1] - t.shape[1])))  # ids that the file lacks: no effect yet
     if tuple(t.shape) + (1, 1) == shape:
         t = t.view(shape)  # a Linear in diffusers, a 1x1 convolution here
     return t
@@ -1623,6 +1630,8 @@ def configure(default, values, path):
     if not isinstance(values, dict):
         raise WeightsError(f"{path}: its configuration is not understood")
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    if isinstance(values.get("ids"), tuple):  # and those that this code has besides
+        values["ids"] = tuple(dict.fromkeys(values["ids"] + default.ids))
     for key, value in values.items():
         wanted = getattr(default, key, None)
         fits = type(value) is type(wanted)
@@ -1706,8 +1715,8 @@ def warn_of_cudnn():
     """cuDNN 9.8 to 9.14 computes some 3D convolutions in half precision wrongly."""
     version = torch.backends.cudnn.version() or 0
     if torch.cuda.is_available() and 90800 <= version < 91500:
-        warnings.warn(f"cuDNN {version} makes mistakes in 3D convolutions (pytorch#163539): "
-                      "install torch>=2.10, which brings cuDNN 9.15")
+        print(f"warning: cuDNN {version // 10000}.{version // 100 % 100} makes mistakes in 3D "
+              "convolutions (pytorch#163539): install one from 9.15 on", file=sys.stderr)
 
 
 def refuse_unet_alone(unet, tensors):
@@ -1724,6 +1733,8 @@ def save(path, tensors, meta):
     note = {"exsvd": json.dumps(meta)}  # a single key: safetensors writes several in random order
     try:
         save_file(tensors, partial_path, metadata=note)
+        with open(partial_path, "rb") as f:
+            os.fsync(f.fileno())  # a crash of the machine must not leave an empty file
         os.chmod(partial_path, 0o644)  # safetensors makes files that only their owner can read
         os.replace(partial_path, path)
     except SafetensorError as e:
@@ -1761,13 +1772,18 @@ def save_extension(path, unet, state=None, dtype=None, **meta):
     save(path, tensors, meta | extension_note(unet))
 
 
-def save_model(path, unet, vae, clip, dtype=None, **meta):
-    """Write a whole model as a single file in SGM names, with its configuration."""
+def save_model(path, unet, vae, clip, dtype=None, state=None, **meta):
+    """Write a whole model as a single file in SGM names, with its configuration.
+
+    state: {"unet.<our name>" or "clip.<our name>": tensor} in place of some parameters, for example
+    an average.
+    """
     parts = {"unet": unet, "vae": vae, "clip": clip}
     tensors = {}
-    for network in parts.values():
-        state = dict(network.named_parameters())
+    for part, network in parts.items():
+        own = dict(network.named_parameters())
         for ours, (name,) in file_names(network, "sgm").items():
-            tensors[name] = state[ours].to(dtype or state[ours].dtype)
+            t = (state or {}).get(f"{part}.{ours}", own[ours])
+            tensors[name] = t.to(dtype or t.dtype)
     config = {part: asdict(network.config) for part, network in parts.items()}
     save(path, tensors, meta | {"config": config} | extension_note(unet))

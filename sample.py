@@ -129,7 +129,7 @@ def ays_sigmas(steps):
 def lcm_sigmas(steps):
     """The levels AnimateLCM-SVD was distilled on: evenly spaced entries of the 40 Karras sigmas,
     then 0: (steps + 1,)"""
-    levels = exsvd.karras_sigmas(40)
+    levels, steps = exsvd.karras_sigmas(40), min(steps, 40)
     return torch.cat([levels[[40 * i // steps for i in range(steps)]], levels[-1:]])
 
 
@@ -163,9 +163,10 @@ def number(low, high=math.inf, kind=float):
     def check(value):
         try:
             result = kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             result = math.nan
-        if isinstance(value, bool) or not low <= result <= high or not math.isfinite(result):
+        exact = not isinstance(value, (bool, float)) or (type(value) is float and result == value)
+        if not exact or not low <= result <= high or not math.isfinite(result):
             what = "a whole number" if kind is int else "a number"
             limit = f", at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{value}: must be {what} of at least {low}{limit}")
@@ -173,7 +174,7 @@ def number(low, high=math.inf, kind=float):
     return check
 
 
-def whole(low, high=2**63 - 1):
+def integer(low, high=math.inf):
     return number(low, high, int)
 
 
@@ -189,11 +190,12 @@ def frame_size(value):
     return W, H
 
 
-def setting(default, check, help, **flag):
+def setting(default, check, help, in_file=True, **flag):
     """A field of a Settings class. check: a function of the value; a dict or tuple of the names
-    allowed; bool; or str for a path, which is never taken from a model's file. flag: more of
-    argparse's options, such as nargs."""
-    return field(default=default, metadata={"check": check, "help": help, **flag})
+    allowed; bool; or str for a path. in_file: whether a model's file may hold it; a path never may.
+    flag: more of argparse's options, such as nargs."""
+    metadata = {"check": check, "help": help, "in_file": in_file and check is not str}
+    return field(default=default, metadata=metadata | flag)
 
 
 def add_flags(parser, cls):
@@ -201,12 +203,13 @@ def add_flags(parser, cls):
     namespace."""
     for f in fields(cls):
         options = dict(f.metadata)
-        check = options.pop("check")
+        check, _ = options.pop("check"), options.pop("in_file")
         flag = options.pop("flag", "--" + f.name.replace("_", "-"))
         if check is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif callable(check):
             options["type"] = check
+            options.setdefault("metavar", "FILE" if check is str else "N")
         else:
             options["choices"] = tuple(check)
         if f.default is not None and check is not bool:
@@ -221,10 +224,13 @@ def defaults_in_file(cls, meta, part, path):
     """The settings that a model's file carries in its metadata, meta["defaults"][part], checked as
     their flags are: {name: value}. Raises WeightsError for what the class does not have, or a value
     that its flag would refuse."""
-    known = {f.name: f.metadata for f in fields(cls) if f.metadata["check"] is not str}
-    found = (meta or {}).get("defaults", {}).get(part, {})
+    known = {f.name: f.metadata for f in fields(cls) if f.metadata["in_file"]}
+    entries = (meta or {}).get("defaults", {})
+    entries = entries.get(part, {}) if isinstance(entries, dict) else entries
+    if not isinstance(entries, dict):
+        raise exsvd.WeightsError(f"{path}: its defaults are not understood")
     settings = {}
-    for name, value in found.items():
+    for name, value in entries.items():
         if name not in known:
             raise exsvd.WeightsError(f"{path}: its defaults name {name}, which no file may set")
         check, count = known[name]["check"], known[name].get("nargs")
@@ -234,8 +240,8 @@ def defaults_in_file(cls, meta, part, path):
             elif check is bool:
                 good = isinstance(value, bool)
             elif count:
-                value = tuple(map(check, value))
-                good = len(value) == count
+                good = isinstance(value, list) and len(value) == count
+                value = tuple(map(check, value)) if good else value
             else:
                 value = check(value)
                 good = True
@@ -254,12 +260,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Settings:
     """What shapes a video. The defaults are those of the ExVideo authors' tool for their
     release."""
-    frames: int = setting(None, whole(1), "frames to make, in rounds where the model knows fewer [all it knows]", metavar="N")
-    overlap: int = setting(None, whole(1), "frames that a round shares with the one before [an eighth of a round]", metavar="N")
-    size: tuple = setting((512, 512), frame_size, "multiples of 64; by default an area, at the image's aspect ratio", metavar="WxH")
-    steps: int = setting(50, whole(1), "noise levels", metavar="N")
+    frames: int = setting(None, integer(1), "frames to make, in rounds where the model knows fewer [all it knows]", metavar="N")
+    overlap: int = setting(None, integer(1), "frames that a round shares with the one before [an eighth of a round]", metavar="N")
+    size: tuple = setting((512, 512), frame_size, "multiples of 64; by default as many pixels, at the image's aspect ratio", metavar="WxH")
+    steps: int = setting(50, integer(1), "noise levels", metavar="N")
     sampler: str = setting("euler", SAMPLERS, "heun costs twice, dpm++ needs fewer steps, ddim adds fresh noise (--eta)")
-    schedule: str = setting(None, SCHEDULES, "of noise levels; ays, Align Your Steps, is made for 10 [the sampler's own]")
+    schedule: str = setting(None, SCHEDULES, "noise levels; ays, Align Your Steps, was made for 10 steps [the sampler's own]")
     eta: float = setting(0.0, number(0, 1), "share of the noise that ddim replaces by fresh noise at each step")
     share_mean: bool = setting(False, bool, "noise of the same mean in all frames, against a tint that flickers")
     cfg: tuple = setting((2.0, 2.0), number(0), "guidance on the first and the last frame; 1 is none", nargs=2)
@@ -267,13 +273,13 @@ class Settings:
     fps: float = setting(30.0, number(1, 1000), "frames per second; the UNet is conditioned on it, the file is written with it")
     motion: float = setting(127.0, number(0), "amount of motion: 0 to 255 for SVD, 0 to 127 for ExVideo's release")
     aug: float = setting(0.02, number(0), "noise added to the image, which frees the motion from it")
-    seed: int = setting(0, whole(0), "of all noise, which is drawn on the CPU: the same on every device")
-    strength: float = setting(0.5, number(0.01, 1), "of --video: from which noise level on it is made anew; 1 is all")
-    decode_chunk: int = setting(16, whole(1), "frames decoded at once; fewer need less memory", metavar="N")
+    seed: int = setting(0, integer(0, 2**63 - 1), "of all noise, which is drawn on the CPU: the same on every device")
+    strength: float = setting(0.5, number(0.01, 1), "with --video: how much is made anew; 1 is everything")
+    decode_chunk: int = setting(16, integer(1), "frames decoded at once; fewer need less memory", metavar="N")
     match_stats: bool = setting(False, bool, "give the latents of every frame the mean and deviation of the video")
     contrast: float = setting(1.0, number(0.01), "factor on the latents before they are decoded")
     encode_scale: float = setting(exsvd.VAE_SCALE, number(0.01), "factor on latents of --video and --keyframe")
-    native: int = setting(None, whole(1), "frames the base was trained on: 14 for svd.safetensors [as its file says, or 25]")
+    native: int = setting(None, integer(1), "frames the base was trained on: 14 for svd.safetensors [as its file says, or 25]")
     dtype: str = setting(None, DTYPES, "of the networks [what the device is good at: exsvd.best_dtype]")
 
 
@@ -301,7 +307,7 @@ def settings_for(svd, given=None, model="the model", extension="the extension"):
     in_extension = defaults_in_file(Settings, svd.extension, "sample", extension)
     s = Settings(**(published | in_model | in_extension | (given or {})))
     native = s.native or svd.unet.config.native_frames
-    dtype = s.dtype or str(svd.unet.conv_out.weight.dtype).removeprefix("torch.")
+    dtype = str(svd.unet.conv_out.weight.dtype).removeprefix("torch.")
     schedule = s.schedule or SAMPLERS[s.sampler].schedule
     return replace(s, native=native, dtype=dtype, schedule=schedule)
 
@@ -568,7 +574,7 @@ def decoded_frame(vae, z, number, chunk):
 
 def to_pixels(frames):
     """float (n,3,H,W) in [-1,1] -> uint8 (n,H,W,3)"""
-    return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return data.to_uint8(frames.clamp(-1, 1)).permute(0, 2, 3, 1)
 
 
 @torch.inference_mode()
@@ -589,8 +595,7 @@ def write_video(vae, latents, s, out, keyframes=()):
 
 @contextmanager
 def on_device(device, *networks):
-    """Networks on the device for a while, then back where they wait. Nothing moves where that is
-    the same place."""
+    """Moves networks to the device, and back afterwards. Does nothing if they are there already."""
     networks = [n for n in networks if getattr(n, "stream", None) is None]  # a Stream moves the UNet
     homes = [next(network.parameters()).device for network in networks]
     with torch.inference_mode(False):  # parameters moved in inference mode can't be trained again
@@ -642,11 +647,11 @@ def parse(argv):
     add("--out", help="a .mp4, .webm or .gif file, or with a final slash a folder of PNGs. {name} is "
                       "the image's name, {seed} the seed [out/{name}.mp4; of --video "
                       "out/{name}-refined.mp4]")
-    add("--seeds", type=whole(1), default=1, metavar="N", help="videos of each image [1]")
+    add("--seeds", type=integer(1), default=1, metavar="N", help="videos of each image [1]")
     add("--overwrite", action="store_true", help="of several videos, make again those that exist")
     cuda = torch.cuda.is_available()
     add("--device", default="cuda" if cuda else "cpu", help="[cuda if there is one, else cpu]")
-    add("--offload", action="store_true", help="for small GPUs: what is not at work waits on the CPU")
+    add("--offload", action="store_true", help="for small GPUs: networks wait in CPU memory until they are used")
     add("--compile", action="store_true", help="torch.compile; the first step takes minutes")
     add_flags(p.add_argument_group("settings"), Settings)
     a = p.parse_args(argv)
@@ -659,6 +664,8 @@ def parse(argv):
         p.error("give at least one image, such as assets/img.png, or --decode-only FILE")
     if a.video and len(a.images) > 1:
         p.error("--video refines one video: give one IMAGE, or none")
+    if a.decode_only and a.seeds > 1:
+        p.error("--decode-only decodes one file: leave out --seeds")
     try:
         torch.zeros(1, device=a.device).cpu()
     except (RuntimeError, AssertionError) as e:
@@ -697,7 +704,10 @@ def default_model(a):
     model, *extensions = (os.path.join(HERE, "weights", name) for name in
                           ("svd_xt.safetensors", "exvideo.safetensors", "model.fp16.safetensors"))
     if os.path.exists(model):
-        return model, a.extension or next(filter(os.path.exists, extensions), None)
+        tuned = None if a.unet else next(filter(os.path.exists, extensions), None)
+        return model, a.extension or tuned
+    if a.unet:
+        raise exsvd.WeightsError("--unet: needs the --model that it belongs to")
     print("no weights/svd_xt.safetensors: using the toy in assets/. README.md says how to get the "
           "real weights", file=sys.stderr)
     toy = os.path.join(HERE, "assets", "toy.safetensors")
@@ -742,9 +752,10 @@ def saved_latents(path):
 def decode_again(a, given, model, device):
     """--decode-only: a video from the latents that an earlier run saved."""
     latents, s, keyframes = saved_latents(a.decode_only)
-    s = replace(s, **given)
+    dtype = given.get("dtype") or str(exsvd.best_dtype(device)).removeprefix("torch.")
+    s = replace(s, **(given | {"dtype": dtype, "frames": s.frames, "size": s.size}))
     [(_, _, out)] = a.jobs
-    vae = exsvd.load(model, None, getattr(torch, s.dtype), device, parts=("vae",)).vae
+    vae = exsvd.load(model, None, getattr(torch, dtype), device, parts=("vae",)).vae
     write_video(vae, latents.to(device), s, out, keyframes)
     print(f"{out}: {s.frames} frames at {s.fps:g} fps, {peak_memory(device)} at the peak")
 
@@ -787,7 +798,9 @@ def resampled(latents, frames):
 
 def load(a, given, model, extension, device):
     """The three networks, ready to sample, and their Settings."""
-    dtype = getattr(torch, given["dtype"]) if "dtype" in given else exsvd.best_dtype(device)
+    meta = exsvd.open_model(model)[0]["unet"].meta
+    wanted = (defaults_in_file(Settings, meta, "sample", model) | given).get("dtype")
+    dtype = getattr(torch, wanted) if wanted else exsvd.best_dtype(device)
     svd = exsvd.load(model, extension, dtype, "cpu" if a.offload else device, unet=a.unet)
     s = settings_for(svd, given, model, extension)
     if a.offload:
@@ -804,7 +817,7 @@ def load(a, given, model, extension, device):
 def complete(s, a, given, svd, img, seed, video=None):
     """Settings for one image (H,W,3): what was left open is filled in. video: a Video to refine."""
     known = svd.unet.max_frames or s.native
-    frames = s.frames or (len(video.latents) if video else known)
+    frames = given.get("frames") or (len(video.latents) if video else s.frames or known)
     size, fps = s.size, s.fps
     if video:
         H, W = video.latents.shape[2:]
@@ -871,8 +884,10 @@ def peak_memory(device):
 
 def use_idle_cores():
     """PyTorch waits for its slowest thread, so one on a busy core holds up all others."""
-    if hasattr(os, "getloadavg"):  # not on Windows
-        idle = os.cpu_count() - round(os.getloadavg()[0])
+    if os.path.exists("/proc/loadavg"):  # on Linux
+        with open("/proc/loadavg") as f:
+            running = int(f.read().split()[3].split("/")[0]) - 1  # besides this process
+        idle = os.cpu_count() - running
         torch.set_num_threads(max(1, min(torch.get_num_threads(), idle)))
 
 
@@ -890,8 +905,10 @@ def main(argv=None):
         decode_again(a, given, model, device)
         return
 
-    # what can't be read is to be known before the networks are loaded
-    if a.video and not a.video.endswith(".safetensors"):
+    # fail on unreadable files before the networks are loaded
+    if a.video and a.video.endswith(".safetensors"):
+        saved_latents(a.video)
+    elif a.video:
         two_frames = itertools.islice(data.video_frames(a.video), 2)
         if len(list(two_frames)) < 2:
             raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE")
@@ -933,7 +950,7 @@ memory), or --size."""
 
 
 def command(argv=None):
-    """main(), for a shell: what the user can mend is one line and exit code 1."""
+    """main(), for a shell: what the user can fix is one line and exit code 1."""
     # as an exception, which removes temporary files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("sample.py: terminated"))
     try:

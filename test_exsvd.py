@@ -1286,6 +1286,17 @@ def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
     assert os.listdir(tmp_path) == ["x.safetensors"], "no temporary file is left"
 
 
+def test_ids_that_a_file_lacks_have_no_effect_yet():
+    """A code that conditions on one more number loads the files of before."""
+    code = exsvd.UNetConfig(ids=("fps", "motion", "aug", "pan"))
+    assert exsvd.configure(code, {"ids": ["fps", "motion", "aug"]}, "a file").ids == code.ids
+    weight = torch.randn(4, 3 * exsvd.ID_DIM)
+    for name in ("model.diffusion_model.label_emb.0.0", "add_embedding.linear_1", "cond_embed.0"):
+        wider = exsvd.convert([f"{name}.weight"], [weight], (4, 4 * exsvd.ID_DIM))
+        assert torch.equal(wider[:, :weight.shape[1]], weight)
+        assert not wider[:, weight.shape[1]:].any() and wider.shape == (4, 4 * exsvd.ID_DIM)
+
+
 # --------------------------------------------------------------------------------------------------
 # 2. data.py: pictures and videos in and out
 
@@ -2302,14 +2313,16 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(fail_at, capsys):
 @torch.no_grad()
 def test_seams_do_not_show():
     """The mean change from frame to frame beside that of the whole decode: at the seams as
-    elsewhere."""
+    elsewhere, to 2 % in the mean of three flights into photographs and to 0.05 of 255 in each. (Of
+    a smooth picture, a rocket in the sky, it is 7 %, and 0.02 of 255.)"""
     vae = exsvd.load(os.path.join(HERE, "assets", "toy.safetensors"), parts=("vae",)).vae
     overlap, ratios = 4, []
-    for number in range(2):
-        flight = world.flight(world.picture(9, number), world.scales(60, world.FPS, 40), 64)
-        z = vae.encode(flight)[None]
+    for name in ("astronaut", "chelsea", "coffee"):
+        photograph = data.read_image(os.path.join(HERE, "toy", "photographs", f"{name}.jpg"))
+        photograph = data.fit_image(photograph, 256, 256)
+        z = vae.encode(world.flight(photograph, world.scales(60, world.FPS, 48), 64))[None]
         whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, 16))
-        video, seam = torch.cat(pieces), torch.zeros(39, dtype=torch.bool)
+        video, seam = torch.cat(pieces), torch.zeros(47, dtype=torch.bool)
         for begin in np.cumsum([len(p) for p in pieces])[:-1]:
             seam[begin - 1:begin + overlap] = True  # every change that involves a blended frame
         change, true = ((x[1:] - x[:-1]).abs().mean((1, 2, 3)) * 127.5 for x in (video, whole))
@@ -2319,7 +2332,7 @@ def test_seams_do_not_show():
         print(f"change at the seams x {ratios[-1]:.3f} of elsewhere, {excess:+.3f} of 255; "
               f"PSNR against the whole decode {psnr:.1f} dB")  # pytest -s shows it
         assert psnr > 50 and abs(excess) < 0.05
-    assert abs(torch.stack(ratios).mean() - 1) <= 0.03, ratios
+    assert abs(torch.stack(ratios).mean() - 1) <= 0.02, ratios
 
 
 @torch.no_grad()
@@ -2623,7 +2636,7 @@ def test_default_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "HERE", str(tmp_path))
 
     def chosen(model=None, extension=None):
-        paths = sample.default_model(argparse.Namespace(model=model, extension=extension))
+        paths = sample.default_model(argparse.Namespace(model=model, extension=extension, unet=None))
         return tuple(path and os.path.relpath(path, tmp_path) for path in paths)
 
     assert chosen() == ("assets/toy.safetensors", "assets/toy-exvideo.safetensors")
@@ -3296,6 +3309,10 @@ def test_accumulated_passes_are_one_large_batch(small, clips, tmp_path):
     losses = [[float(row["loss"]) for row in run] for run in rows]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     close(moments[1], moments[0], 1e-3, "first moments")
+    # the number of passes may change within a run: there are fewer ranks, say
+    train_here("--model", small, "--data", clips, "--out", out, "--steps", 3, "--accumulate", 3)
+    state = json.loads((out / "state-00000003" / "state.json").read_text())
+    assert state["shards"]["updates"] == 3 and state["videos"] == 7, "the average follows"
 
 
 def test_optimiser_on_the_cpu(small, clips, tmp_path):
@@ -3336,9 +3353,9 @@ HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_support
     "float16", marks=pytest.mark.skipif(not HAS_FP16, reason="no fp16 on this CPU"))])
 def test_half_precision_keeps_fp32_masters(small, clips, tmp_path, dtype):
     """A resumed run keeps its dtype."""
-    args = ("--model", small, "--data", clips, "--out", tmp_path)
-    train_here(*args, "--frames", 2, "--train", "to_q", "--steps", 1, "--dtype", dtype)
-    assert train.parse([*map(str, args)]).dtype == dtype
+    train_here("--model", small, "--data", clips, "--out", tmp_path, "--frames", 2,
+               "--train", "to_q", "--steps", 1, "--dtype", dtype)
+    assert train.dtype_of_run(tmp_path) == dtype
     master = flat(tmp_path, 1, "master", groups=1)[0]
     assert master.dtype == torch.float32
     assert not torch.equal(master, master.to(getattr(torch, dtype)).float())

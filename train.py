@@ -85,7 +85,7 @@ from tqdm import tqdm
 import data
 import exsvd
 import sample
-from sample import frame_size, number, setting, whole
+from sample import frame_size, integer, number, setting
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOY = os.path.join(HERE, "assets", "toy.safetensors")
@@ -121,43 +121,43 @@ CHECKPOINTS = {"memory": "memory", "speed": "speed", "none": None}  # -> UNet.ch
 @dataclass(frozen=True)
 class Settings:
     """What shapes a run. The defaults are the paper's; a model's file may hold others."""
-    model: str = setting(TOY, str, "single file or diffusers folder")
-    extension: str = setting(None, str, "ExVideo release or own extension to go on from [none: extended afresh]")
+    model: str = setting(None, str, "single file or diffusers folder [the toy]")
+    extension: str = setting(None, str, "ExVideo release or own extension to go on from [none: a new extension]")
     data: str = setting(None, str, "folder of videos, .txt/.csv/.json list, encoded latents, or a Python file of clips")
     out: str = setting(None, str, "run folder; the same one resumes [runs/exvideo; of the toy runs/toy]")
-    native: int = setting(None, whole(1), "frames the base was trained on: 14 for svd.safetensors [as its file says, or 25]")
-    train: str = setting("temporal", pattern, "temporal: the extension, as the paper does; all: UNet and CLIP; or a regex")
-    frames: int = setting(128, whole(1), "of a clip; beyond its native length a model is extended")
+    native: int = setting(None, integer(1), "frames the base was trained on: 14 for svd.safetensors [as its file says, or 25]")
+    train: str = setting("temporal", pattern, "temporal: the extension, as the paper does; all: UNet and CLIP; or a regex", in_file=False)
+    frames: int = setting(128, integer(1), "frames of a clip; a model that knows fewer is extended")
     size: tuple = setting((512, 512), frame_size, "WIDTHxHEIGHT, multiples of 64")
-    stride: int = setting(1, whole(1), "take every k-th frame of a video")
+    stride: int = setting(1, integer(1), "take every k-th frame of a video")
     fps: float = setting(None, number(1e-3), "take frames at this rate instead of a stride")
     motion: str = setting("exvideo", bucket, "exvideo: buckets 0..127 as the release was tuned with; or one number for all")
-    skip_static: float = setting(0.0, number(0, 1), "leave out shots that change less a frame; a still: 0.002")
+    skip_static: float = setting(0.0, number(0, 1), "leave out shots that change less per frame; 0.002 finds stills")
 
-    steps: int = setting(64000, whole(1), "optimiser steps in all")
-    batch: int = setting(1, whole(1), "videos per GPU and pass")
-    accumulate: int = setting(1, whole(1), "passes per step; gradients add up in fp32, with --offload in 16 bits")
+    steps: int = setting(64000, integer(1), "optimiser steps in all")
+    batch: int = setting(1, integer(1), "videos per GPU and pass")
+    accumulate: int = setting(1, integer(1), "passes per step; gradients add up in fp32, with --offload in 16 bits")
     lr: float = setting(1e-5, number(0, 1), "learning rate")
-    warmup: int = setting(0, whole(0), "steps over which the learning rate rises from 0")
+    warmup: int = setting(0, integer(0), "steps over which the learning rate rises from 0")
     weight_decay: float = setting(0.01, number(0), "on matrices and convolutions")
     clip: float = setting(1.0, number(0), "limit of the gradient norm, 0: none")
     ema: float = setting(0.9999, number(0, 1), "decay of the average, after its warm-up")
     loss: str = setting("edm", exsvd.LOSSES, "noise levels and weighting")
     drop: float = setting(0.1, number(0, 1), "share of videos that lose their image, so that guidance keeps working")
-    seed: int = setting(0, whole(0), "of all that is drawn")
+    seed: int = setting(0, integer(0), "of all random numbers")
 
     dtype: str = setting(None, sample.DTYPES, "of the weights; float16 scales the loss [by device: exsvd.best_dtype]")
     offload: bool = setting(False, bool, "optimiser, masters, moments and EMA in CPU memory")
     deepspeed_config: str = setting(None, str, "JSON file, merged over our DeepSpeed settings: TensorBoard, W&B, ...", flag="--deepspeed_config")
-    checkpoint: str = setting("memory", CHECKPOINTS, "activations kept: least; twice that, a sixth less work; or all")
-    workers: int = setting(2, whole(0), "processes per rank that read clips")
+    checkpoint: str = setting("memory", CHECKPOINTS, "memory: keeps the fewest activations; speed: twice that, a sixth less work; none: all")
+    workers: int = setting(2, integer(0), "processes per rank that read clips")
     timeout: float = setting(30.0, number(0.1), "minutes after which ranks give up waiting for another")
     deterministic: bool = setting(False, bool, "bit-identical on CUDA too, slower")
 
-    save_every: int = setting(500, whole(1), "steps between states")
-    weights_every: int = setting(5000, whole(1), "steps between weight files")
-    log_every: int = setting(10, whole(1), "steps per row of log.csv")
-    sample_every: int = setting(0, whole(0), "steps between samples of the EMA, from one image and noise; 0: never")
+    save_every: int = setting(500, integer(1), "steps between states")
+    weights_every: int = setting(5000, integer(1), "steps between weight files")
+    log_every: int = setting(10, integer(1), "steps per row of log.csv")
+    sample_every: int = setting(0, integer(0), "steps between samples of the EMA, from one image and noise; 0: never")
     sample_image: str = setting(None, str, "sample from this image [the first clip's first frame]")
 
 
@@ -179,25 +179,34 @@ def parse(argv=None):
 
     model = given.get("model", TOY)
     meta = exsvd.open_model(model)[0]["unet"].meta
-    s = Settings(**(sample.defaults_in_file(Settings, meta, "train", model) | given))
+    s = Settings(**(sample.defaults_in_file(Settings, meta, "train", model) | given | {"model": model}))
     if model == TOY:
         s = replace(s, data=s.data or TOY_CLIPS, sample_image=s.sample_image or TOY_IMAGE)
     if s.data is None:
         p.error("--data is needed with --model: a folder of videos, for example")
     s = replace(s, out=s.out or ("runs/toy" if model == TOY else "runs/exvideo"))
-    if s.dtype is None:
-        s = replace(s, dtype=default_dtype(s.out))
+    if "dtype" not in given:
+        s = replace(s, dtype=dtype_of_run(s.out) or s.dtype or best_dtype())
     if s.sample_image:
-        data.read_image(s.sample_image)  # what can't be read is to be known before a run of days
+        data.read_image(s.sample_image)  # fail now, not at the first sample
+    if s.deepspeed_config:
+        try:
+            with open(s.deepspeed_config) as f:
+                json.load(f)
+        except (OSError, ValueError) as e:
+            p.error(f"--deepspeed_config {s.deepspeed_config}: not readable as JSON ({e})")
     return s
 
 
-def default_dtype(out):
-    """A run that is resumed keeps its dtype, whatever the machine. A new one takes what is fast."""
-    path = os.path.join(out, "run.json")
-    if os.path.exists(path):
-        with open(path) as f:
-            return json.load(f)["settings"]["dtype"]
+def dtype_of_run(out):
+    """The dtype of a run that is resumed, on whatever machine; None of a new run."""
+    if not os.path.isdir(out) or not saved_states(out):
+        return None
+    with open(os.path.join(out, "run.json")) as f:
+        return json.load(f)["settings"]["dtype"]
+
+
+def best_dtype():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return str(exsvd.best_dtype(device, training=True)).removeprefix("torch.")
 
@@ -238,8 +247,8 @@ def is_named(s, name):
 
 
 def load_networks(s, pixels, device):
-    """SVD, extended to --frames: fp32 what is trained or saved with it, the rest in its final dtype.
-    VAE and CLIP only where clips are pixels."""
+    """SVD, extended to --frames. What is trained, or saved with it, is loaded in fp32, the rest in
+    --dtype. VAE and CLIP are there only where clips are pixels."""
     def keep_float32(name):
         return is_named(s, name) or in_extension(name) or name.startswith("vae.")
 
@@ -257,13 +266,13 @@ def load_networks(s, pixels, device):
     return svd
 
 
-def choose(s, svd):
+def prepare(s, svd):
     """-> the module that DeepSpeed wraps, in its final dtype; {name: parameter} of what is trained;
     fp32 values {name: tensor} of that and of the rest of the extension."""
     module = PostTuning(svd.unet, svd.clip, exsvd.LOSSES[s.loss])
     trained = {}
     for name, p in module.named_parameters():
-        # what can't matter while the context is one token gets no gradient: it must not decay either
+        # parameters without effect (exsvd.IDLE) get no gradient: training would only decay them
         p.requires_grad_(is_named(s, name) and not exsvd.IDLE.search(name))
         if p.requires_grad:
             trained[name] = p
@@ -331,6 +340,8 @@ def deepspeed_config(s, elements):
             config = merge(config, json.load(f))
     zero = config["zero_optimization"]
     assert zero["stage"] == 2 and not zero["round_robin_gradients"], "Shards is written for ZeRO-2"
+    same = config["gradient_accumulation_steps"] == s.accumulate
+    assert same and config["train_micro_batch_size_per_gpu"] == s.batch, "use --accumulate, --batch"
     return config
 
 
@@ -401,14 +412,14 @@ class Shards:
         Every rank must call it."""
         weights = {}
         for rank in range(self.world):
-            parts = [(a if rank == self.rank else torch.empty_like(a)) for a in self.average]
-            parts = [part.to(self.device) for part in parts]
-            for part in parts:
-                dist.broadcast(part, rank)
-            if self.rank == 0:
-                for i, part, name, shape, piece in self.pieces(rank):
-                    whole_tensor = weights.setdefault(name, torch.empty(shape))
-                    whole_tensor.view(-1)[piece] = parts[i][part].cpu()
+            for group, own in enumerate(self.average):
+                flat = own
+                if self.world > 1:
+                    flat = (own if rank == self.rank else torch.empty_like(own)).to(self.device)
+                    dist.broadcast(flat, rank)
+                for i, part, name, shape, piece in self.pieces(rank) if self.rank == 0 else ():
+                    if i == group:
+                        weights.setdefault(name, torch.empty(shape)).view(-1)[piece] = flat[part].cpu()
         return weights
 
     def save(self, path):
@@ -421,6 +432,7 @@ class Shards:
                 if torch.is_tensor(value) and value.shape == master.shape:
                     tensors[f"{i}.{key}"] = value
                 else:  # a step count: [its value, whether it is a tensor]
+                    assert not torch.is_tensor(value) or value.numel() == 1, f"can't save {key}"
                     others[key] = [float(value), torch.is_tensor(value)]
             numbers.append(others)
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)
@@ -472,6 +484,8 @@ class Shards:
             setattr(self.zero.loss_scaler, key, value)
         for key, value in saved["engine"].items():
             setattr(self.engine, key, value)
+        passes = self.engine.gradient_accumulation_steps()  # which may be others than before
+        self.engine.micro_steps = self.engine.global_steps * passes
         if self.engine.lr_scheduler and saved["scheduler"]:
             self.engine.lr_scheduler.load_state_dict(saved["scheduler"])
         self.zero.update_lp_params()  # the model's weights, from the masters
@@ -517,15 +531,15 @@ def saved_states(out):
 
 
 def of_all_ranks(value):
-    """[what each rank gives]; pickled, so for small things."""
+    """A list with the value of each rank. Values are pickled: keep them small."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def on_all_ranks(f, *args):
-    """f(*args) on every rank -> its result. Where the disk fails one rank, all raise OSError, or the
-    others would wait for it in the next collective."""
+    """f(*args) on every rank -> its result. If the disk fails on one rank, all raise OSError;
+    otherwise the others would wait for it."""
     result = problem = None
     try:
         result = f(*args)
@@ -555,7 +569,7 @@ def save_state(out, shards, position):
             about = position | {"shards": saved, "ranks": shards.world}
             write(os.path.join(part, "state.json"), json.dumps(about))
             sync(part)
-            if os.path.exists(final):  # it could not be read, or the run would not be here
+            if os.path.exists(final):  # damaged, or the run would not come to this step
                 shutil.rmtree(final)
             os.rename(part, final)
             sync(out)
@@ -653,12 +667,13 @@ class Run:
     world: int
     device: torch.device
     dataset: object
+    item: dict          # the first one
     svd: exsvd.SVD
     module: PostTuning
     shards: Shards
-    untrained: dict  # {name: fp32 tensor}: what an extension file holds besides what is trained
+    untrained: dict     # {name: fp32 tensor}: what an extension file holds besides what is trained
     is_extension: bool  # nothing but the extension is trained, so an extension is saved
-    fixed: dict      # settings and model that a resumed run must have too
+    fixed: dict         # settings and model that a resumed run must have too
 
     def say(self, *words, **options):
         if self.rank == 0:
@@ -706,8 +721,8 @@ def join_ranks(s):
 
 
 def open_clips(s, rank):
-    """The dataset, its first item checked. Rank 0 comes first: it builds the index of a folder of
-    videos, which the other ranks then find."""
+    """-> the dataset, and its first item, checked. Rank 0 comes first: it builds the index of a
+    folder of videos, which the other ranks then find."""
     options = dict(stride=s.stride, fps=s.fps, motion=s.motion, skip_static=s.skip_static)
     if rank > 0:
         dist.barrier()
@@ -715,23 +730,24 @@ def open_clips(s, rank):
     if rank == 0:
         dist.barrier()
     config = exsvd.open_model(s.model)[1][0]
-    data.check_item(dataset[0], s.frames, s.size, config.context_dim, config.ids)
-    return dataset
+    item = dataset[0]
+    data.check_item(item, s.frames, s.size, config.context_dim, config.ids)
+    return dataset, item
 
 
 def begin(s, rank, world, device):
     """All that comes before the first step -> Run"""
     os.makedirs(s.out, exist_ok=True)
-    dataset = open_clips(s, rank)
-    pixels = "video" in dataset[0]
-    if not pixels and s.train == "all":
-        sys.exit(f"train.py: {s.data} holds CLIP embeddings, but to train CLIP needs the videos")
-    svd = load_networks(s, pixels, device)
-    known = svd.unet.conv_out.weight.float().numpy().tobytes()
+    dataset, item = open_clips(s, rank)
+    if "latents" in item and s.train == "all":
+        sys.exit(f"train.py: {s.data} holds CLIP embeddings, but training CLIP needs the videos")
+    torch.manual_seed(s.seed)  # of what a modified extend() draws
+    svd = load_networks(s, "video" in item, device)
+    last_layer = svd.unet.conv_out.weight.float().numpy().tobytes()
     fixed = {key: value for key, value in asdict(s).items() if key not in MAY_CHANGE}
-    fixed["model_id"] = hashlib.blake2b(known, digest_size=8).hexdigest()
+    fixed["model_id"] = hashlib.blake2b(last_layer, digest_size=8).hexdigest()
     fixed = json.loads(json.dumps(fixed))  # as it will be read again: tuples become lists
-    module, trained, values = choose(s, svd)
+    module, trained, values = prepare(s, svd)
 
     import deepspeed
     config = deepspeed_config(s, sum(p.numel() for p in trained.values()))
@@ -743,7 +759,7 @@ def begin(s, rank, world, device):
     shards.start_from(values)
     untrained = {name: t for name, t in values.items() if name not in trained}
     is_extension = svd.unet.max_frames is not None and all(map(in_extension, trained))
-    run = Run(s, rank, world, device, dataset, svd, module, shards, untrained, is_extension, fixed)
+    run = Run(s, rank, world, device, dataset, item, svd, module, shards, untrained, is_extension, fixed)
 
     if hasattr(dataset, "describe"):
         run.say(dataset.describe())
@@ -760,8 +776,8 @@ def begin(s, rank, world, device):
 def write_run_json(s, config):
     """Settings, versions and commit: what a run was made by."""
     import deepspeed
-    commit = None
-    if git := shutil.which("git"):
+    git, commit = shutil.which("git"), None
+    if git:
         command = [git, "-C", HERE, "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     python = sys.version.split()[0]
@@ -775,22 +791,24 @@ def resume(run):
     last row of log.csv, see add_losses()"""
     s, shards, fixed = run.s, run.shards, run.fixed
     sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=run.device)
-    found = newest_state(s.out, run.say)
-    if found is None:
+    newest = newest_state(s.out, run.say)
+    if newest is None:
         return 0, 0, sums
-    folder, info, paths = found
+    folder, info, paths = newest
     changed = [f"{key} {value} (now {fixed.get(key)})" for key, value in info["settings"].items()
                if fixed.get(key) != value]
     difference = f"was made with {', '.join(changed)}" if changed else shards.difference(info["shards"])
     if difference:
-        sys.exit(f"train.py: {folder} {difference}: use what it was made with, or another --out with "
-                 "--extension to start from its weights")
+        advice = " with --extension to start from its weights" if changed else ""
+        sys.exit(f"train.py: {folder} {difference}: use what it was made with, or another --out{advice}")
     shards.load(paths, info["shards"])
     if run.rank == 0:
         sums += torch.tensor(info["sums"], device=run.device)
     run.say(f"resumed from {folder}: step {info['step']}, {info['videos']} videos seen")
     if info["data"] != getattr(run.dataset, "id", ""):
         run.say(f"warning: {s.data} holds other clips than when that was saved")
+    if info["step"] >= s.steps:
+        run.say(f"nothing is left to do: --steps {s.steps} is reached")
     return info["step"], info["videos"], sums
 
 
@@ -832,11 +850,12 @@ def encode(run, item):
         frames = data.to_float(video.to(run.device))
         aug, noise = data.draw_condition(run.s.seed, name, run.s.size)
         cond, ctx = data.encode_condition(vae, clip, frames[0], aug, noise)
-        if run.module.clip is not None:
-            ctx = exsvd.preprocess_clip(frames[:1], clip.config.image)
         latents.append(data.encode_frames(vae, frames))
         conds.append(cond)
-        ctxs.append(ctx.view(ctx.shape[-3:] if ctx.ndim == 4 else (1, -1)))
+        if run.module.clip is None:
+            ctxs.append(ctx[None])
+        else:
+            ctxs.append(exsvd.preprocess_clip(frames[:1], clip.config.image)[0])
         augs.append(aug)
     return torch.stack(latents), torch.stack(conds), torch.stack(ctxs), torch.stack(augs)
 
@@ -875,18 +894,28 @@ def weights_replaced(module, weights):
 
 
 def sample_start(run):
-    """What samples start from: an image (3,H,W) in [-1,1], and what the clips know of the settings,
-    {"fps", "motion"} or nothing."""
+    """What samples start from: an image (3,H,W) in [-1,1], and settings that the first clip has:
+    those of UNetConfig.ids, or nothing for --sample-image."""
     if run.s.sample_image:
         return data.fit_image(data.read_image(run.s.sample_image), *run.s.size), {}
-    item = run.dataset[0]
+    item = run.item
     if "video" in item:
         img = data.to_float(item["video"][0])
     else:
         vae, _ = run.decoders()
         z = item["latents"][None, :1].to(run.device)
         img = vae.decode(z)[0, 0].float().clamp(-1, 1).cpu()
-    return img, {"fps": max(1.0, float(item["fps"])), "motion": float(item["motion"])}
+    known = {name: float(item[name]) for name in run.module.unet.config.ids if name in item}
+    return img, known | {"fps": max(1.0, float(item["fps"]))}
+
+
+def own_sampling(run):
+    """How what is trained wants to be sampled: as the model and the extension that it began with, at
+    the size it is trained at."""
+    sampling = {}
+    for meta in (run.svd.meta, run.svd.extension or {}):
+        sampling |= meta.get("defaults", {}).get("sample", {})
+    return sampling | {"size": run.s.size}
 
 
 @torch.no_grad()
@@ -894,8 +923,9 @@ def sample_video(run, img, known):
     """Frames (T,3,H,W) in [-1,1], and their sample.Settings, as sample.py makes them."""
     s = run.s
     vae, clip = run.decoders()
-    svd = replace(run.svd, unet=run.module.unet, vae=vae, clip=clip, extension=None)
-    given = known | dict(seed=s.seed, frames=s.frames, size=s.size)
+    meta = {"defaults": {"sample": own_sampling(run)}}
+    svd = replace(run.svd, unet=run.module.unet, vae=vae, clip=clip, extension=meta)
+    given = known | dict(seed=s.seed, frames=s.frames)
     settings = sample.settings_for(svd, given, s.model)
     latents = sample.make_latents(svd, img, settings, run.device)
     z = sample.adjust(latents, settings) / exsvd.VAE_SCALE
@@ -931,7 +961,7 @@ def save_sample(run, step, frames, img, settings):
 
 
 def take_sample(run, step, videos, start):
-    """A video from the average. A disk or memory that is full is no reason to end a run."""
+    """A video from the average. If disk or memory is full, the run warns and goes on."""
     average = run.shards.gather_average()
     if run.rank == 0:
         img, known = start
@@ -953,17 +983,16 @@ def take_sample(run, step, videos, start):
 def save_weights(run, path, average):
     """Write the live module with the average in place of what is trained, in float16. For rank 0.
 
-    average: {name: fp32 tensor}, see Shards.gather_average()."""
-    defaults = run.svd.meta.get("defaults", {})
-    meta = {"settings": run.fixed, "defaults": defaults}
+    average: {name: fp32 tensor}, see Shards.gather_average(). Of a whole model, what is not trained
+    has been rounded to --dtype."""
+    meta, unet, weights = {"settings": run.fixed}, run.module.unet, run.untrained | average
     if run.is_extension:
-        meta["defaults"] = {"sample": defaults.get("sample", {}) | {"size": run.s.size}}
-        weights = run.untrained | average
+        meta["defaults"] = {"sample": own_sampling(run)}
         weights = {name.removeprefix("unet."): t for name, t in weights.items()}
-        exsvd.save_extension(path, run.module.unet, weights, torch.float16, **meta)
+        exsvd.save_extension(path, unet, weights, torch.float16, **meta)
     else:
-        with weights_replaced(run.module, average):
-            exsvd.save_model(path, run.module.unet, *run.decoders(), torch.float16, **meta)
+        meta["defaults"] = run.svd.meta.get("defaults", {})
+        exsvd.save_model(path, unet, *run.decoders(), torch.float16, weights, **meta)
 
 
 def try_saving(run):
@@ -1006,8 +1035,7 @@ def main(argv=None):
     shards, engine = run.shards, run.shards.engine
     learning_rates = [group["lr"] for group in engine.optimizer.param_groups]
     step, videos, sums = resume(run)
-    if step == 0:
-        try_saving(run)
+    try_saving(run)
     loader = iter(torch.utils.data.DataLoader(
         run.dataset, batch_sampler=videos_of(rank, world, s.batch, videos), num_workers=s.workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
@@ -1059,7 +1087,10 @@ def main(argv=None):
                 n = step - logged
                 speed = n * s.accumulate * world * s.batch * s.frames / seconds
                 lr, norm = engine.optimizer.param_groups[0]["lr"], engine.get_global_grad_norm()
-                log.row(step, videos, total, norm, lr, seconds / n, speed, device)
+                try:
+                    log.row(step, videos, total, norm, lr, seconds / n, speed, device)
+                except OSError as e:
+                    run.say(f"warning: step {step} is missing in log.csv ({e})")
                 mean = float(total[0, 0] / total[1, 0])
                 run.monitor({"train/loss": mean, "train/lr": lr}, videos)
                 bar.set_postfix(loss=f"{mean:.4f}")
@@ -1094,5 +1125,6 @@ if __name__ == "__main__":
         sys.exit("train.py: out of memory. From what costs least: --checkpoint memory, --offload, "
                  "more GPUs, fewer --frames, a smaller --size")
     finally:  # readers ignore SIGTERM, so Python would wait for them without end
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which PyTorch reports readers that die
         for reader in multiprocessing.active_children():
             reader.kill()
