@@ -3,8 +3,9 @@
     pip install -r requirements.txt pytest diffusers transformers
     python -m pytest -q test_exsvd.py
 
-Networks are small and their weights random, since nothing here depends on what was learned; diffusers and transformers,
-holding the same weights, are the reference. What needs a GPU skips and says so. Runtime: see README.md.
+Networks are small and their weights random, since nothing here depends on what was learned. The
+reference is diffusers and transformers with the same weights. What needs a GPU skips and says so.
+Runtime: see README.md.
 
     1. exsvd.py    parity, extension, checkpoints, memory
     2. data.py     pictures and videos in and out
@@ -62,14 +63,15 @@ from toy import measure, world
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-torch.set_num_threads(1)  # networks this small don't gain from more, and lose much on a busy machine
+torch.set_num_threads(1)  # networks this small don't gain from more
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Small networks with random weights: four levels and all blocks of the real ones, only narrower.
 
 UNET = exsvd.UNetConfig(channels=(32, 64, 96, 96), heads=(1, 2, 3, 2), context_dim=40)
 VAE = exsvd.VAEConfig(channels=(32, 64, 96, 96))
 CLIP = exsvd.CLIPConfig(width=64, layers=3, heads=4, out_dim=40, image=56)
+TINY = {"channels": (8, 16, 24, 24), "groups": 4}  # diffusers has 32 groups always
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +81,7 @@ def seed():
 
 @torch.no_grad()
 def randomize(module, seed=0):
-    """Weights as after training: nothing stays at 0 or 1 (norms, biases, mix factors), activations
-    stay near 1."""
+    """Weights as after training: nothing stays at 0 or 1, activations stay near 1."""
     g = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         r = torch.randn(p.shape, generator=g)
@@ -95,13 +96,13 @@ def randomize(module, seed=0):
 
 
 def make_unet(num_frames=None, seed=0, **kw):
-    unet = exsvd.UNet(exsvd.UNetConfig(**vars(UNET) | kw))
+    unet = exsvd.UNet(replace(UNET, **kw))
     return randomize(unet if num_frames is None else exsvd.extend(unet, num_frames), seed)
 
 
-def networks(num_frames=None, seed=0):
-    vae, clip = exsvd.VAE(VAE), exsvd.ImageEncoder(CLIP)
-    return make_unet(num_frames, seed), randomize(vae, seed), randomize(clip, seed)
+def networks(num_frames=None, **kw):
+    vae, clip = randomize(exsvd.VAE(VAE)), randomize(exsvd.ImageEncoder(CLIP))
+    return make_unet(num_frames, **kw), vae, clip
 
 
 def unet_inputs(T, size=8, B=2, seed=1):
@@ -127,8 +128,7 @@ def close(a, b, bound, what):
 
 
 def named(module, layout):
-    """The module's tensors under the names, and in the shapes, that a published layout has for
-    them."""
+    """The module's tensors under the names and in the shapes of a published layout."""
     out, state = {}, module.state_dict()
     for ours, names in exsvd.file_names(module, layout).items():
         t = state[ours]
@@ -142,8 +142,7 @@ def named(module, layout):
 
 
 def same(net, state, dtype=torch.float32):
-    """The net holds exactly this state in this dtype, and is real, in eval mode, without
-    buffers."""
+    """The net holds this state in this dtype, on the CPU, in eval mode, without buffers."""
     got = net.state_dict()
     assert got.keys() == state.keys() and not net.training and not list(net.buffers())
     for n, t in got.items():
@@ -151,15 +150,13 @@ def same(net, state, dtype=torch.float32):
 
 
 # --------------------------------------------------------------------------------------------------
-# Parity with the public implementations: the same random weights and epsilons, fp32, |a-b|/|b| <=
-# 1e-5.
+# Parity with the public implementations: the same random weights and epsilons, float32.
 
 PARITY = 1e-5
 
 
 def same_epsilons(module, ref):
-    """Parity can't see an epsilon far below the variances, so they are compared as numbers, norm by
-    norm."""
+    """Outputs can't show an epsilon far below the variances, so they are compared as numbers."""
     norms = {n: m for n, m in ref.named_modules() if hasattr(m, "eps") and hasattr(m, "weight")}
     theirs = {n: m.eps for n, m in norms.items()}
     names = exsvd.file_names(module, "diffusers")
@@ -169,10 +166,9 @@ def same_epsilons(module, ref):
 
 
 def diffusers_unet(unet, aspect):
-    """diffusers' UNet, of the same weights. Where ours is extended, ExVideo's additions are built
-    from stock parts: a table in place of the sinusoid (it goes through time_pos_embed too), and a
-    Conv3d with reflected borders before the temporal block's norm_in. aspect: H / W of what it is
-    given, which tokens do not tell."""
+    """diffusers' UNet of the same weights. What extending adds is made of stock parts: a table in
+    place of the sinusoid, and a Conv3d with reflected borders before the temporal block's norm_in.
+    aspect: H / W of its inputs, which tokens do not tell."""
     models = pytest.importorskip("diffusers.models", reason="the reference")
     c, tensors = unet.config, named(unet, "diffusers")
     additions = {n: tensors.pop(n) for n in list(tensors) if "positional_" in n}
@@ -222,7 +218,8 @@ def test_vae_parity():
     models = pytest.importorskip("diffusers.models", reason="the reference")
     vae = randomize(exsvd.VAE(VAE))
     ref = models.AutoencoderKLTemporalDecoder(
-        block_out_channels=VAE.channels, layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4).eval()
+        block_out_channels=VAE.channels, layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4).eval()
     ref.load_state_dict(named(vae, "diffusers"))
     same_epsilons(vae, ref)  # diffusers has Stability's here
     img, z = torch.rand(3, 3, 40, 64) * 2 - 1, torch.randn(2, 5, 4, 4, 6)
@@ -238,8 +235,7 @@ def test_clip_parity():
     ref = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
         hidden_size=CLIP.width, intermediate_size=4 * CLIP.width, num_hidden_layers=CLIP.layers,
         num_attention_heads=CLIP.heads, image_size=CLIP.image, patch_size=CLIP.patch,
-        projection_dim=CLIP.out_dim,
-        hidden_act="gelu", attn_implementation="eager"))
+        projection_dim=CLIP.out_dim, hidden_act="gelu", attn_implementation="eager"))
     ref.load_state_dict(named(clip, "diffusers"))
     same_epsilons(clip, ref)
     img = torch.randn(3, 3, CLIP.image, CLIP.image)
@@ -262,7 +258,7 @@ def test_clip_preprocessing_parity(size):
 
 
 # SVD's native length; a model extended before, with learned table and convolution
-@pytest.mark.parametrize("native, learned, size", [(14, None, 16), (5, 12, 8)])
+@pytest.mark.parametrize("native, learned, size", [(14, None, (8, 16)), (5, 12, 8)])
 @torch.no_grad()
 def test_extending_changes_nothing_up_to_the_native_length(native, learned, size):
     base, longer = (make_unet(learned, native_frames=native) for _ in range(2))
@@ -273,17 +269,17 @@ def test_extending_changes_nothing_up_to_the_native_length(native, learned, size
         inputs = unet_inputs(T, size, B, seed=T)
         want = base(*inputs)
         assert want.isfinite().all() and torch.equal(longer(*inputs), want), f"{T} frames"
-    for a, b in zip(base.temporal_blocks(), longer.temporal_blocks()):
-        if learned:
+    if learned:
+        for a, b in zip(base.temporal_blocks(), longer.temporal_blocks()):
             assert torch.equal(b.frame_table, a.frame_table[exsvd.fold_positions(12, 40)])
-    if not learned:  # beyond it the positions are other ones
+    else:  # beyond it the positions are other ones
         inputs = unet_inputs(native + 1, 8, 1)
         assert not torch.equal(longer(*inputs), base(*inputs))
 
 
 @torch.no_grad()
 def test_extending_changes_nothing_in_bfloat16():
-    base, longer = (make_unet(native_frames=3).bfloat16() for _ in range(2))
+    base, longer = (make_unet(native_frames=3, **TINY).bfloat16() for _ in range(2))
     exsvd.extend(longer, 8)
     inputs = unet_inputs(3, B=1)
     assert torch.equal(longer(*inputs), base(*inputs))
@@ -292,16 +288,13 @@ def test_extending_changes_nothing_in_bfloat16():
 @pytest.mark.parametrize("part", ["frame_table", "frame_conv"])
 @torch.no_grad()
 def test_table_or_convolution_alone(part):
-    base, unet = make_unet(native_frames=3), exsvd.extend(make_unet(native_frames=3), 8)
-    for block in unet.temporal_blocks():
+    base, unet = (make_unet(native_frames=3, **TINY) for _ in range(2))
+    for block in exsvd.extend(unet, 8).temporal_blocks():
         setattr(block, part, None)
     inputs = unet_inputs(3, B=1)
     assert torch.equal(unet(*inputs), base(*inputs)) and unet(*unet_inputs(8, B=1)).isfinite().all()
-    assert exsvd.extend(unet, 12).max_frames == 12
-
-
-def test_new_parameters_are_like_their_neighbours():
-    unet = exsvd.extend(make_unet().double().requires_grad_(False), 8)
+    assert exsvd.extend(unet.double().requires_grad_(False), 12).max_frames == 12
+    # new parameters are like their neighbours
     assert {(p.dtype, p.requires_grad) for p in unet.parameters()} == {(torch.float64, False)}
 
 
@@ -338,7 +331,7 @@ def test_borders_of_the_frame_convolution(shape):
 
 
 def test_one_frame_and_64_pixels_train():
-    unet = make_unet(num_frames=12).train()
+    unet = make_unet(num_frames=12, **TINY).train()
     for T, size in (1, 8), (2, 16):  # 64 pixels are one on the coarsest level
         unet.zero_grad()
         unet(*unet_inputs(T, size)).square().mean().backward()
@@ -347,7 +340,7 @@ def test_one_frame_and_64_pixels_train():
 
 
 def test_inputs_that_do_not_fit():
-    unet = make_unet(num_frames=12)
+    unet = make_unet(num_frames=12, **TINY)
     x, c_noise, ctx, ids = unet_inputs(2)
     misfits = [(unet_inputs(2, size), "multiples of 8") for size in ((8, 12), (20, 16), 4)]
     for bad in (ctx[:1], ctx.repeat(1, 2, 1), ctx[:, 0]):
@@ -365,7 +358,7 @@ def test_the_third_input_of_the_unet():
     assert torch.equal(ids, torch.tensor([[6, 127, 0.02], [6, 20, 0.02]]))
     with pytest.raises(ValueError, match="conditioned on fps, pan, but there is no pan"):
         exsvd.unet_ids(("fps", "pan"), settings)
-    unet = make_unet(ids=("fps", "motion", "aug", "pan"))
+    unet = make_unet(ids=("fps", "motion", "aug", "pan"), **TINY)
     ids = exsvd.unet_ids(unet.config.ids, settings | {"pan": 1})
     x, c_noise, ctx, _ = unet_inputs(2)
     assert unet(x, c_noise, ctx, ids).shape == (2, 2, 4, 8, 8)
@@ -376,8 +369,7 @@ def test_the_third_input_of_the_unet():
 
 
 def plain_attention(q, k, v, deterministic=False):
-    """softmax(q k^T / sqrt(d)) v, spelled out, in flash-attn's layout: (B, N, H, D), (B, M, H, D)
-    -> (B, N, H, D)."""
+    """softmax(q k^T / sqrt(d)) v in flash-attn's layout, (B, N, H, D)."""
     scores = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float()) / math.sqrt(q.shape[-1])
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.float()).to(q.dtype)
 
@@ -452,36 +444,35 @@ def test_denoise_of_a_network_whose_answer_is_known():
 def test_losses_are_their_closed_forms():
     sigma, s, x, noise, image, ctx, ids, v = known_answer()
     guess = torch.randn(x.shape)
-    edm = exsvd.training_loss(lambda *a: guess, exsvd.LOSSES["edm"], x, sigma, noise, image, ctx,
-                              ids)
-    close(edm, (guess - v).square().mean(dim=(1, 2, 3, 4)), 1e-4,
+
+    def loss(name):
+        return exsvd.training_loss(lambda *inputs: guess, exsvd.LOSSES[name], x, sigma, noise,
+                                   image, ctx, ids)
+
+    close(loss("edm"), (guess - v).square().mean(dim=(1, 2, 3, 4)), 1e-4,
           "EDM's loss is |F - v|^2, as its weight is 1 / c_out^2")
     D = (x + s * noise) / (s**2 + 1) - s / (s**2 + 1).sqrt() * guess
     want = ((s**2 + 1).sqrt() / s * (D - 1.01 * x) ** 2).mean(dim=(1, 2, 3, 4))
-    exvideo = exsvd.training_loss(lambda *a: guess, exsvd.LOSSES["exvideo"], x, sigma, noise,
-                                  image, ctx, ids)
-    close(exvideo, want, 1e-5, "ExVideo's loss")
+    close(loss("exvideo"), want, 1e-5, "ExVideo's loss")
 
 
 def test_noise_levels_that_losses_draw():
-    g = torch.Generator().manual_seed(0)
-    log = exsvd.LOSSES["edm"].draw(20000, 16, g).log()
+    def draw(name, n):
+        return exsvd.LOSSES[name].draw(n, 16, torch.Generator().manual_seed(5))
+
+    log, drawn, table = draw("edm", 20000).log(), draw("exvideo", 20000), exsvd.karras_sigmas(1000)
     assert abs(log.mean() - 0.7) < 0.05 and abs(log.std() - 1.6) < 0.05
-    drawn = exsvd.LOSSES["exvideo"].draw(20000, 16, g)
-    table = exsvd.karras_sigmas(1000)[:-1]
-    assert set(drawn.tolist()) <= set(table.tolist())
-    assert abs(drawn.log().mean() - table.log().mean()) < 0.1
-    again = exsvd.LOSSES["exvideo"].draw(3, 16, torch.Generator().manual_seed(5))
-    assert torch.equal(again, exsvd.LOSSES["exvideo"].draw(3, 16, torch.Generator().manual_seed(5)))
+    assert set(drawn.tolist()) <= set(table[:-1].tolist())
+    assert abs(drawn.log().mean() - table[:-1].log().mean()) < 0.1
+    assert torch.equal(draw("exvideo", 3), draw("exvideo", 3))
 
 
 def test_karras_sigmas_are_those_of_the_published_scheduler():
     diffusers = pytest.importorskip("diffusers", reason="the reference")
     scheduler = diffusers.EulerDiscreteScheduler(
         sigma_min=0.002, sigma_max=700.0, use_karras_sigmas=True, beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear", timestep_type="continuous", prediction_type="v_prediction",
-        timestep_spacing="leading", steps_offset=1)
+        beta_end=0.012, beta_schedule="scaled_linear", timestep_type="continuous",
+        prediction_type="v_prediction", timestep_spacing="leading", steps_offset=1)
     for steps in (2, 25, 50):
         scheduler.set_timesteps(steps)
         close(exsvd.karras_sigmas(steps), scheduler.sigmas, 1e-6, "sigmas")
@@ -500,16 +491,15 @@ def gradients(unet):
 
 
 def test_checkpoints_and_slices_change_no_gradient():
-    unet = make_unet(num_frames=12).double().train()  # where rounding can't hide or fake anything
-    # most blocks have nothing to train, and the first ones no input that requires a gradient
-    exsvd.freeze(unet)
+    unet = make_unet(num_frames=12, **TINY).double().train()  # rounding hides nothing in float64
+    exsvd.freeze(unet)  # the first blocks have nothing to train, nor inputs that need a gradient
     unet.checkpointing = None
     plain = gradients(unet)
     total = torch.stack([g.norm() for g in plain.values()]).norm()
     for unet.checkpointing in ("memory", "speed"):
         unet.slice_size = None
         whole = gradients(unet)
-        unet.slice_size = 3000
+        unet.slice_size = 1500
         sliced = gradients(unet)
         assert plain.keys() == whole.keys() == sliced.keys() and len(plain) > 300
         # 2nd term: a bias before a norm of one channel has no gradient but rounding
@@ -520,9 +510,8 @@ def test_checkpoints_and_slices_change_no_gradient():
 
 @pytest.mark.parametrize("switch, blocks", [("memory", 16), ("speed", 5), (None, 0)])
 def test_checkpointing_is_one_switch(switch, blocks, monkeypatch):
-    """Around every block with a transformer, or around the five of the finest level; inside, around
-    every slice."""
-    unet, calls = make_unet().train(), []
+    """Around blocks with a transformer, or the five of the finest level; inside, around slices."""
+    unet, calls = make_unet(**TINY).train(), []
 
     def spy(function, *args, use_reentrant):
         calls.append(use_reentrant)
@@ -532,7 +521,7 @@ def test_checkpointing_is_one_switch(switch, blocks, monkeypatch):
     unet.checkpointing, unet.slice_size = switch, None
     unet(*unet_inputs(2))
     assert calls == [False] * blocks
-    unet.slice_size = 1000
+    unet.slice_size = 500
     unet(*unet_inputs(2))
     assert len(calls) > 4 * blocks if switch else not calls
     del calls[:]
@@ -542,14 +531,13 @@ def test_checkpointing_is_one_switch(switch, blocks, monkeypatch):
 
 @torch.no_grad()
 def test_slices_change_no_output(monkeypatch):
-    for frames in (None, 12):
-        unet, inputs = make_unet(num_frames=frames), unet_inputs(5, (8, 16))
+    for frames, sizes in ((None, [5000]), (12, [1000, 5000])):
+        unet, inputs = make_unet(num_frames=frames, **TINY), unet_inputs(5, (8, 16))
         before = [x.clone() for x in inputs]
         unet.slice_size = None
         whole = unet(*inputs)
-        for unet.slice_size in (1000, 20000):
-            close(unet(*inputs), whole, 1e-5,
-                  f"UNet extended to {frames}, slices of {unet.slice_size}")
+        for unet.slice_size in sizes:
+            close(unet(*inputs), whole, 1e-5, f"UNet, slices of {unet.slice_size}")
             assert all(map(torch.equal, inputs, before)), "slicing changed its inputs"
     vae, z, small = randomize(exsvd.VAE(VAE)), torch.randn(2, 3, 4, 4, 8), exsvd.Slices(2000)
     whole = vae.decode(z)
@@ -591,19 +579,18 @@ def test_live_bytes_are_counted():
 
 
 def test_decoding_fits_a_small_card():
-    """What sample.py --offload decodes of 1024x1024 at once, with all of the VAE's weights: 3 GB,
-    as it promises."""
-    with FakeTensorMode():
-        vae, run = compare.build("ours", argparse.Namespace(device="cpu", diffsynth=None),
-                                 part="vae")
+    """sample.py --offload decodes four frames of 1024x1024 at once, within the 3 GB it promises."""
+    options = argparse.Namespace(device="cpu", diffsynth=None)
+    with compare.computing():
+        vae, run = compare.build("ours", options, part="vae")
         with compare.LiveBytes(vae.parameters()) as live:
             compare.one_pass(run, (4, 128, 128))
     assert live.peak + compare.weight_bytes(vae) <= 3e9
 
 
 def test_without_no_grad_frozen_networks_take_as_little_memory():
-    unet = make_unet(num_frames=12)
-    unet.slice_size = 5000
+    unet = make_unet(num_frames=12, **TINY)
+    unet.slice_size = 10000
 
     def peak(trains, context):
         unet.requires_grad_(trains)
@@ -613,31 +600,29 @@ def test_without_no_grad_frozen_networks_take_as_little_memory():
 
     small = peak(False, torch.no_grad())
     assert peak(False, torch.enable_grad()) == small < peak(True, torch.enable_grad()) / 5
-
-
-def test_frozen_networks_pass_gradients_on_to_their_inputs():
-    vae = exsvd.VAE(VAE).requires_grad_(False)
-    img = torch.rand(1, 3, 64, 64)
-    assert not vae.encode(img).requires_grad and vae.encode(img.requires_grad_()).requires_grad
+    vae, img = exsvd.VAE(VAE).requires_grad_(False), torch.rand(1, 3, 64, 64)
+    assert not vae.encode(img).requires_grad
+    assert vae.encode(img.requires_grad_()).requires_grad, "gradients reach inputs"
 
 
 def test_blocks_compile_without_a_break(monkeypatch):
-    """Traced as torch.compile traces, in full graphs or not at all, and run without its code
-    generator."""
-    traced = CompileCounter()
+    """Traced as torch.compile traces, in full graphs, and run without its code generator."""
+    traced, marked = CompileCounter(), Mock()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=traced))
     monkeypatch.setattr(exsvd, "flash_attn_func", None)  # with it graphs need not be full
-    unet = make_unet(num_frames=12, channels=(32,) * 4, heads=(1,) * 4)
+    unet = make_unet(num_frames=12, **TINY)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8):
         eager = unet(*unet_inputs(2, B=1))
-        exsvd.compile_blocks(unet)
+        exsvd.compile_blocks(unet.down[1])
         close(unet(*unet_inputs(2, B=1)), eager, 1e-5, "compiled")
-    compiled = sum(m._compiled_call_impl is not None for m in unet.modules())
-    assert compiled == 2 * 16 + 22 and traced.frame_count > 10
+        assert traced.frame_count == 3  # both transformers, and the residual block over pixels
+        monkeypatch.setattr(torch.nn.Module, "compile", marked)
+        exsvd.compile_blocks(unet)
+    assert marked.call_count == 2 * 16 + 22 and marked.call_args.kwargs == {"fullgraph": True}
 
 
 def test_freeze():
-    unet = make_unet(num_frames=12).train()
+    unet = make_unet(num_frames=12, **TINY).train()
     names = exsvd.freeze(unet)
     blocks = {id(p) for block in unet.temporal_blocks() for p in block.parameters()}
     assert len(names) == 33 * 16
@@ -658,10 +643,10 @@ def test_freeze():
 def test_streaming_changes_no_bit():
     """Without CUDA copies are made as with it, only not beside anything."""
     with torch.inference_mode(False):
-        unet = make_unet(num_frames=12)
+        unet = make_unet(num_frames=12, **TINY)
     inputs = unet_inputs(3, (8, 16))
     want, state = unet(*inputs), {n: t.clone() for n, t in unet.state_dict().items()}
-    unet.stream = exsvd.Stream(unet, "cpu", large=2000)  # bytes, of which some skips have less
+    unet.stream = exsvd.Stream(unet, "cpu", large=4000)  # bytes, of which some skips have less
     home = {n: p.data_ptr() for n, p in unet.named_parameters()}
     for _ in range(2):
         assert torch.equal(unet(*inputs), want)
@@ -669,28 +654,28 @@ def test_streaming_changes_no_bit():
     same(unet, state)
 
 
-@pytest.mark.parametrize("what", ["sampling", "streaming", "training"])
-def test_another_device(what):
-    """Under FakeTensorMode "meta" is a device as any other but the CPU, on which nothing need
-    exist: mixed devices and reads of values fail."""
+@pytest.mark.parametrize("training", [False, True], ids=["sampling with Stream", "training"])
+def test_another_device(training):
+    """Under FakeTensorMode "meta" is a device like any other, on which nothing need exist: mixed
+    devices and reads of values fail."""
     there = torch.device("meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        with torch.device("cpu" if what == "streaming" else there):
-            unet = exsvd.extend(exsvd.UNet(UNET), 12).train(what == "training")
+        with torch.device(there if training else "cpu"):
+            unet = exsvd.extend(exsvd.UNet(replace(UNET, **TINY)), 12).train(training)
         with there:
             vae, clip = exsvd.VAE(VAE), exsvd.ImageEncoder(CLIP)
             x, sigma, img = torch.empty(1, 9, 4, 8, 16), torch.empty(1), torch.rand(1, 3, 64, 128)
-        if what == "streaming":
-            unet.stream = exsvd.Stream(unet.requires_grad_(False), there, large=2000)
         ids = exsvd.unet_ids(UNET.ids, {"fps": 7, "motion": torch.ones(1), "aug": 0.02}, there)
         ctx = clip(exsvd.preprocess_clip(img, CLIP.image))[:, None]
         conditions = vae.encode(img)[:, None], ctx, ids
-        if what == "training":
+        if training:
             exsvd.freeze(unet)
+            unet.checkpointing = "speed"
             loss = exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, sigma, x, *conditions)
             loss.mean().backward()
             assert {p.grad.device for p in unet.parameters() if p.grad is not None} == {there}
         else:
+            unet.stream = exsvd.Stream(unet.requires_grad_(False), there, large=2000)
             video = vae.decode(exsvd.denoise(unet, x, sigma, *conditions))
             assert video.shape == (1, 9, 3, 64, 128) and video.device == there
 
@@ -726,9 +711,8 @@ def test_a_faulty_cudnn_is_named(monkeypatch, recwarn, version, warns):
 
 
 # --------------------------------------------------------------------------------------------------
-# The published files. Names and shapes are known by hashes (md5 of all names, and names with
-# shapes, sorted), of which DiffSynth-Studio publishes the first and the last; the others were
-# proved by the byte sizes of the published files.
+# The published files, known by hashes of their names and shapes. DiffSynth-Studio publishes the
+# first and the last hash; the others were proved by the byte sizes of the published files.
 
 PUBLISHED = {"svd_xt.safetensors": "2a07abce74b4bdc696b76254ab474da6",
              "svd_xt_image_decoder.safetensors": "f3ea9aecbdbae0bfaa77f78f03319a5e",
@@ -742,9 +726,10 @@ def keys_md5(tensors):
     lines = [line for n, t in tensors.items() for line in (n, f"{n}:{'_'.join(map(str, t.shape))}")]
     return hashlib.md5(",".join(sorted(lines)).encode()).hexdigest()
 
-# Hashes of names don't see two names of one shape exchanged. Parity does so for diffusers' names,
-# and hashes of [other name, diffusers' name] tie the others to them; the pairs were checked one by
-# one against the tables of DiffSynth.
+
+# These hashes don't see that two names of one shape are exchanged. Parity does for diffusers'
+# names; hashes of pairs (other name, diffusers' name) do for the others. The pairs were checked
+# against DiffSynth's tables.
 TRANSLATIONS = {("sgm", exsvd.UNet): "9703f29d26a7848796b14632a4128298",
                 ("sgm", exsvd.VAE): "b7b9f9771203a2d20b70cf5c7e33c947",
                 ("sgm", exsvd.ImageEncoder): "bf0d2d8396c499904d156d883233a0d9",
@@ -752,15 +737,14 @@ TRANSLATIONS = {("sgm", exsvd.UNet): "9703f29d26a7848796b14632a4128298",
 
 
 def sgm_leftovers(vae):
-    """The 252 tensors of the single file that no network of ours has: a second image encoder, a
-    frame-wise decoder, the text side of CLIP."""
+    """The 252 tensors of the single file that no network of ours has."""
     text = "conditioner.embedders.0.open_clip.model."
     conditioner, first = "conditioner.embedders.3.encoder.", "first_stage_model."
     like = next(vae.parameters())
     out = {text + n: like.new_empty(s) for n, s in {
         "ln_final.weight": [1024], "ln_final.bias": [1024], "logit_scale": [],
-        "positional_embedding": [77, 1024],
-        "text_projection": [1024, 1024], "token_embedding.weight": [49408, 1024]}.items()}
+        "positional_embedding": [77, 1024], "text_projection": [1024, 1024],
+        "token_embedding.weight": [49408, 1024]}.items()}
     for n, t in named(vae, "sgm").items():
         if n.startswith(conditioner + "encoder."):
             out[first + n.removeprefix(conditioner)] = t
@@ -772,8 +756,7 @@ def sgm_leftovers(vae):
 
 @pytest.fixture(scope="module")
 def full():
-    """The full-size networks, without storage, and {published file: {name: tensor}} made from their
-    names."""
+    """The full-size networks, without storage, and {published file: {name: tensor}} of them."""
     with torch.device("meta"):
         unet, vae, clip = exsvd.UNet(), exsvd.VAE(), exsvd.ImageEncoder()
         single = named(unet, "sgm") | named(vae, "sgm") | named(clip, "sgm") | sgm_leftovers(vae)
@@ -781,7 +764,8 @@ def full():
         image_decoder = {n: t for n, t in single.items() if not temporal.match(n)}
         for n, t in single.items():
             if re.search(r"embedders\.3\.encoder\.(post_)?quant_conv", n):
-                image_decoder[n.replace("conditioner.embedders.3.encoder.", "first_stage_model.")] = t
+                n = n.replace("conditioner.embedders.3.encoder.", "first_stage_model.")
+                image_decoder[n] = t
         tensors = [single, image_decoder, *(named(net, "diffusers") for net in (unet, vae, clip))]
         files = dict(zip(PUBLISHED, [*tensors, named(exsvd.extend(unet), "exvideo")]))
     return unet, vae, clip, files
@@ -830,7 +814,8 @@ def test_published_files_fill_the_networks(full):
 # --------------------------------------------------------------------------------------------------
 # Files
 
-CONFIG = {"exsvd": json.dumps({"config": {"unet": vars(UNET), "vae": vars(VAE), "clip": vars(CLIP)}})}
+CONFIG = {"unet": vars(UNET), "vae": vars(VAE), "clip": vars(CLIP)}
+CONFIG = {"exsvd": json.dumps({"config": CONFIG})}
 
 
 def write_model(path, layout, nets, dtype=torch.float32):
@@ -843,12 +828,11 @@ def write_model(path, layout, nets, dtype=torch.float32):
         return path / "svd.safetensors"
     fp16 = ".fp16" if dtype == torch.float16 else ""
     configs = [{"block_out_channels": UNET.channels, "num_attention_heads": UNET.heads,
-                "num_frames": 14,
-                "cross_attention_dim": 40},
+                "num_frames": 14, "cross_attention_dim": 40},
                {"block_out_channels": VAE.channels, "force_upcast": True},
                {"hidden_size": CLIP.width, "num_hidden_layers": CLIP.layers,
-                "num_attention_heads": CLIP.heads,
-                "patch_size": CLIP.patch, "projection_dim": CLIP.out_dim, "image_size": CLIP.image}]
+                "num_attention_heads": CLIP.heads, "patch_size": CLIP.patch,
+                "projection_dim": CLIP.out_dim, "image_size": CLIP.image}]
     for stem, t, config in zip(exsvd.FOLDER.values(), tensors, configs):
         folder = path / os.path.dirname(stem)
         folder.mkdir(exist_ok=True)
@@ -871,8 +855,9 @@ def files(tmp_path_factory):
     return found
 
 
-def shorter_names(state):
-    return {n: t for n, t in state.items() if exsvd.is_extension_parameter(n)}
+def extension_of(module):
+    """What an extension file of the module holds."""
+    return {n: t for n, t in module.state_dict().items() if exsvd.is_extension_parameter(n)}
 
 
 @pytest.mark.parametrize("layout, dtype", [("single", torch.float32), ("folder", torch.float16)],
@@ -890,17 +875,17 @@ def test_load_published_layouts(tmp_path, files, layout, dtype):
 
 
 def test_full_precision_is_preferred_to_what_lies_beside_it(tmp_path, files):
-    write_model(tmp_path, "folder", networks(seed=2), torch.float16)
-    svd = exsvd.load(write_model(tmp_path, "folder", files.nets), parts=("clip",))
-    same(svd.clip, files.nets[2].state_dict())
+    other = named(randomize(exsvd.ImageEncoder(CLIP), seed=2), "diffusers")
+    shutil.copytree(files.folder, tmp_path / "x")
+    save_file(other, tmp_path / "x/image_encoder/model.fp16.safetensors")
+    same(exsvd.load(tmp_path / "x", parts=("clip",)).clip, files.nets[2].state_dict())
 
 
 @pytest.mark.parametrize("extension, dtype", [("release", torch.float16), ("own", torch.float32)],
                          ids=str)
 def test_load_extensions(files, extension, dtype):
     svd = exsvd.load(files.folder, getattr(files, extension), parts=("unet",))
-    trained = shorter_names(files.longer.state_dict())
-    trained = {n: t.to(dtype).float() for n, t in trained.items()}
+    trained = {n: t.to(dtype).float() for n, t in extension_of(files.longer).items()}
     same(svd.unet, files.nets[0].state_dict() | trained)
     own = {"step": 7, "architecture": "exvideo", "frames": 12, "native_frames": 25}
     assert svd.extension == (own if extension == "own" else {})
@@ -910,25 +895,28 @@ def test_load_extensions(files, extension, dtype):
 
 
 def test_dtypes(files):
-    for dtype in (torch.float16, torch.float64):
-        svd = exsvd.load(files.single, dtype=dtype)
-        wide = torch.float32 if dtype == torch.float16 else dtype  # the encoder exceeds its range
-        for part, expected in {"unet": dtype, "clip": dtype, "vae.decoder": dtype,
-                               "vae.encoder": wide,
-                               "vae.quant_conv": wide}.items():
-            mine = operator.attrgetter(part)(exsvd.SVD(*files.nets, {}, None))
-            same(operator.attrgetter(part)(svd), mine.state_dict(), expected)
+    svd = exsvd.load(files.single, dtype=torch.float16)
+    for part in ("unet", "clip", "vae.decoder", "vae.encoder", "vae.quant_conv"):
+        # the VAE's encoder exceeds float16's range
+        dtype = torch.float32 if part in ("vae.encoder", "vae.quant_conv") else torch.float16
+        mine = operator.attrgetter(part)(exsvd.SVD(*files.nets, {}, None))
+        same(operator.attrgetter(part)(svd), mine.state_dict(), dtype)
     assert svd.meta["note"] == "hello"
 
 
 def test_what_stays_float32(files):
     def trained(name):
-        return exsvd.is_extension_parameter(name) or name == "clip.proj"
+        return name.startswith("unet") and exsvd.is_extension_parameter(name) or name == "clip.proj"
 
-    svd = exsvd.load(files.single, files.own, torch.float64, keep_float32=trained)
-    for part, net in {"unet": svd.unet, "vae": svd.vae, "clip": svd.clip}.items():
+    svd = exsvd.load(files.single, files.own, torch.float64, parts=("unet", "clip"),
+                     keep_float32=trained)
+    for part, net in {"unet": svd.unet, "clip": svd.clip}.items():
         for name, p in net.named_parameters():
             assert p.dtype == (torch.float32 if trained(f"{part}.{name}") else torch.float64), name
+
+
+def metadata(path, **changes):
+    return {"exsvd": json.dumps(exsvd.Tensors(path).meta | changes)}
 
 
 def test_loading_to_the_meta_device_only_checks(files, tmp_path):
@@ -937,18 +925,14 @@ def test_loading_to_the_meta_device_only_checks(files, tmp_path):
     more = load_file(files.own) | {"blocks.7.x": torch.zeros(1)}
     save_file(more, tmp_path / "x", metadata=metadata(files.own))
     with pytest.raises(exsvd.WeightsError, match="1 unexpected, such as blocks.7.x"):
-        exsvd.load(files.single, tmp_path / "x", device="meta")
-
-
-def metadata(path, **changes):
-    return {"exsvd": json.dumps(exsvd.Tensors(path).meta | changes)}
+        exsvd.load(files.single, tmp_path / "x", device="meta", parts=("unet",))
 
 
 def test_whole_models_of_ours(tmp_path, files):
     path = tmp_path / "model.safetensors"
     defaults = {"sample": {"steps": 8}}
     exsvd.save_model(path, files.longer, *files.nets[1:], dtype=torch.float16, defaults=defaults)
-    svd = exsvd.load(path)
+    svd = exsvd.load(path, parts=("unet",))
     same(svd.unet, {n: t.half().float() for n, t in files.longer.state_dict().items()})
     assert svd.unet.max_frames == 12 and svd.meta["defaults"] == defaults
     again = exsvd.load(path, files.release, parts=("unet",))  # one extension over another
@@ -956,19 +940,22 @@ def test_whole_models_of_ours(tmp_path, files):
 
 
 def test_a_unet_by_itself(tmp_path, files):
-    other = make_unet(seed=8)
-    folder = write_model(tmp_path, "folder", (other, *files.nets[1:])) / "unet"
-    for source in (folder, folder / "diffusion_pytorch_model.safetensors"):
-        svd = exsvd.load(files.single, unet=source)
+    other, path = make_unet(seed=8), tmp_path / "sgm.safetensors"
+    folder = tmp_path / "unet"
+    shutil.copytree(files.folder / "unet", folder)
+    save_file(named(other, "diffusers"), folder / "diffusion_pytorch_model.safetensors")
+    save_file(named(other, "sgm"), path, metadata=CONFIG)
+    svd = exsvd.load(files.single, unet=folder)
+    same(svd.unet, other.state_dict())
+    same(svd.vae, files.nets[1].state_dict())
+    assert svd.meta["note"] == "hello"
+    for source in (folder / "diffusion_pytorch_model.safetensors", path):
+        svd = exsvd.load(files.single, unet=source, parts=("unet",))
         same(svd.unet, other.state_dict())
-        same(svd.vae, files.nets[1].state_dict())
-        assert svd.meta["note"] == "hello"
-    save_file(named(other, "sgm"), tmp_path / "sgm.safetensors", metadata=CONFIG)
-    same(exsvd.load(files.single, unet=tmp_path / "sgm.safetensors").unet, other.state_dict())
-    same(exsvd.load(tmp_path / "sgm.safetensors", parts=("unet",)).unet, other.state_dict())
-    for alone in ("sgm.safetensors", "unet"):
+    same(exsvd.load(path, parts=("unet",)).unet, other.state_dict())
+    for alone in (path, folder):
         with pytest.raises(exsvd.WeightsError, match="holds a UNet alone: give it as --unet"):
-            exsvd.load(tmp_path / alone)
+            exsvd.load(alone)
 
 
 @pytest.mark.parametrize("layout", ["ours", "sgm", "diffusers"])
@@ -986,9 +973,9 @@ def test_load_weights(tmp_path, files, layout, part):
     same(other, net.state_dict())  # it has copies, which change with nobody
 
 
-@pytest.mark.parametrize("prefix",
-                         ["module.", "_orig_mod.", "unet.", "model.", "module._orig_mod.unet."])
-@pytest.mark.parametrize("layout", ["sgm", "diffusers"])
+@pytest.mark.parametrize("prefix, layout", [
+    ("module.", "sgm"), ("_orig_mod.", "diffusers"), ("unet.", "sgm"), ("model.", "diffusers"),
+    ("module._orig_mod.unet.", "sgm"), ("module._orig_mod.unet.", "diffusers")])
 def test_prefixes_of_training_tools(files, prefix, layout):
     tensors = {prefix + n: t for n, t in named(files.nets[0], layout).items()}
     same(exsvd.load_weights(exsvd.UNet(UNET).eval(), tensors), files.nets[0].state_dict())
@@ -1010,7 +997,7 @@ def test_base_and_extension_into_an_extended_unet(files):
     exsvd.load_weights(unet, named(files.nets[0], "sgm"))
     same(unet, fresh | base, torch.float64)
     exsvd.load_weights(unet, named(files.longer, "exvideo"))
-    same(unet, base | shorter_names(files.longer.state_dict()), torch.float64)
+    same(unet, base | extension_of(files.longer), torch.float64)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1039,27 +1026,30 @@ def test_what_no_extension_file_holds(tmp_path, files):
         exsvd.save_extension(tmp_path / "x", files.nets[0])
 
 
+def load_changed(tmp_path, files, tensors, metadata):
+    """The model with our own extension, of which tensors or metadata were changed."""
+    save_file(tensors, tmp_path / "x", metadata=metadata)
+    return exsvd.load(files.single, tmp_path / "x", parts=("unet",)).unet
+
+
 def test_another_architecture_is_refused(tmp_path, files):
     other = metadata(files.own, architecture="rotary")
-    save_file(load_file(files.own), tmp_path / "x", metadata=other)
     with pytest.raises(exsvd.WeightsError, match="'rotary', but this code has 'exvideo'"):
-        exsvd.load(files.single, tmp_path / "x")
+        load_changed(tmp_path, files, load_file(files.own), other)
 
 
 def test_an_extension_may_hold_a_part(tmp_path, files):
     part = {n: t for n, t in load_file(files.own).items() if "attn1" in n}
-    save_file(part, tmp_path / "x", metadata=metadata(files.own))
-    unet = exsvd.load(files.single, tmp_path / "x", parts=("unet",)).unet
-    want = exsvd.extend(exsvd.load(files.single, parts=("unet",)).unet, 12).state_dict()
-    trained = files.longer.state_dict()
+    unet = load_changed(tmp_path, files, part, metadata(files.own))
+    base = exsvd.load_weights(exsvd.UNet(UNET), files.nets[0].state_dict())
+    want, trained = exsvd.extend(base, 12).state_dict(), files.longer.state_dict()
     same(unet, want | {n: trained[n] for n in want if ".attn.temporal.attn1" in n})
 
 
 def test_older_extensions_of_ours(tmp_path, files):
-    note = {"exsvd": json.dumps({"native_frames": 8})}
-    save_file(load_file(files.own), tmp_path / "x", metadata=note)
-    svd = exsvd.load(files.single, tmp_path / "x", parts=("unet",))
-    assert svd.unet.max_frames == 12 and svd.unet.config.native_frames == 8
+    older = {"exsvd": json.dumps({"native_frames": 8})}
+    unet = load_changed(tmp_path, files, load_file(files.own), older)
+    assert unet.max_frames == 12 and unet.config.native_frames == 8
 
 
 class LoRA(torch.nn.Module):
@@ -1079,8 +1069,7 @@ class LoRA(torch.nn.Module):
 def with_lora(rank, extend=exsvd.extend):
     """What extend() becomes where a user adds LoRA to the temporal attention."""
     def extend_and_add(unet, num_frames):
-        extend(unet, num_frames)
-        for block in unet.temporal_blocks():
+        for block in extend(unet, num_frames).temporal_blocks():
             if not isinstance(block.attn1.to_q, LoRA):
                 block.attn1.to_q = LoRA(block.attn1.to_q, rank)
         return unet
@@ -1099,10 +1088,9 @@ def test_lora_on_the_temporal_attention(tmp_path, files, monkeypatch):
     exsvd.save_extension(tmp_path / "lora", unet)
     assert len(load_file(tmp_path / "lora")) == 2 * 16
     same(exsvd.load(files.single, tmp_path / "lora", parts=("unet",)).unet, unet.state_dict())
-    exsvd.load(files.single, tmp_path / "lora", device="meta")
     monkeypatch.setattr(exsvd, "extend", with_lora(2))
     with pytest.raises(exsvd.WeightsError, match=r"to_q.A \(4, 32\) instead of \(2, 32\)"):
-        exsvd.load(files.single, tmp_path / "lora")
+        exsvd.load(files.single, tmp_path / "lora", device="meta", parts=("unet",))
 
 
 class Rotary(exsvd.SelfAttention):
@@ -1128,14 +1116,14 @@ def test_rotary_positions_instead_of_the_table(tmp_path, files, monkeypatch):
     unet = exsvd.extend(make_unet(seed=6), 20)
     exsvd.save_extension(tmp_path / "rotary", unet)
     exsvd.save_model(tmp_path / "whole", unet, *files.nets[1:])
-    svd = exsvd.load(files.single, tmp_path / "rotary")
-    same(svd.unet, files.nets[0].state_dict() | shorter_names(unet.state_dict()))
-    assert svd.unet.max_frames == 20 and svd.unet(*unet_inputs(20, B=1)).isfinite().all()
-    whole = exsvd.load(tmp_path / "whole").unet
+    loaded = exsvd.load(files.single, tmp_path / "rotary", parts=("unet",)).unet
+    same(loaded, files.nets[0].state_dict() | extension_of(unet))
+    assert loaded.max_frames == 20 and loaded(*unet_inputs(20, B=1)).isfinite().all()
+    whole = exsvd.load(tmp_path / "whole", parts=("unet",)).unet
     same(whole, unet.state_dict())
     assert whole.max_frames == 20 and torch.equal(whole(*unet_inputs(3)), unet(*unet_inputs(3)))
     with pytest.raises(exsvd.WeightsError, match="frame_table|positional_embedding"):
-        exsvd.load(files.single, files.release)
+        exsvd.load(files.single, files.release, device="meta", parts=("unet",))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1241,11 +1229,9 @@ def test_models_that_cannot_be_loaded(tmp_path, files):
     cannot_load("is not an extension", files.single, files.single)
 
 
-@pytest.mark.parametrize("text",
-                         ["{", "3", "null", "[1]", *(json.dumps({"config": config}) for config in (
+@pytest.mark.parametrize("text", ["{", "3", "null", "[1]", *(json.dumps({"config": c}) for c in (
     [], 3, None, {"unet": 3}, {"unet": {"channels": "a"}}, {"unet": {"groups": 0}},
-    {"unet": {"chan": 1}},
-    {"vae": {"channels": [32]}}, {"clip": {"layers": -1}}))])
+    {"unet": {"chan": 1}}, {"vae": {"channels": [32]}}, {"clip": {"layers": -1}}))])
 def test_metadata_that_no_network_can_have(tmp_path, text):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"exsvd": text})
     with pytest.raises(exsvd.WeightsError, match="x.safetensors"):
@@ -1265,7 +1251,7 @@ def test_folders_that_are_not_whole(tmp_path, files):
 
 
 @pytest.mark.parametrize("fails", ["save_file", "replace"])
-def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
+def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, files, fails):
     # save_file(tensors, temporary) or os.replace(temporary, target)
     def disk_full(first, second, metadata=None):
         temporary = second if fails == "save_file" else first
@@ -1275,10 +1261,9 @@ def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
             f.write(b"half")
         raise OSError("No space left on device")
 
-    nets = networks(num_frames=12)
     monkeypatch.setattr(exsvd if fails == "save_file" else os, fails, disk_full)
+    path, nets = tmp_path / "x.safetensors", (files.longer, *files.nets[1:])
     for save, saved in ((exsvd.save_model, nets), (exsvd.save_extension, nets[:1])):
-        path = tmp_path / "x.safetensors"
         path.write_bytes(b"old")
         with pytest.raises(OSError, match="No space left"):
             save(str(path), *saved)
