@@ -882,13 +882,14 @@ def peak_memory(device):
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
 
 
-def use_idle_cores():
-    """PyTorch waits for its slowest thread, so one on a busy core holds up all others."""
-    if os.path.exists("/proc/loadavg"):  # on Linux
-        with open("/proc/loadavg") as f:
-            running = int(f.read().split()[3].split("/")[0]) - 1  # besides this process
-        idle = os.cpu_count() - running
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), idle)))
+def idle_cores():
+    """How many cores have nothing to do. PyTorch waits for its slowest thread, so one on a busy
+    core holds up all others."""
+    if not os.path.exists("/proc/loadavg"):  # not on Linux
+        return os.cpu_count()
+    with open("/proc/loadavg") as f:
+        running = int(f.read().split()[3].split("/")[0]) - 1  # besides this process
+    return max(1, os.cpu_count() - running)
 
 
 def main(argv=None):
@@ -899,7 +900,7 @@ def main(argv=None):
         check_writable(out, given.get("fps", 1))
     device = torch.device(a.device)
     if device.type == "cpu":
-        use_idle_cores()
+        torch.set_num_threads(min(torch.get_num_threads(), idle_cores()))
     model, extension = default_model(a)
     if a.decode_only:
         decode_again(a, given, model, device)

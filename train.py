@@ -715,8 +715,8 @@ def join_ranks(s):
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     local = local or dist.get_world_size()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = min(torch.get_num_threads(), cores // int(local))  # ranks share the cores
-    torch.set_num_threads(max(1, threads))
+    share = max(1, cores // int(local))  # ranks share the cores
+    torch.set_num_threads(min(torch.get_num_threads(), share, sample.idle_cores()))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
