@@ -72,6 +72,7 @@ UNET = exsvd.UNetConfig(channels=(32, 64, 96, 96), heads=(1, 2, 3, 2), context_d
 VAE = exsvd.VAEConfig(channels=(32, 64, 96, 96))
 CLIP = exsvd.CLIPConfig(width=64, layers=3, heads=4, out_dim=40, image=56)
 TINY = {"channels": (8, 16, 24, 24), "groups": 4}  # diffusers has 32 groups always
+TWO_LEVELS = TINY | {"channels": (8, 16), "heads": (1, 2)}
 
 
 @pytest.fixture(autouse=True)
@@ -257,8 +258,8 @@ def test_clip_preprocessing_parity(size):
 # ExVideo: extending changes nothing up to the native length; the fold; the borders.
 
 
-# SVD's native length; a model extended before, with learned table and convolution
-@pytest.mark.parametrize("native, learned, size", [(14, None, (8, 16)), (5, 12, 8)])
+# a base; a model extended before, with learned table and convolution
+@pytest.mark.parametrize("native, learned, size", [(6, None, (8, 16)), (3, 7, 8)])
 @torch.no_grad()
 def test_extending_changes_nothing_up_to_the_native_length(native, learned, size):
     base, longer = (make_unet(learned, native_frames=native) for _ in range(2))
@@ -271,7 +272,7 @@ def test_extending_changes_nothing_up_to_the_native_length(native, learned, size
         assert want.isfinite().all() and torch.equal(longer(*inputs), want), f"{T} frames"
     if learned:
         for a, b in zip(base.temporal_blocks(), longer.temporal_blocks()):
-            assert torch.equal(b.frame_table, a.frame_table[exsvd.fold_positions(12, 40)])
+            assert torch.equal(b.frame_table, a.frame_table[exsvd.fold_positions(7, 40)])
     else:  # beyond it the positions are other ones
         inputs = unet_inputs(native + 1, 8, 1)
         assert not torch.equal(longer(*inputs), base(*inputs))
@@ -288,7 +289,7 @@ def test_extending_changes_nothing_in_bfloat16():
 @pytest.mark.parametrize("part", ["frame_table", "frame_conv"])
 @torch.no_grad()
 def test_table_or_convolution_alone(part):
-    base, unet = (make_unet(native_frames=3, **TINY) for _ in range(2))
+    base, unet = (make_unet(native_frames=3, **TWO_LEVELS) for _ in range(2))
     for block in exsvd.extend(unet, 8).temporal_blocks():
         setattr(block, part, None)
     inputs = unet_inputs(3, B=1)
@@ -340,7 +341,7 @@ def test_one_frame_and_64_pixels_train():
 
 
 def test_inputs_that_do_not_fit():
-    unet = make_unet(num_frames=12, **TINY)
+    unet = make_unet(num_frames=12, **TWO_LEVELS)
     x, c_noise, ctx, ids = unet_inputs(2)
     misfits = [(unet_inputs(2, size), "multiples of 8") for size in ((8, 12), (20, 16), 4)]
     for bad in (ctx[:1], ctx.repeat(1, 2, 1), ctx[:, 0]):
@@ -358,7 +359,7 @@ def test_the_third_input_of_the_unet():
     assert torch.equal(ids, torch.tensor([[6, 127, 0.02], [6, 20, 0.02]]))
     with pytest.raises(ValueError, match="conditioned on fps, pan, but there is no pan"):
         exsvd.unet_ids(("fps", "pan"), settings)
-    unet = make_unet(ids=("fps", "motion", "aug", "pan"), **TINY)
+    unet = make_unet(ids=("fps", "motion", "aug", "pan"), **TWO_LEVELS)
     ids = exsvd.unet_ids(unet.config.ids, settings | {"pan": 1})
     x, c_noise, ctx, _ = unet_inputs(2)
     assert unet(x, c_noise, ctx, ids).shape == (2, 2, 4, 8, 8)
@@ -491,7 +492,8 @@ def gradients(unet):
 
 
 def test_checkpoints_and_slices_change_no_gradient():
-    unet = make_unet(num_frames=12, **TINY).double().train()  # rounding hides nothing in float64
+    # float64, where rounding can't hide or fake anything
+    unet = make_unet(num_frames=12, **TWO_LEVELS).double().train()
     exsvd.freeze(unet)  # the first blocks have nothing to train, nor inputs that need a gradient
     unet.checkpointing = None
     plain = gradients(unet)
@@ -501,7 +503,7 @@ def test_checkpoints_and_slices_change_no_gradient():
         whole = gradients(unet)
         unet.slice_size = 1500
         sliced = gradients(unet)
-        assert plain.keys() == whole.keys() == sliced.keys() and len(plain) > 300
+        assert plain.keys() == whole.keys() == sliced.keys() and len(plain) > 150
         # 2nd term: a bias before a norm of one channel has no gradient but rounding
         for n, g in plain.items():
             assert torch.equal(whole[n], g), n
@@ -532,7 +534,7 @@ def test_checkpointing_is_one_switch(switch, blocks, monkeypatch):
 @torch.no_grad()
 def test_slices_change_no_output(monkeypatch):
     for frames, sizes in ((None, [5000]), (12, [1000, 5000])):
-        unet, inputs = make_unet(num_frames=frames, **TINY), unet_inputs(5, (8, 16))
+        unet, inputs = make_unet(num_frames=frames, **TWO_LEVELS), unet_inputs(5, (8, 16))
         before = [x.clone() for x in inputs]
         unet.slice_size = None
         whole = unet(*inputs)
@@ -589,7 +591,7 @@ def test_decoding_fits_a_small_card():
 
 
 def test_without_no_grad_frozen_networks_take_as_little_memory():
-    unet = make_unet(num_frames=12, **TINY)
+    unet = make_unet(num_frames=12, **TWO_LEVELS)
     unet.slice_size = 10000
 
     def peak(trains, context):
@@ -643,7 +645,7 @@ def test_freeze():
 def test_streaming_changes_no_bit():
     """Without CUDA copies are made as with it, only not beside anything."""
     with torch.inference_mode(False):
-        unet = make_unet(num_frames=12, **TINY)
+        unet = make_unet(num_frames=12, **TWO_LEVELS)
     inputs = unet_inputs(3, (8, 16))
     want, state = unet(*inputs), {n: t.clone() for n, t in unet.state_dict().items()}
     unet.stream = exsvd.Stream(unet, "cpu", large=4000)  # bytes, of which some skips have less
@@ -661,7 +663,7 @@ def test_another_device(training):
     there = torch.device("meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device(there if training else "cpu"):
-            unet = exsvd.extend(exsvd.UNet(replace(UNET, **TINY)), 12).train(training)
+            unet = exsvd.extend(exsvd.UNet(replace(UNET, **TWO_LEVELS)), 12).train(training)
         with there:
             vae, clip = exsvd.VAE(VAE), exsvd.ImageEncoder(CLIP)
             x, sigma, img = torch.empty(1, 9, 4, 8, 16), torch.empty(1), torch.rand(1, 3, 64, 128)
@@ -669,11 +671,12 @@ def test_another_device(training):
         ctx = clip(exsvd.preprocess_clip(img, CLIP.image))[:, None]
         conditions = vae.encode(img)[:, None], ctx, ids
         if training:
-            exsvd.freeze(unet)
             unet.checkpointing = "speed"
+            unet.requires_grad_(False)
+            last = unet.up[-1].requires_grad_(True)  # the way back is slow under FakeTensorMode
             loss = exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, sigma, x, *conditions)
             loss.mean().backward()
-            assert {p.grad.device for p in unet.parameters() if p.grad is not None} == {there}
+            assert {p.grad.device for p in last.parameters() if p.grad is not None} == {there}
         else:
             unet.stream = exsvd.Stream(unet.requires_grad_(False), there, large=2000)
             video = vae.decode(exsvd.denoise(unet, x, sigma, *conditions))
@@ -949,9 +952,8 @@ def test_a_unet_by_itself(tmp_path, files):
     same(svd.unet, other.state_dict())
     same(svd.vae, files.nets[1].state_dict())
     assert svd.meta["note"] == "hello"
-    for source in (folder / "diffusion_pytorch_model.safetensors", path):
-        svd = exsvd.load(files.single, unet=source, parts=("unet",))
-        same(svd.unet, other.state_dict())
+    for file in (folder / "diffusion_pytorch_model.safetensors", path):
+        same(exsvd.load(files.single, unet=file, parts=("unet",)).unet, other.state_dict())
     same(exsvd.load(path, parts=("unet",)).unet, other.state_dict())
     for alone in (path, folder):
         with pytest.raises(exsvd.WeightsError, match="holds a UNet alone: give it as --unet"):
@@ -979,9 +981,6 @@ def test_load_weights(tmp_path, files, layout, part):
 def test_prefixes_of_training_tools(files, prefix, layout):
     tensors = {prefix + n: t for n, t in named(files.nets[0], layout).items()}
     same(exsvd.load_weights(exsvd.UNet(UNET).eval(), tensors), files.nets[0].state_dict())
-    tensors["a.b"] = torch.zeros(1)  # not all names have it
-    with pytest.raises(exsvd.WeightsError, match="1428 missing"):
-        exsvd.locate(files.nets[0], exsvd.Tensors(tensors))
 
 
 def test_clip_with_position_ids(files):
@@ -1183,6 +1182,8 @@ def test_tensors_that_do_not_fit(files):
     unet, vae, clip = files.nets
     good, first = named(unet, "diffusers"), "conv_in.weight"
     refused(unet, {}, "1428 missing, such as", "(1428 tensors)")
+    prefixed = {f"module.{n}": t for n, t in good.items()} | {"a.b": torch.zeros(1)}
+    refused(unet, prefixed, "1428 missing")  # not all names have the prefix
     refused(clip, {"my.a": torch.zeros(1), "my.b": torch.zeros(1)}, "which holds my.a, my.b",
             "2 unexpected")
     refused(unet, good | {"extra.weight": torch.zeros(1)}, "1 unexpected, such as extra.weight")
@@ -1194,14 +1195,12 @@ def test_tensors_that_do_not_fit(files):
     a, b = "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"
     refused(unet, good | {a: good[b], b: good[a]}, "2 mis-shaped",
             f"{a} (128, 768) instead of (128, 32)")
-    refused(unet, named(vae, "diffusers"), "missing", "unexpected")
     refused(clip, named(unet, "sgm"), "missing")
     refused(make_unet(channels=(32, 32, 64, 64), heads=(1, 1, 2, 2)), good, "mis-shaped")
     joined, q = named(clip, "diffusers"), "vision_model.encoder.layers.0.self_attn.q_proj.weight"
     refused(clip, joined | {q: joined[q][:, :3]}, "q_proj.weight", "(64, 3)", "(192, 64)")
-    for network, part in (unet, "UNet"), (vae, "VAE"), (clip, "ImageEncoder"):
-        both = named(network, "sgm") | named(network, "diffusers")  # two layouts in one file
-        refused(network, both, part, "unexpected")
+    both = named(vae, "sgm") | named(vae, "diffusers")  # two layouts in one file
+    refused(vae, both, "VAE", "unexpected")
 
 
 def test_releases_that_do_not_fit(files):
