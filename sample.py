@@ -887,9 +887,13 @@ def idle_cores():
     core holds up all others."""
     if not os.path.exists("/proc/loadavg"):  # not on Linux
         return os.cpu_count()
-    with open("/proc/loadavg") as f:
-        running = int(f.read().split()[3].split("/")[0]) - 1  # besides this process
-    return max(1, os.cpu_count() - running)
+    busy = os.cpu_count()
+    for _ in range(10):  # what runs for a moment does not count
+        with open("/proc/loadavg") as f:
+            running = int(f.read().split()[3].split("/")[0])
+        busy = min(busy, running - 1)  # without this process
+        time.sleep(0.02)
+    return max(1, os.cpu_count() - busy)
 
 
 def main(argv=None):
