@@ -3420,7 +3420,7 @@ def test_the_toy_is_the_default():
     assert s.data == "x" and s.lr == 3e-4
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6. toy/
 
 
@@ -3447,7 +3447,7 @@ def test_flights_into_pictures_of_a_folder(tmp_path):
     pixels = ((true + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     data.write_png(str(tmp_path / "a.png"), pixels)
     rng = np.random.default_rng(0)
-    squares = [world.photograph(str(tmp_path), rng) for _ in range(4)]            # the only square there is
+    squares = [world.photograph(str(tmp_path), rng) for _ in range(4)]  # the only square there is
     assert all((x - true).abs().max() < 0.01 or (x.flip(2) - true).abs().max() < 0.01 for x in squares)
     mixed = world.clips(2, (64, 64), 0, pictures=str(tmp_path))
     synthetic = world.clips(2, (64, 64), 0)

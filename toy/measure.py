@@ -1,8 +1,9 @@
 """Compares a sample of the toy with the true flight into its first picture.
 
-    python toy/measure.py out/img.mp4 assets/img.png             # a line per video and picture, two arguments each
+    python toy/measure.py out/img.mp4 assets/img.png  # a line per video and picture, two arguments each
 
-Videos are float32 (T, 3, S, S) and pictures (3, P, P), in [-1, 1]. The first frame shows all of the picture.
+Videos are float32 (T, 3, S, S) and pictures (3, P, P), in [-1, 1]. The first frame shows all of the
+picture.
 """
 
 import math
@@ -21,16 +22,18 @@ FIT = 64            # pixels at which windows are compared
 
 
 def flatten(images):
-    """Images (n,3,h,w) as vectors of length 1 without the mean of each channel: tints do not matter."""
+    """Images (n,3,h,w) as vectors of length 1 without the mean of each channel: tints do not
+    matter."""
     x = (images - images.mean((2, 3), keepdim=True)).flatten(1)
     return x / x.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
 def camera_path(video, picture):
-    """The window of the picture that each frame shows, as its scale: 1 is all of it, 0.5 the middle half; float (T,).
+    """The window of the picture that each frame shows, as its scale: 1 is all of it, 0.5 the middle
+    half; float (T,).
 
-    The scale with the highest correlation, tried from 0.5 to 1.1 in steps of 0.01 and refined by a parabola. Only
-    flights into the middle are recognised.
+    The scale with the highest correlation, tried from 0.5 to 1.1 in steps of 0.01 and refined by a
+    parabola. Only flights into the middle are recognised.
     """
     tried = torch.arange(0.5, 1.105, 0.01)
     frames = flatten(F.interpolate(video, (FIT, FIT), mode="bilinear", antialias=True, align_corners=False))
@@ -42,7 +45,8 @@ def camera_path(video, picture):
 
 
 def way(path, motion, fps):
-    """Camera path (T,) -> the distance flown at each frame, (T,); 1 is the true flight's at the last frame."""
+    """Camera path (T,) -> the distance flown at each frame, (T,); 1 is the true flight's at the
+    last frame."""
     return -path.log() / (motion / 1000 / fps * (len(path) - 1))
 
 
@@ -60,10 +64,11 @@ def change(video):
 def measure(video, picture, motion, fps):
     """{name: value} of a sample at a motion bucket above 0.
 
-    The camera's way, as shares of the true one: "path" at every frame, "arrival" at the last, "rms" its distance from
-    the straight path, "back" its longest step back. "flicker": the change from frame to frame, over that of a true
-    flight into the sample's own first frame, which is as soft as the sample. "flicker_sharp": over that of the true
-    flight into the picture. "psnr": low-passed, against the true flight, at every frame, in dB.
+    The camera's way, as shares of the true one: "path" at every frame, "arrival" at the last, "rms"
+    its distance from the straight path, "back" its longest step back. "flicker": the change from
+    frame to frame, over that of a true flight into the sample's own first frame, which is as soft
+    as the sample. "flicker_sharp": over that of the true flight into the picture. "psnr":
+    low-passed, against the true flight, at every frame, in dB.
     """
     T, S = len(video), video.shape[-1]
     scales = world.scales(motion, fps, T)

@@ -2,7 +2,8 @@
 
     python toy/panels.py                               # -> assets/panels.webp, of assets/img.png
 
-Three videos of the same picture and noise: the base asked for 40 frames, extended but not tuned, post-tuned.
+Three videos of the same picture and noise: the base asked for 40 frames, extended but not tuned,
+post-tuned.
 """
 
 import argparse

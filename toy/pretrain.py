@@ -1,36 +1,40 @@
 """Makes the toy that ships, assets/toy.safetensors and assets/toy-exvideo.safetensors:
 
-    python toy/pretrain.py                             # its VAE: runs/toy/start.safetensors, later vae.safetensors
+    python toy/pretrain.py  # its VAE: runs/toy/start.safetensors, later vae.safetensors
 
-    two="deepspeed --num_accelerators 2 train.py"      # the UNet on 8 frames, and CLIP with it: 16 clips a step
+    two="deepspeed --num_accelerators 2 train.py"  # the UNet on 8 frames, and CLIP with it: 16 clips a step
     base="--model runs/toy/start.safetensors --data toy/world.py --train all --frames 8 --batch 8 --ema 0.995"
     base="$base --warmup 100 --sample-every 0 --out runs/toy/base"
     $two $base --lr 2e-3 --steps 1977 && $two $base --lr 8e-4 --steps 2381 && $two $base --lr 3e-4 --steps 2539
 
-    python toy/pretrain.py --sharpen runs/toy/vae.safetensors --pictures FOLDER --lr 5e-4 --out runs/toy/sharp
-    python toy/pretrain.py --pack runs/toy/base/model-002539.safetensors --decoder runs/toy/sharp/decoder.safetensors \\
+    python toy/pretrain.py --sharpen runs/toy/vae.safetensors --pictures FOLDER --lr 5e-4 --out
+    runs/toy/sharp python toy/pretrain.py --pack runs/toy/base/model-002539.safetensors --decoder
+    runs/toy/sharp/decoder.safetensors \\
         --out assets/toy.safetensors
 
     tune="--sample-every 0 --out runs/toy/tuned"       # ExVideo: 40 frames, 2 clips a step
     $two $tune --lr 1e-3 --steps 400 && $two $tune --lr 3e-4 --steps 480
     python toy/pretrain.py --pack runs/toy/tuned/exvideo-000480.safetensors --out assets/toy-exvideo.safetensors
 
-Every command resumes when it is given again. The weights that ship were made in a longer story: the base's first 1,084
-steps by one process, with 8 clips each; its clips and the extension's into synthetic pictures of 256 pixels, not 384,
-encoded in bfloat16. The decoder was sharpened for 625 of 750 planned steps, the first 400 with --adversarial 0.08.
+Every command resumes when it is given again. The weights that ship were made in a longer story: the
+base's first 1,084 steps by one process, with 8 clips each; its clips and the extension's into
+synthetic pictures of 256 pixels, not 384, encoded in bfloat16. The decoder was sharpened for 625 of
+750 planned steps, the first 400 with --adversarial 0.08.
 
-The VAE learns in three phases. First encoder and decoder train together, and a picture that moves is to be latents that
-move (EQ-VAE, arXiv:2502.09509): every other step enlarges picture and latents alike, or the UNet could not learn to
-fly. Then the latents are given mean 0 and variance 1, and the decoder trains alone, on them. From then on the base can
-be trained beside it: start.safetensors is written. Last, --sharpen trains the decoder against blur (a loss on gradients
-and a discriminator, as published image VAEs are trained) and against flicker (noise of its own on the latents of each
+The VAE learns in three phases. First encoder and decoder train together, and a picture that moves
+is to be latents that move (EQ-VAE, arXiv:2502.09509): every other step enlarges picture and latents
+alike, or the UNet could not learn to fly. Then the latents are given mean 0 and variance 1, and the
+decoder trains alone, on them. From then on the base can be trained beside it: start.safetensors is
+written. Last, --sharpen trains the decoder against blur (a loss on gradients and a discriminator,
+as published image VAEs are trained) and against flicker (noise of its own on the latents of each
 frame, and a loss on the change between frames).
 
-For a base of 256 pixels, --tune goes on with clips of both sizes; with 40 frames it tunes an extension. Neither has run
-for long enough to ship:
+For a base of 256 pixels, --tune goes on with clips of both sizes; with 40 frames it tunes an
+extension. Neither has run for long enough to ship:
 
-    python toy/pretrain.py --tune assets/toy.safetensors --pictures FOLDER --steps 0 0 0 400 --out runs/toy/base256
-    python toy/pretrain.py --tune runs/toy/base256/model.safetensors --pictures FOLDER --steps 0 0 0 200 --batch 2 \\
+    python toy/pretrain.py --tune assets/toy.safetensors --pictures FOLDER --steps 0 0 0 400 --out
+    runs/toy/base256 python toy/pretrain.py --tune runs/toy/base256/model.safetensors --pictures
+    FOLDER --steps 0 0 0 200 --batch 2 \\
         --clips 40x256:0.8 40x128:0.2 --out runs/toy/tuned256
 
 The networks are SVD's, block for block, only narrower; 128 x 128 pixels are 16 x 16 latents.
@@ -61,7 +65,7 @@ UNET = exsvd.UNetConfig(channels=(48,) * 4, heads=(3,) * 4, context_dim=64, grou
 VAE = exsvd.VAEConfig(channels=(24, 48, 96, 96), groups=2)  # few groups: normalising pairs would lose colour
 CLIP = exsvd.CLIPConfig(width=64, layers=2, heads=4, patch=28, out_dim=64)
 CROP = 64                    # pixels of what the VAE sees, half a frame of the toy
-LATENT_NOISE = 0.1           # standard deviation added to latents in VAE training: errors this small will not show
+LATENT_NOISE = 0.1  # standard deviation added to latents in VAE training: errors this small will not show
 COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
 SHARP_CROP = 96              # pixels of what sharpen() sees
 JUDGED_FROM = 100            # steps before the discriminator is listened to
@@ -71,7 +75,7 @@ DEFAULTS = {  # of sample.py and train.py for this model: kept in its files
     "train": dict(frames=40, size=(128, 128), steps=100, lr=1e-3, checkpoint="none", weights_every=50, sample_every=50,
                   warmup=10, ema=0.98, drop=0.0),
 }
-HELD_OUT = 1                 # seed of pictures that nothing is trained on; train.py's --seed is another
+HELD_OUT = 1  # seed of pictures that nothing is trained on; train.py's --seed is another
 
 
 def zero(*layers):
@@ -89,14 +93,15 @@ def init(network):
             zero(m.proj_out)
     if isinstance(network, exsvd.UNet):
         zero(network.conv_out)
-        network.down[0].conv.weight.data[:, 4:] *= exsvd.VAE_SCALE                # image latents come unscaled
+        network.down[0].conv.weight.data[:, 4:] *= exsvd.VAE_SCALE  # image latents come unscaled
     if isinstance(network, exsvd.VAE):
-        # Colours get through from the first step on. Started at random, it had learned only grey in 1,500 steps.
+        # Colours get through from the first step on. Started at random, it had learned only grey in
+        # 1,500 steps.
         through = ("conv_in", "skip", "downsample", "upsample", "coder.conv_out", "quant_conv")
         for name, m in network.named_modules():
             if name.endswith(through) and isinstance(m, nn.Conv2d):
                 m.weight.data += nn.init.dirac_(torch.empty_like(m.weight))
-        zero(network.decoder.time_conv_out)                                       # the identity over the finished video
+        zero(network.decoder.time_conv_out)  # the identity over the finished video
         network.decoder.time_conv_out.weight.data[:, :, 1, 0, 0] = torch.eye(3)
     return network
 
@@ -108,19 +113,21 @@ def random_windows(n, smallest):
 
 
 def crops(pictures, n, frames):
-    """A batch for the VAE: (n, frames, 3, CROP, CROP) in [-1, 1], windows onto pictures, of several frames: flights."""
+    """A batch for the VAE: (n, frames, 3, CROP, CROP) in [-1, 1], windows onto pictures, of several
+    frames: flights."""
     images = pictures[torch.randint(len(pictures), (n,))].float() / 127.5 - 1
-    images = images[:, torch.randperm(3)]                                         # other colours, and both hands
+    images = images[:, torch.randperm(3)]  # other colours, and both hands
     if torch.rand(()) < 0.5:
         images = images.flip(-1)
     scales, offsets = random_windows(n, 0.55)
-    path = 0.5 * scales[:, None] * world.scales(torch.rand(()) * 160, world.FPS, frames)       # (n, frames)
+    path = 0.5 * scales[:, None] * world.scales(torch.rand(()) * 160, world.FPS, frames)  # (n, frames)
     images, offsets = images.repeat_interleave(frames, 0), offsets.repeat_interleave(frames, 0)
     return world.windows(images, path.flatten(), offsets, CROP).unflatten(0, (n, frames))
 
 
 def reconstruction_loss(a, b):
-    """L1 and L2 on images (n,3,H,W) and on their 2, 4 and 8 times smaller versions, for colours of areas. Scalar."""
+    """L1 and L2 on images (n,3,H,W) and on their 2, 4 and 8 times smaller versions, for colours of
+    areas. Scalar."""
     loss = 0
     for _ in range(4):
         loss = loss + (a - b).abs().mean() + 2 * (a - b).square().mean()
@@ -129,10 +136,11 @@ def reconstruction_loss(a, b):
 
 
 def colour_loss(z, x):
-    """Of latents (n,4,h,w) whose first three are not the mean colours of their 8x8 pixels of x (n,3,8h,8w). Scalar.
+    """Of latents (n,4,h,w) whose first three are not the mean colours of their 8x8 pixels of x
+    (n,3,8h,8w). Scalar.
 
-    Pictures are mostly brightness. Without this at the start two of the four latents went to edges, and an axis of
-    colour was lost for good.
+    Pictures are mostly brightness. Without this at the start two of the four latents went to edges,
+    and an axis of colour was lost for good.
     """
     return (z[:, :3] - 2 * F.avg_pool2d(x, 8)).square().mean()
 
@@ -146,24 +154,26 @@ def vae_psnr(vae, images):
 
 @torch.no_grad()
 def normalise(vae, pictures):
-    """Fold mean and deviation of the latents into the layers around: scaled latents get mean 0, variance 1.
-    Returns what LATENT_NOISE then is, (4,1,1)."""
+    """Fold mean and deviation of the latents into the layers around: scaled latents get mean 0,
+    variance 1. Returns what LATENT_NOISE then is, (4,1,1)."""
     torch.manual_seed(0)
     z = torch.cat([vae.encode(crops(pictures, 8, 1).flatten(0, 1)) for _ in range(128)])
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3)) * exsvd.VAE_SCALE  # (4,) each; new latents: (z - mean) / std
     quant, conv_in = vae.quant_conv, vae.decoder.conv_in
-    # Zeros around the latents now mean `mean`, which conv_in's bias can't express: the decoder learns its rim anew.
+    # Zeros around the latents now mean `mean`, which conv_in's bias can't express: the decoder
+    # learns its rim anew.
     conv_in.bias += (conv_in.weight.sum((2, 3)) * mean).sum(1)
     conv_in.weight *= std[:, None, None]
     quant.weight[:4] /= std[:, None, None, None]
     quant.bias[:4] = (quant.bias[:4] - mean) / std
-    quant.weight[4:] = 0                                                          # log variance: the noise of training
+    quant.weight[4:] = 0  # log variance: the noise of training
     quant.bias[4:] = 2 * (LATENT_NOISE / std).log()
     return (LATENT_NOISE / std)[:, None, None]
 
 
 def save_state(path, vae, opt, noise, step):
-    """All that training goes on from. Every step draws from a seed of its own, so no generator's state is needed."""
+    """All that training goes on from. Every step draws from a seed of its own, so no generator's
+    state is needed."""
     moments = {f"{i}.{key}": t.clone() for i, s in opt.state_dict()["state"].items() for key, t in s.items()}
     state = vae.state_dict() | {f"optimizer.{name}": t for name, t in moments.items()} | {"noise": noise}
     save_file({name: t.contiguous() for name, t in state.items()}, path + ".tmp", metadata={"step": str(step)})
@@ -225,7 +235,7 @@ def train_vae(args):
         frames = 4 if step % 4 == 0 else 1                                        # mostly images
         x = crops(pictures, 8 // frames, frames)
         with torch.autocast("cpu", torch.bfloat16, enabled=exsvd.best_dtype("cpu") == torch.bfloat16):
-            z = vae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()     # (n, frames, 4, 8, 8)
+            z = vae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()  # (n, frames, 4, 8, 8)
             if step % 2:
                 scale, offset = (t.repeat_interleave(frames, 0) for t in random_windows(len(x), 0.6))
                 x = world.windows(x.flatten(0, 1), scale, offset, CROP).unflatten(0, x.shape[:2])
@@ -256,7 +266,8 @@ def train_vae(args):
 
 
 class Discriminator(nn.Sequential):
-    """Which patches of 46 pixels are of pictures, which are decoded: (n,3,H,W) -> logits (n,1,h,w)."""
+    """Which patches of 46 pixels are of pictures, which are decoded: (n,3,H,W) -> logits
+    (n,1,h,w)."""
 
     def __init__(self, C=32):
         super().__init__()
@@ -269,13 +280,15 @@ class Discriminator(nn.Sequential):
 
 
 def gradient_loss(a, b):
-    """L1 between the differences of neighbouring pixels of images (n,3,H,W), so that edges stay sharp. Scalar."""
+    """L1 between the differences of neighbouring pixels of images (n,3,H,W), so that edges stay
+    sharp. Scalar."""
     return sum((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for d in (2, 3))
 
 
 def views(stills, folder, n, frames, size, rng):
-    """A batch to sharpen the decoder on: flights (n, frames, 3, size, size) in [-1, 1] through crops of pictures, half
-    of them synthetic. A pixel of a crop is as large as one of a picture of 256 pixels, or up to 1.5 times smaller."""
+    """A batch to sharpen the decoder on: flights (n, frames, 3, size, size) in [-1, 1] through
+    crops of pictures, half of them synthetic. A pixel of a crop is as large as one of a picture of
+    256 pixels, or up to 1.5 times smaller."""
     videos = []
     for i in range(n):
         if folder and rng.uniform() < 0.6:
@@ -290,7 +303,8 @@ def views(stills, folder, n, frames, size, rng):
 
 
 def sharpen(args):
-    """The third phase: the decoder alone, on crops of pictures of 256 pixels; resumes from --out/sharpen-state.pt."""
+    """The third phase: the decoder alone, on crops of pictures of 256 pixels; resumes from
+    --out/sharpen-state.pt."""
     vae = exsvd.load(args.sharpen, parts=("vae",)).vae.requires_grad_(False).train()
     decoder = vae.decoder.requires_grad_(True)
     average = {name: t.clone() for name, t in decoder.state_dict().items()}
@@ -298,7 +312,7 @@ def sharpen(args):
     judge, path = Discriminator(), os.path.join(args.out, "sharpen-state.pt")
     opt = torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.5, 0.99), weight_decay=1e-3)
     judge_opt = torch.optim.AdamW(judge.parameters(), lr=1e-3, betas=(0.5, 0.99), weight_decay=1e-3)
-    noise = (vae.quant_conv.bias[4:] / 2).exp().view(4, 1, 1)                     # what normalise() left there
+    noise = (vae.quant_conv.bias[4:] / 2).exp().view(4, 1, 1)  # what normalise() left there
     stills = torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(args.stills)])
     step, start, mean = 0, time.time(), {}
     if os.path.exists(path):
@@ -316,7 +330,7 @@ def sharpen(args):
         n, frames = ((4, 1), (4, 1), (1, 5))[step % 3]
         x = views(stills, args.pictures, n, frames, SHARP_CROP, rng)
         z = vae.encode(x.flatten(0, 1)).unflatten(0, (n, frames))
-        z = z + noise * torch.rand(n, 1, 1, 1, 1) * 1.2 * torch.randn_like(z)     # of each frame: it must not flicker
+        z = z + noise * torch.rand(n, 1, 1, 1, 1) * 1.2 * torch.randn_like(z)  # of each frame: it must not flicker
         y = vae.decode(z)
         true, made = x.flatten(0, 1), y.flatten(0, 1)
         losses = {"picture": reconstruction_loss(made, true), "edges": gradient_loss(made, true)}
@@ -349,9 +363,9 @@ def sharpen(args):
 
 
 def tune(args):
-    """The UNet on clips of several sizes, each of them encoded once and used --reuse times with other noise. A base
-    trains as a whole; with clips longer than SHORT an extension trains, as in the paper. Resumes from
-    --out/tune-state.pt."""
+    """The UNet on clips of several sizes, each of them encoded once and used --reuse times with
+    other noise. A base trains as a whole; with clips longer than SHORT an extension trains, as in
+    the paper. Resumes from --out/tune-state.pt."""
     svd = exsvd.load(args.tune, args.extension)
     unet, kinds = svd.unet.train(), [parse_kind(text) for text in args.clips]
     unet.checkpointing, long = None, max(frames for frames, _, _ in kinds) > world.SHORT
@@ -375,7 +389,8 @@ def tune(args):
         print(f"resumed at step {step}", flush=True)
 
     def encoded(kind):
-        """The next clip of a kind: (scaled latents, condition latent, CLIP embedding, ids), each with a batch of 1."""
+        """The next clip of a kind: (scaled latents, condition latent, CLIP embedding, ids), each
+        with a batch of 1."""
         item = sources[kind][drawn[kind]]
         drawn[kind] += 1
         video = data.to_float(item["video"])

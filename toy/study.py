@@ -1,15 +1,17 @@
-"""Does ExVideo work? The question is asked in the toy's world, where the future of a first picture is known.
+"""Does ExVideo work? The question is asked in the toy's world, where the future of a first picture
+is known.
 
-    python toy/study.py             # -> runs/study/{tables.md,figure.png,strip.png}; needs matplotlib
-    python toy/study.py --quick     # without ablations and a model from scratch: 200 steps, one seed, two pictures
+    python toy/study.py  # -> runs/study/{tables.md,figure.png,strip.png}; needs matplotlib
+    python toy/study.py --quick  # without ablations and a model from scratch: 200 steps, one seed, two pictures
 
     1. Rows       what is compared: untuned and post-tuned extensions, a model from scratch, the alternatives, ablations
     2. Training   train.py, as anybody would call it, from assets/toy.safetensors
     3. Samples    40 frames of each picture, and how they compare with the true flight
     4. Report     tables, the figure, a strip of frames
 
-The same command resumes: it keeps what is there. The base knows 8 frames. Everything is judged on 40 frames of 128x128,
-of pictures that nothing was trained on: synthetic ones, assets/img.png and photographs of toy/photographs.
+The same command resumes: it keeps what is there. The base knows 8 frames. Everything is judged on
+40 frames of 128x128, of pictures that nothing was trained on: synthetic ones, assets/img.png and
+photographs of toy/photographs.
 """
 
 import argparse
@@ -37,10 +39,10 @@ MOTION = 40.0
 SEEDS = (0, 2, 3)                   # of training clips too: 1 is pretrain.HELD_OUT's
 SIGMAS = (0.2, 1.0, 5.0, 25.0)      # noise levels at which losses are compared
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Rows
 
-TABLES = {                          # positions, known to the base or not, that the frame tables start from
+TABLES = {  # positions, known to the base or not, that the frame tables start from
     "fold": exsvd.fold_positions(SHORT, T),
     "stretch": torch.linspace(0, SHORT - 1, T),
     "sinusoid": range(T),
@@ -61,7 +63,8 @@ def slug(name):
 
 
 def runs(a):
-    """{name of a training run: (starting table, seed, train.py's extra arguments)}; the paper's way comes first."""
+    """{name of a training run: (starting table, seed, train.py's extra arguments)}; the paper's way
+    comes first."""
     found = {f"fold, seed {seed}": ("fold", seed, []) for seed in SEEDS[:a.seeds]}
     if a.quick:
         return found
@@ -90,7 +93,7 @@ def rows(a):
     return found | dict.fromkeys(ALTERNATIVES)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Training
 
 
@@ -102,7 +105,7 @@ def start(a, table, seed):
         unet = exsvd.extend(exsvd.load(BASE, parts=("unet",)).unet, T)
         for block in unet.temporal_blocks():
             C = block.frame_table.shape[1]
-            if table == "random":                                                 # sinusoids have a mean square of 1/2
+            if table == "random":  # sinusoids have a mean square of 1/2
                 block.frame_table.data = torch.randn(T, C) * 0.5**0.5
             else:
                 block.frame_table.data = exsvd.sinusoid(torch.as_tensor(list(TABLES[table])), C)
@@ -146,7 +149,7 @@ def train_all(a, pool):
         job.result()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Samples
 
 
@@ -160,7 +163,8 @@ def pictures(a):
 
 @torch.inference_mode()
 def generate(svd, first, frames, fps=world.FPS, overlap=None):
-    """What a model makes of a first frame (3,S,S): (frames,3,S,S) in [-1,1]. overlap: in rounds, which share frames."""
+    """What a model makes of a first frame (3,S,S): (frames,3,S,S) in [-1,1]. overlap: in rounds,
+    which share frames."""
     given = dict(size=(SIZE, SIZE), frames=frames, motion=MOTION, fps=fps, overlap=overlap)
     s = sample.settings_for(svd, given)
     latents = sample.make_latents(svd, first, s, torch.device("cpu"))
@@ -218,7 +222,7 @@ def measure_row(a, row):
     os.replace(path + ".tmp", path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. Report
 
 
@@ -324,7 +328,7 @@ def main():
                    help="assets/img.png and the last of toy/photographs, and as many synthetic pictures")
     p.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
     p.add_argument("--quick", action="store_true", help="200 steps, 1 seed, 1 + 1 pictures, fewer rows, other folder")
-    p.add_argument("--row", help=argparse.SUPPRESS)                               # measure it, in a process of its own
+    p.add_argument("--row", help=argparse.SUPPRESS)  # measure it, in a process of its own
     a = p.parse_args()
     if a.quick:
         a.steps, a.seeds, a.pictures, a.out = 200, 1, 1, a.out + "-quick"
