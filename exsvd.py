@@ -1365,7 +1365,9 @@ def convert(names, tensors, shape):
     if names == ["visual_projection.weight"] and t.ndim == 2:
         t = t.T  # a Linear in diffusers, a matrix in the single file
     if re.search(r"(label_emb\.0\.0|add_embedding\.linear_1|cond_embed\.0)\.weight", names[0]):
-        t = F.pad(t, (0, max(0, shape[1] - t.shape[1])))  # ids that the file lacks: no effect yet
+        lacking = shape[1] - t.shape[1]  # columns of ids that the file does not know
+        if lacking > 0 and lacking % ID_DIM == 0 and t.shape[1] >= 3 * ID_DIM:
+            t = F.pad(t, (0, lacking))  # they have no effect yet
     if tuple(t.shape) + (1, 1) == shape:
         t = t.view(shape)  # a Linear in diffusers, a 1x1 convolution here
     return t
