@@ -10,8 +10,8 @@
     python sample.py --decode-only out/photo.latents.safetensors   # decode saved latents again
 
 In this order: the settings, the samplers, the conditioning, sampling, decoding, the command. The
-image is encoded by CLIP and the VAE, a sampler carries noise down the sigmas, the latents are
-saved, then decoded in overlapping chunks and streamed to a video file. Arithmetic on latents is
+image is encoded by CLIP and the VAE, a sampler removes the noise level by level, the latents
+are saved, then decoded in overlapping chunks and streamed to a video file. Arithmetic on latents is
 float32. To use several GPUs, start one process for each, with CUDA_VISIBLE_DEVICES and its own part
 of the images.
 
@@ -260,26 +260,26 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Settings:
     """What shapes a video. The defaults are those of the ExVideo authors' tool for their
     release."""
-    frames: int = setting(None, integer(1), "frames to make, in rounds where the model knows fewer [all it knows]", metavar="N")
-    overlap: int = setting(None, integer(1), "frames that a round shares with the one before [an eighth of a round]", metavar="N")
-    size: tuple = setting((512, 512), frame_size, "multiples of 64; by default as many pixels, at the image's aspect ratio", metavar="WxH")
-    steps: int = setting(50, integer(1), "noise levels", metavar="N")
-    sampler: str = setting("euler", SAMPLERS, "heun costs twice, dpm++ needs fewer steps, ddim adds fresh noise (--eta)")
-    schedule: str = setting(None, SCHEDULES, "noise levels; ays, Align Your Steps, was made for 10 steps [the sampler's own]")
+    frames: int = setting(None, integer(1), "frames to make, in rounds where the model knows fewer [all it knows]")
+    overlap: int = setting(None, integer(1), "frames that a round shares with the one before [an eighth of a round]")
+    size: tuple = setting((512, 512), frame_size, "multiples of 64 [as many pixels]", metavar="WxH")
+    steps: int = setting(50, integer(1), "noise levels")
+    sampler: str = setting("euler", SAMPLERS, "heun costs twice, dpm++ needs fewer steps, ddim adds noise (--eta)")
+    schedule: str = setting(None, SCHEDULES, "noise levels; ays (Align Your Steps) is for 10 steps [the sampler's]")
     eta: float = setting(0.0, number(0, 1), "share of the noise that ddim replaces by fresh noise at each step")
     share_mean: bool = setting(False, bool, "noise of the same mean in all frames, against a tint that flickers")
     cfg: tuple = setting((2.0, 2.0), number(0), "guidance on the first and the last frame; 1 is none", nargs=2)
-    cfg_interval: tuple = setting(None, number(0), "guide only at noise levels in (LOW, HIGH] [all, 0.002 to 700]", nargs=2)
-    fps: float = setting(30.0, number(1, 1000), "frames per second; the UNet is conditioned on it, the file is written with it")
+    cfg_interval: tuple = setting(None, number(0), "guide at noise levels in (LOW, HIGH] only [0.002 to 700]", nargs=2)
+    fps: float = setting(30.0, number(1, 1000), "frames per second, of the conditioning and of the file")
     motion: float = setting(127.0, number(0), "amount of motion: 0 to 255 for SVD, 0 to 127 for ExVideo's release")
     aug: float = setting(0.02, number(0), "noise added to the image, which frees the motion from it")
     seed: int = setting(0, integer(0, 2**63 - 1), "of all noise, which is drawn on the CPU: the same on every device")
     strength: float = setting(0.5, number(0.01, 1), "with --video: how much is made anew; 1 is everything")
-    decode_chunk: int = setting(16, integer(1), "frames decoded at once; fewer need less memory", metavar="N")
+    decode_chunk: int = setting(16, integer(1), "frames decoded at once; fewer need less memory")
     match_stats: bool = setting(False, bool, "give the latents of every frame the mean and deviation of the video")
     contrast: float = setting(1.0, number(0.01), "factor on the latents before they are decoded")
     encode_scale: float = setting(exsvd.VAE_SCALE, number(0.01), "factor on latents of --video and --keyframe")
-    native: int = setting(None, integer(1), "frames the base was trained on: 14 for svd.safetensors [as its file says, or 25]")
+    native: int = setting(None, integer(1), "frames of the base: 14 for svd.safetensors [as its file says, or 25]")
     dtype: str = setting(None, DTYPES, "of the networks [what the device is good at: exsvd.best_dtype]")
 
 
