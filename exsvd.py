@@ -776,7 +776,7 @@ class Decoder(nn.Module):
         self.time_conv_out = nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 0, 0))  # over frames, of RGB
 
     def forward(self, z):
-        B, slices, upsample = len(z), Slices(), None
+        B, slices, upsample = len(z), Slices().for_cache(z), None
 
         def out(h):
             return self.conv_out(F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled()))
@@ -995,7 +995,7 @@ def training_loss(unet, loss, x, sigma, noise, image_latents, ctx, ids):
 #    function, which is applied to some frames or pixels at a time. What fits in one slice is
 #    computed as if there were no slices.
 
-CPU_SLICES = 4  # transformers on a CPU take slices this many times smaller: 14 % less time a pass
+CPU_SLICES = 4  # transformers and the decoder take slices this many times smaller on a CPU: 15 % less time
 
 
 @dataclass
@@ -1087,7 +1087,8 @@ def norm_over_frames(norm, x, B, slices):
 
     def moments(x):
         groups = x.to(wide).unflatten(1, (norm.num_groups, -1)).flatten(2)
-        var, mean = torch.var_mean(groups, dim=2, correction=0)
+        mean = groups.mean(2)  # torch.var_mean takes four times as long on a CPU
+        var = (groups - mean[..., None]).square().mean(2)
         return torch.stack([mean, var], dim=1)                                # (frames, 2, groups)
 
     def per_channel(v):
