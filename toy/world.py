@@ -1,18 +1,14 @@
-"""The toy's world: a still picture into which a camera flies. An example of clips that train.py can
-be given.
-
-    clips(frames, size, seed)       clips made on the fly, for `train.py --data toy/world.py`
-    picture(seed, index)            a synthetic still in the colours of photographs
-    flight(image, scales, size)     what a camera sees that flies into an image
+"""The toy's world: a still picture into which a camera flies. Also an example of a data file, for
+`train.py --data toy/world.py`.
 
 The first frame and the motion bucket determine the clip: nothing appears that was not there at the
 start, and the motion bucket is 1000 times the camera's speed. At speed v the window that the camera
 sees shrinks by a factor of exp(-v) per second. So every sample can be compared with the true
 flight, frame by frame (toy/measure.py).
 
-Synthetic pictures are "dead leaves", shapes of all sizes that hide each other, on 1/f noise.
-Together they have the statistics of photographs (Lee, Mumford & Huang 2001). Images are float32 (3,
-H, W) in [-1, 1].
+Synthetic pictures are "dead leaves", shapes of all sizes that hide each other, on 1/f noise, which
+have the statistics of photographs (Lee, Mumford & Huang 2001). Images are float32 (3, H, W) in
+[-1, 1].
 """
 
 import colorsys
@@ -29,13 +25,12 @@ FPS = 8                  # frames per second of long clips
 RATES = (8, 4, 1.6)      # of short ones: at 1.6 eight frames get as far as thirty-six do at 8
 SHORT = 8                # frames; clips of at most that many are short
 MAX_MOTION = 80          # the fastest motion bucket: 40 frames at FPS end at a window of 0.68
-PICTURE = 384  # pixels of a picture; clips are 256 or less, so that flying in finds detail
+PICTURE = 384            # pixels of a picture; clips are 256 or less, so that flying in finds detail
 LARGEST = 1500           # pixels of the largest square that is taken of a photograph
 
 
 class Clips:
-    """Item n is a clip that (seed, n) determines. pictures: a folder; half of the flights are then
-    into its pictures.
+    """Clips of flights; (seed, n) determines item n. pictures: a folder for half of the flights.
 
     The camera starts at a window of 0.7 to 1 of a picture, flies into that window's middle, and
     stands still in one of eight clips. Short clips come at each of RATES, as SVD's did: the model
@@ -75,8 +70,7 @@ def log_uniform(rng, low, high):
 
 
 def power_noise(rng, size, steepness):
-    """Two fields of mean 0 and variance 1, their amplitude falling as 1 / frequency**steepness:
-    (2,size,size)."""
+    """Two fields of mean 0 and variance 1 whose amplitude falls as frequency**-steepness: (2,size,size)."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])
     frequency[0, 0] = np.inf
     real, imaginary = rng.standard_normal((2, size, size))
@@ -86,8 +80,7 @@ def power_noise(rng, size, steepness):
 
 
 def outline(rng, x, y):
-    """Signed distance, negative inside, from a random convex shape of radius about 1 around the
-    origin; like x, y."""
+    """Signed distance of points x, y from a random convex shape of radius about 1, negative inside."""
     turn, flat = rng.uniform(0, 2 * math.pi), rng.uniform(0.4, 1)
     u = math.cos(turn) * x + math.sin(turn) * y
     v = math.cos(turn) * y - math.sin(turn) * x
@@ -102,12 +95,10 @@ def outline(rng, x, y):
 
 
 def picture(seed, index):
-    """A synthetic still, a function of (seed, index) alone: float32 (3, PICTURE, PICTURE) in [-1,
-    1]."""
+    """A synthetic still, a function of (seed, index) alone: float32 (3, PICTURE, PICTURE)."""
     rng, size = np.random.default_rng([seed, index]), PICTURE
     smooth, rough = power_noise(rng, size, rng.uniform(1.3, 1.9)), power_noise(rng, size, rng.uniform(0.6, 1.4))
     y, x = np.mgrid[:size, :size].astype(np.float32)
-
     vivid = rng.uniform(0.1, 0.9)  # photographs are pale, and of few colours
     palette = [colorsys.hsv_to_rgb(rng.uniform(), vivid * rng.beta(1.2, 1.5), rng.uniform(0.05, 1)**0.8)
                for _ in range(rng.integers(2, 7))]
@@ -152,8 +143,7 @@ def opened(folder):
 
 
 def photograph(folder, rng):
-    """A random square of a random picture, PICTURE to LARGEST pixels wide, or its mirror image,
-    scaled to PICTURE: float32 (3, PICTURE, PICTURE) in [-1, 1]."""
+    """A random square of a picture of the folder, or its mirror image: float32 (3, PICTURE, PICTURE)."""
     images = opened(folder)
     image = images[rng.integers(len(images))]
     side = int(log_uniform(rng, PICTURE, max(PICTURE, min(*image.shape[:2], LARGEST))))
@@ -164,11 +154,9 @@ def photograph(folder, rng):
 
 
 def windows(images, scales, offsets, size):
-    """Windows onto images (n,3,H,W): (n,3,size,size), each pixel the mean of four samples, against
-    aliasing.
+    """Windows onto images (n,3,H,W): (n,3,size,size), each pixel the mean of four samples, against aliasing.
 
-    scales (n,): 1 is all of an image. offsets (n,2): of a window's middle from the image's; 1 is
-    half an image.
+    scales (n,): 1 is all of an image. offsets (n,2): of the middles; 1 is half an image.
     """
     theta = torch.cat([scales.view(-1, 1, 1) * torch.eye(2), offsets[..., None]], dim=-1)  # (n,2,3)
     grid = F.affine_grid(theta, (len(images), 3, 2 * size, 2 * size), align_corners=False)
@@ -176,16 +164,14 @@ def windows(images, scales, offsets, size):
 
 
 def scales(motion, fps, frames):
-    """Of the window at each frame, (frames,): the camera's path. motion: a bucket, 1000 times the
-    speed per second."""
+    """The camera's path: the scale of its window at each frame, (frames,). motion: a bucket."""
     return torch.exp(-motion / 1000 / fps * torch.arange(frames))
 
 
 def flight(image, scales, size, offset=(0.0, 0.0)):
     """What a camera sees that flies into an image (3,H,W), H = W: float32 (T,3,size,size).
 
-    scales (T,): of its window. offset: of the point it flies to, the middle of every frame, from
-    the image's middle.
+    scales (T,): of its window. offset: of the point it flies to from the image's middle.
     """
     if image.shape[-1] > 2 * size:  # or the windows would alias
         image = F.interpolate(image[None], (2 * size, 2 * size), mode="bilinear", antialias=True)[0]
