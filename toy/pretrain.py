@@ -7,19 +7,30 @@
     base="$base --warmup 100 --sample-every 0 --out runs/toy/base"
     $two $base --lr 2e-3 --steps 1977 && $two $base --lr 8e-4 --steps 2381 && $two $base --lr 3e-4 --steps 2539
 
-    python toy/pretrain.py --sharpen runs/toy/vae.safetensors --pictures FOLDER --lr 5e-4 --out
-    runs/toy/sharp python toy/pretrain.py --pack runs/toy/base/model-002539.safetensors --decoder
-    runs/toy/sharp/decoder.safetensors \\
-        --out assets/toy.safetensors
+    tuned="--sample-every 0 --out runs/toy/tuned"  # ExVideo: 40 frames, 2 clips a step
+    tuned="--model runs/toy/base/model-002539.safetensors $tuned"
+    $two $tuned --lr 1e-3 --steps 400 && $two $tuned --lr 3e-4 --steps 480
 
-    tune="--sample-every 0 --out runs/toy/tuned"       # ExVideo: 40 frames, 2 clips a step
-    $two $tune --lr 1e-3 --steps 400 && $two $tune --lr 3e-4 --steps 480
-    python toy/pretrain.py --pack runs/toy/tuned/exvideo-000480.safetensors --out assets/toy-exvideo.safetensors
+    # the decoder against blur and flicker; FOLDER holds pictures
+    python toy/pretrain.py --sharpen runs/toy/vae.safetensors --pictures FOLDER --lr 5e-4 --out runs/toy/sharp
+
+    # both UNets at 256x256 too, on clips of two sizes
+    tune="torchrun --nproc_per_node 2 toy/pretrain.py --pictures FOLDER"
+    base=runs/toy/base/model-002539.safetensors
+    $tune --tune $base --steps 0 0 0 460 --out runs/toy/base256
+    $tune --tune runs/toy/base256/model.safetensors --tuned-on $base \\
+        --extension runs/toy/tuned/exvideo-000480.safetensors --clips 40x256:0.75 40x128:0.25 \\
+        --batch 1 --ema 0.96 --seed 60 --steps 0 0 0 130 --out runs/toy/tuned256
+
+    python toy/pretrain.py --pack runs/toy/base256/model.safetensors --decoder runs/toy/sharp/decoder.safetensors \\
+        --out assets/toy.safetensors
+    python toy/pretrain.py --pack runs/toy/tuned256/exvideo.safetensors --out assets/toy-exvideo.safetensors
 
 Every command resumes when it is given again. The weights that ship were made in a longer story: the
 base's first 1,084 steps by one process, with 8 clips each; its clips and the extension's into
 synthetic pictures of 256 pixels, not 384, encoded in bfloat16. The decoder was sharpened for 625 of
-750 planned steps, the first 400 with --adversarial 0.08.
+750 planned steps, the first 400 with --adversarial 0.08. Of
+256x256 the base learned in 107 steps of one process, with 4 clips each, before the 460 here.
 
 The VAE learns in three phases. First encoder and decoder train together, and a picture that moves
 is to be latents that move (EQ-VAE, arXiv:2502.09509): every other step enlarges picture and latents
@@ -28,14 +39,6 @@ decoder trains alone, on them. From then on the base can be trained beside it: s
 written. Last, --sharpen trains the decoder against blur (a loss on gradients and a discriminator,
 as published image VAEs are trained) and against flicker (noise of its own on the latents of each
 frame, and a loss on the change between frames).
-
-For a base of 256 pixels, --tune goes on with clips of both sizes; with 40 frames it tunes an
-extension. Neither has run for long enough to ship:
-
-    python toy/pretrain.py --tune assets/toy.safetensors --pictures FOLDER --steps 0 0 0 400 --out
-    runs/toy/base256 python toy/pretrain.py --tune runs/toy/base256/model.safetensors --pictures
-    FOLDER --steps 0 0 0 200 --batch 2 \\
-        --clips 40x256:0.8 40x128:0.2 --out runs/toy/tuned256
 
 The networks are SVD's, block for block, only narrower; 128 x 128 pixels are 16 x 16 latents.
 """
@@ -52,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import distributed, nn
 from torch.nn.utils import spectral_norm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -70,7 +73,7 @@ COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
 SHARP_CROP = 96              # pixels of what sharpen() sees
 JUDGED_FROM = 100            # steps before the discriminator is listened to
 DEFAULTS = {  # of sample.py and train.py for this model: kept in its files
-    "sample": dict(size=(128, 128), steps=8, sampler="ddim", eta=1.0, share_mean=True, cfg=(1.0, 1.0), fps=8.0,
+    "sample": dict(size=(256, 256), steps=8, sampler="ddim", eta=1.0, share_mean=True, cfg=(1.0, 1.0), fps=8.0,
                    motion=40.0, aug=0.02, decode_chunk=16),
     "train": dict(frames=40, size=(128, 128), steps=100, lr=1e-3, checkpoint="none", weights_every=50, sample_every=50,
                   warmup=10, ema=0.98, drop=0.0),
@@ -365,7 +368,10 @@ def sharpen(args):
 def tune(args):
     """The UNet on clips of several sizes, each of them encoded once and used --reuse times with
     other noise. A base trains as a whole; with clips longer than SHORT an extension trains, as in
-    the paper. Resumes from --out/tune-state.pt."""
+    the paper. Under torchrun the ranks average their gradients. Resumes from --out/tune-state.pt."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        distributed.init_process_group("gloo")
     svd = exsvd.load(args.tune, args.extension)
     unet, kinds = svd.unet.train(), [parse_kind(text) for text in args.clips]
     unet.checkpointing, long = None, max(frames for frames, _, _ in kinds) > world.SHORT
@@ -375,6 +381,11 @@ def tune(args):
                if not exsvd.IDLE.search(f".{name}") and (exsvd.is_extension_parameter(name) or not long)}
     for p in trained.values():
         p.requires_grad_(True)
+    if args.tuned_on:  # the base has learned since: its temporal blocks' changes are the extension's, too
+        before, now = (exsvd.load(model, parts=("unet",)).unet.state_dict() for model in (args.tuned_on, args.tune))
+        with torch.no_grad():
+            for name in trained.keys() & before.keys():
+                trained[name] += now[name] - before[name]
     opt = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.01)
     average = {name: p.detach().clone() for name, p in trained.items()}
     sources = []
@@ -391,7 +402,7 @@ def tune(args):
     def encoded(kind):
         """The next clip of a kind: (scaled latents, condition latent, CLIP embedding, ids), each
         with a batch of 1."""
-        item = sources[kind][drawn[kind]]
+        item = sources[kind][drawn[kind] * ranks + rank]
         drawn[kind] += 1
         video = data.to_float(item["video"])
         aug, noise = data.draw_condition(args.seed, item["name"], video.shape[:1:-1])
@@ -399,8 +410,7 @@ def tune(args):
         ids = exsvd.unet_ids(unet.config.ids, item | {"aug": float(aug)})
         return data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE, cond[None, None], ctx[None, None], ids
 
-    def drawn_clip(rng):
-        kind = rng.choice(len(kinds), p=[share for _, _, share in kinds])
+    def drawn_clip(kind, rng):
         store = stores[kind]
         if store and rng.uniform() > 1 / args.reuse:
             return store[rng.integers(len(store))]
@@ -409,29 +419,39 @@ def tune(args):
         return store[-1]
 
     while step < args.steps[3]:
-        rng, generator = np.random.default_rng([args.seed, step]), torch.Generator().manual_seed(step)
+        rng = np.random.default_rng([args.seed, step])                            # the same on all ranks
+        generator = torch.Generator().manual_seed(step * ranks + rank)
         for group in opt.param_groups:
             cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps[3]))
             group["lr"] = args.lr * min(1, (step + 1) / 10) * (0.05 + 0.95 * cosine)
-        total, start = 0, time.time()
+        losses, start = {}, time.time()
         for _ in range(args.batch):  # one after the other: the caches of a CPU hold no batch of clips
-            x, *conditions = drawn_clip(rng)
+            kind = rng.choice(len(kinds), p=[share for _, _, share in kinds])
+            x, *conditions = drawn_clip(kind, rng)
             sigma, noise = exsvd.LOSSES["edm"].draw(1, x.shape[1], generator), torch.randn(x.shape, generator=generator)
-            loss = exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, sigma, noise, *conditions).mean() / args.batch
-            loss.backward()
-            total += loss.item()
+            loss = exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, sigma, noise, *conditions).mean()
+            (loss / args.batch).backward()
+            losses.setdefault(args.clips[kind], []).append(round(loss.item(), 4))
+        if ranks > 1:
+            flat = nn.utils.parameters_to_vector([p.grad for p in trained.values()]) / ranks
+            distributed.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat, [p.grad for p in trained.values()])
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         opt.step()
         opt.zero_grad()
         step += 1
+        if rank > 0:
+            continue
         with torch.no_grad():
             for name, p in trained.items():
-                average[name].lerp_(p, 1 - min(0.96, step / (step + 4)))
-        print(json.dumps(dict(step=step, loss=round(total, 4), seconds=round(time.time() - start, 1))), flush=True)
+                average[name].lerp_(p, 1 - min(args.ema, step / (step + 4)))
+        print(json.dumps(dict(step=step, losses=losses, seconds=round(time.time() - start, 1))), flush=True)
         if step % 20 == 0 or step == args.steps[3]:
             state = dict(step=step, drawn=drawn, average=average, unet=unet.state_dict(), opt=opt.state_dict())
             torch.save(state, path + ".tmp")
             os.replace(path + ".tmp", path)
+    if rank > 0:
+        return
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(average[name])
@@ -474,10 +494,12 @@ if __name__ == "__main__":
     add("--adversarial", type=float, default=0.15, help="weight of the discriminator in the third phase")
     add("--tune", metavar="MODEL", help="train the UNet of this model: its base, or on long clips an extension")
     add("--extension", help="with --tune: the extension to go on from")
-    add("--clips", nargs="+", default=["8x256:0.65", "8x128:0.35"], help="FRAMESxPIXELS:SHARE of --tune's clips")
-    add("--batch", type=int, default=4, help="clips a step of --tune")
-    add("--reuse", type=int, default=3, help="how often --tune uses a clip")
-    add("--seed", type=int, default=20, help="of --tune's clips and noise")
+    add("--tuned-on", metavar="MODEL", help="with --extension: the base that it was tuned on, if --tune's has changed")
+    add("--clips", nargs="+", default=["8x256:0.6", "8x128:0.4"], help="FRAMESxPIXELS:SHARE of --tune's clips")
+    add("--batch", type=int, default=2, help="clips a step of --tune, on each rank")
+    add("--reuse", type=int, default=5, help="how often --tune uses a clip")
+    add("--ema", type=float, default=0.98, help="decay of --tune's average")
+    add("--seed", type=int, default=40, help="of --tune's clips and noise")
     add("--pack", metavar="FILE", help="write this model or extension as it ships, to --out")
     add("--decoder", metavar="FILE", help="with --pack: the decoder of --sharpen")
     args = p.parse_args()
