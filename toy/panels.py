@@ -37,7 +37,7 @@ if __name__ == "__main__":
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--image", default=os.path.join(ROOT, "assets", "img.png"))
     p.add_argument("--out", default=os.path.join(ROOT, "assets", "panels.webp"))
-    p.add_argument("--size", type=int, default=256)
+    p.add_argument("--size", type=int, default=128)
     p.add_argument("--frames", type=int, default=40)
     p.add_argument("--quality", type=int, default=85)
     a = p.parse_args()

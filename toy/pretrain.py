@@ -14,23 +14,23 @@
     # the decoder against blur and flicker; FOLDER holds pictures
     python toy/pretrain.py --sharpen runs/toy/vae.safetensors --pictures FOLDER --lr 5e-4 --out runs/toy/sharp
 
-    # both UNets at 256x256 too, on clips of two sizes
-    tune="torchrun --nproc_per_node 2 toy/pretrain.py --pictures FOLDER"
-    base=runs/toy/base/model-002539.safetensors
-    $tune --tune $base --steps 0 0 0 460 --out runs/toy/base256
-    $tune --tune runs/toy/base256/model.safetensors --tuned-on $base \\
-        --extension runs/toy/tuned/exvideo-000480.safetensors --clips 40x256:0.75 40x128:0.25 \\
-        --batch 1 --ema 0.96 --seed 60 --steps 0 0 0 130 --out runs/toy/tuned256
-
-    python toy/pretrain.py --pack runs/toy/base256/model.safetensors --decoder runs/toy/sharp/decoder.safetensors \\
+    python toy/pretrain.py --pack runs/toy/base/model-002539.safetensors --decoder runs/toy/sharp/decoder.safetensors \\
         --out assets/toy.safetensors
-    python toy/pretrain.py --pack runs/toy/tuned256/exvideo.safetensors --out assets/toy-exvideo.safetensors
+    python toy/pretrain.py --pack runs/toy/tuned/exvideo-000480.safetensors --out assets/toy-exvideo.safetensors
 
 Every command resumes when it is given again. The weights that ship were made in a longer story: the
 base's first 1,084 steps by one process, with 8 clips each; its clips and the extension's into
 synthetic pictures of 256 pixels, not 384, encoded in bfloat16. The decoder was sharpened for 625 of
-750 planned steps, the first 400 with --adversarial 0.08. Of
-256x256 the base learned in 107 steps of one process, with 4 clips each, before the 460 here.
+750 planned steps, the first 400 with --adversarial 0.08.
+
+For 256x256, --tune goes on with clips of two sizes; with 40 frames it tunes an extension. This has
+not run for long enough to ship (README.md beside this file says how far it got):
+
+    tune="torchrun --nproc_per_node 2 toy/pretrain.py --pictures FOLDER"
+    $tune --tune assets/toy.safetensors --steps 0 0 0 1100 --out runs/toy/base256
+    $tune --tune runs/toy/base256/model.safetensors --tuned-on assets/toy.safetensors \\
+        --extension assets/toy-exvideo.safetensors --clips 40x256:0.75 40x128:0.25 \\
+        --batch 1 --ema 0.96 --seed 60 --steps 0 0 0 400 --out runs/toy/tuned256
 
 The VAE learns in three phases. First encoder and decoder train together, and a picture that moves
 is to be latents that move (EQ-VAE, arXiv:2502.09509): every other step enlarges picture and latents
@@ -73,7 +73,7 @@ COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
 SHARP_CROP = 96              # pixels of what sharpen() sees
 JUDGED_FROM = 100            # steps before the discriminator is listened to
 DEFAULTS = {  # of sample.py and train.py for this model: kept in its files
-    "sample": dict(size=(256, 256), steps=8, sampler="ddim", eta=1.0, share_mean=True, cfg=(1.0, 1.0), fps=8.0,
+    "sample": dict(size=(128, 128), steps=8, sampler="ddim", eta=1.0, share_mean=True, cfg=(1.0, 1.0), fps=8.0,
                    motion=40.0, aug=0.02, decode_chunk=16),
     "train": dict(frames=40, size=(128, 128), steps=100, lr=1e-3, checkpoint="none", weights_every=50, sample_every=50,
                   warmup=10, ema=0.98, drop=0.0),
