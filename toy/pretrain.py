@@ -198,6 +198,13 @@ def load_state(path, vae, opt):
     return noise, step
 
 
+def set_rate(opt, peak, step, steps, warmup, least):
+    """The learning rate: a warm-up, then a cosine down to a share `least` of the peak."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in opt.param_groups:
+        group["lr"] = peak * min(1, (step + 1) / warmup) * (least + (1 - least) * cosine)
+
+
 def train_vae(args):
     """Both phases; resumes from --out/vae-state.safetensors."""
     torch.manual_seed(0)
@@ -231,9 +238,7 @@ def train_vae(args):
             noise, opt = normalise(vae, pictures), optimizer(1)
             save("start.safetensors")  # the decoder's new rim comes with vae.safetensors
         phase, done = (0, step) if step < args.steps[0] else (1, step - args.steps[0])
-        for group in opt.param_groups:
-            cosine = 0.5 * (1 + math.cos(math.pi * done / args.steps[phase]))
-            group["lr"] = args.lr * min(1, (done + 1) / 100) * (0.02 + 0.98 * cosine)
+        set_rate(opt, args.lr, done, args.steps[phase], warmup=100, least=0.02)
         torch.manual_seed(1 + step)
         frames = 4 if step % 4 == 0 else 1                                        # mostly images
         x = crops(pictures, 8 // frames, frames)
@@ -327,9 +332,7 @@ def sharpen(args):
     while step < args.steps[2]:
         rng = np.random.default_rng([0, step])
         torch.manual_seed(1 + step)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps[2]))
-        for group in opt.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 50) * (0.05 + 0.95 * cosine)
+        set_rate(opt, args.lr, step, args.steps[2], warmup=50, least=0.05)
         n, frames = ((4, 1), (4, 1), (1, 5))[step % 3]
         x = views(stills, args.pictures, n, frames, SHARP_CROP, rng)
         z = vae.encode(x.flatten(0, 1)).unflatten(0, (n, frames))
@@ -421,9 +424,7 @@ def tune(args):
     while step < args.steps[3]:
         rng = np.random.default_rng([args.seed, step])                            # the same on all ranks
         generator = torch.Generator().manual_seed(step * ranks + rank)
-        for group in opt.param_groups:
-            cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps[3]))
-            group["lr"] = args.lr * min(1, (step + 1) / 10) * (0.05 + 0.95 * cosine)
+        set_rate(opt, args.lr, step, args.steps[3], warmup=10, least=0.05)
         losses, start = {}, time.time()
         for _ in range(args.batch):  # one after the other: the caches of a CPU hold no batch of clips
             kind = rng.choice(len(kinds), p=[share for _, _, share in kinds])
