@@ -1,4 +1,4 @@
-"""Post-tuning, ExVideo section 3.3: only the temporal blocks are trained. DeepSpeed shards what
+r"""Post-tuning, ExVideo section 3.3: only the temporal blocks are trained. DeepSpeed shards what
 they need (ZeRO-2), and an exponential moving average (EMA) of them is kept.
 
     deepspeed train.py                                              # the toy, on synthetic clips
@@ -51,7 +51,7 @@ To stop early and lose nothing, send SIGTERM or SIGUSR1 to one training process 
 id) or to all: the ranks agree, save and leave. `deepspeed` itself does not pass a signal on;
 torchrun passes SIGTERM on and kills after 30 s. Several nodes without a hostfile:
 
-    torchrun --nnodes 2 --node_rank K --nproc_per_node 8 --master_addr HOST --master_port 29500 \\
+    torchrun --nnodes 2 --node_rank K --nproc_per_node 8 --master_addr HOST --master_port 29500 \
         train.py --model ... --data ... --out /shared/run
 """
 

@@ -1,6 +1,6 @@
 """Compares a sample of the toy with the true flight into its first picture.
 
-    python toy/measure.py out/img.mp4 assets/img.png  # a line per video and picture, two arguments each
+    python toy/measure.py out/img.mp4 assets/img.png  # one line for each video with its picture
 
 Videos are float32 (T, 3, S, S) and pictures (3, P, P), in [-1, 1]. The first frame shows all of the
 picture.

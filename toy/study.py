@@ -131,7 +131,7 @@ def train(a, name, *arguments):
     os.makedirs(out, exist_ok=True)
     command = [sys.executable, os.path.join(ROOT, "train.py"), "--out", out, "--workers", "1", "--sample-every", "0",
                "--data", os.path.join(ROOT, "toy", "world.py"), "--frames", str(T), "--size", f"{SIZE}x{SIZE}",
-               "--batch", str(a.batch), "--lr", str(a.lr), *arguments]
+               *arguments]
     with open(os.path.join(out, "output.txt"), "a") as log:
         subprocess.run(command, stdout=log, stderr=log, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -321,8 +321,6 @@ def main():
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default=os.path.join(ROOT, "runs", "study"))
     p.add_argument("--steps", type=int, default=400, help="of post-tuning")
-    p.add_argument("--batch", type=int, default=1, help="clips a step")
-    p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1), help="how many of SEEDS")
     p.add_argument("--pictures", type=int, default=3,
                    help="assets/img.png and the last of toy/photographs, and as many synthetic pictures")

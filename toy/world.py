@@ -30,11 +30,11 @@ LARGEST = 1500           # pixels of the largest square that is taken of a photo
 
 
 class Clips:
-    """Clips of flights; (seed, n) determines item n. pictures: a folder for half of the flights.
+    """Clips of flights, determined by (seed, n). pictures: a folder that half of them fly into.
 
     The camera starts at a window of 0.7 to 1 of a picture, flies into that window's middle, and
-    stands still in one of eight clips. Short clips come at each of RATES, as SVD's did: the model
-    learns what the frame rate means.
+    stands still in one of eight clips. Short clips come at each of RATES, so that the model learns
+    what the frame rate means.
     """
 
     def __init__(self, frames, size, seed=0, pictures=None):
@@ -55,7 +55,7 @@ class Clips:
         return dict(video=video, fps=fps, motion=motion, name=f"{self.seed}@{n}")
 
     def measure(self, frames, image, fps, motion):
-        """"arrival": the share of its way that the camera has flown at the last frame."""
+        """Returns "arrival": the share of its way that the camera has flown at the last frame."""
         from toy import measure
         if motion == 0:
             return {}
