@@ -21,7 +21,7 @@ import sample
 ASSETS = os.path.join(ROOT, "assets")
 IMAGE, OUT = os.path.join(ASSETS, "img.png"), os.path.join(ASSETS, "panels.webp")
 MODEL, EXTENSION = (os.path.join(ASSETS, f"{name}.safetensors") for name in ("toy", "toy-exvideo"))
-FRAMES, SIZE = 40, 128
+FRAMES, SIZE = 40, 192
 
 
 def video(svd, picture):
