@@ -21,13 +21,13 @@ import sample
 ASSETS = os.path.join(ROOT, "assets")
 IMAGE, OUT = os.path.join(ASSETS, "img.png"), os.path.join(ASSETS, "panels.webp")
 MODEL, EXTENSION = (os.path.join(ASSETS, f"{name}.safetensors") for name in ("toy", "toy-exvideo"))
-FRAMES, SIZE = 40, 192
+FRAMES = 40
 
 
 def video(svd, picture):
-    """uint8 (FRAMES, SIZE, SIZE, 3)"""
-    s = sample.settings_for(svd, dict(size=(SIZE, SIZE), frames=FRAMES))
-    latents = sample.make_latents(svd, data.fit_image(picture, SIZE, SIZE), s, torch.device("cpu"))
+    """uint8 (FRAMES, H, W, 3), of the size that the model's file asks for."""
+    s = sample.settings_for(svd, dict(frames=FRAMES))
+    latents = sample.make_latents(svd, data.fit_image(picture, *s.size), s, torch.device("cpu"))
     with torch.inference_mode():
         decoded = torch.cat(list(sample.decode(svd.vae, latents / exsvd.VAE_SCALE, s.decode_chunk)))
     return sample.to_pixels(decoded)
