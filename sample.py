@@ -572,6 +572,15 @@ def decoded_frame(vae, z, number, chunk):
     return torch.cat(list(decode(vae, nearby, chunk)))[number - first].clamp(-1, 1)
 
 
+@torch.inference_mode()
+def generate(svd, img, s, device):
+    """One image (3,H,W) in [-1,1] to all its frames (T,3,H,W) in [-1,1], float32 on the CPU.
+
+    s: from settings_for(). The command keeps the latents, and streams its frames to a file."""
+    z = adjust(make_latents(svd, img, s, device), s) / exsvd.VAE_SCALE
+    return torch.cat(list(decode(svd.vae, z, s.decode_chunk))).clamp(-1, 1)
+
+
 def to_pixels(frames):
     """float (n,3,H,W) in [-1,1] -> uint8 (n,H,W,3)"""
     return data.to_uint8(frames.clamp(-1, 1)).permute(0, 2, 3, 1)

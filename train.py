@@ -937,9 +937,7 @@ def sample_video(run, img, known):
     svd = replace(run.svd, unet=run.module.unet, vae=vae, clip=clip, extension=meta)
     given = known | dict(seed=s.seed, frames=s.frames)
     settings = sample.settings_for(svd, given, s.model)
-    latents = sample.make_latents(svd, img, settings, run.device)
-    z = sample.adjust(latents, settings) / exsvd.VAE_SCALE
-    return torch.cat(list(sample.decode(vae, z, settings.decode_chunk))).clamp(-1, 1), settings
+    return sample.generate(svd, img, settings, run.device), settings
 
 
 def add_progress(out, step, frames):

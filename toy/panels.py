@@ -27,10 +27,8 @@ FRAMES = 40
 def video(svd, picture):
     """uint8 (FRAMES, H, W, 3), of the size that the model's file asks for."""
     s = sample.settings_for(svd, dict(frames=FRAMES))
-    latents = sample.make_latents(svd, data.fit_image(picture, *s.size), s, torch.device("cpu"))
-    with torch.inference_mode():
-        decoded = torch.cat(list(sample.decode(svd.vae, latents / exsvd.VAE_SCALE, s.decode_chunk)))
-    return sample.to_pixels(decoded)
+    frames = sample.generate(svd, data.fit_image(picture, *s.size), s, torch.device("cpu"))
+    return sample.to_pixels(frames)
 
 
 if __name__ == "__main__":

@@ -161,14 +161,11 @@ def pictures(a):
     return found | {f"synthetic {i}": world.picture(pretrain.HELD_OUT, i) for i in range(a.pictures)}
 
 
-@torch.inference_mode()
 def generate(svd, first, frames, fps=world.FPS, overlap=None):
     """What a model makes of a first frame (3,S,S): (frames,3,S,S) in [-1,1]. overlap: in rounds,
     which share frames."""
     given = dict(size=(SIZE, SIZE), frames=frames, motion=MOTION, fps=fps, overlap=overlap)
-    s = sample.settings_for(svd, given)
-    latents = sample.make_latents(svd, first, s, torch.device("cpu"))
-    return torch.cat(list(sample.decode(svd.vae, latents / exsvd.VAE_SCALE, s.decode_chunk))).clamp(-1, 1)
+    return sample.generate(svd, first, sample.settings_for(svd, given), torch.device("cpu"))
 
 
 def imitate(svd, how, first):
