@@ -207,6 +207,11 @@ def set_rate(opt, peak, step, steps, warmup, least):
         group["lr"] = peak * min(1, (step + 1) / warmup) * (least + (1 - least) * cosine)
 
 
+def autocast():
+    """bfloat16 on CPUs that have instructions for it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=exsvd.best_dtype("cpu") == torch.bfloat16)
+
+
 def train_vae(args):
     """Both phases; resumes from --out/vae-state.pt."""
     torch.manual_seed(0)
@@ -243,7 +248,7 @@ def train_vae(args):
         torch.manual_seed(1 + step)
         frames = 4 if step % 4 == 0 else 1                                        # mostly images
         x = crops(pictures, 8 // frames, frames)
-        with torch.autocast("cpu", torch.bfloat16, enabled=exsvd.best_dtype("cpu") == torch.bfloat16):
+        with autocast():
             z = vae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()  # (n, frames, 4, 8, 8)
             if step % 2:
                 scale, offset = (t.repeat_interleave(frames, 0) for t in random_windows(len(x), 0.6))
@@ -466,7 +471,7 @@ def tune(args):
             x, *conditions = drawn_clip(kind, rng)
             sigma = args.shift * exsvd.LOSSES["edm"].draw(1, x.shape[1], generator)
             noise = torch.randn(x.shape, generator=generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=exsvd.best_dtype("cpu") == torch.bfloat16):
+            with autocast():
                 loss = exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, sigma, noise, *conditions).mean()
             (loss / args.batch).backward()
             losses.setdefault(args.clips[kind], []).append(round(loss.item(), 4))
