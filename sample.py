@@ -262,7 +262,8 @@ class Settings:
     release."""
     frames: int = setting(None, integer(1), "frames to make, in rounds where the model knows fewer [all it knows]")
     overlap: int = setting(None, integer(1), "frames that a round shares with the one before [an eighth of a round]")
-    size: tuple = setting((512, 512), frame_size, "multiples of 64 [as many pixels]", metavar="WxH")
+    size: tuple = setting(None, frame_size, "multiples of 64 [the file's, or as many pixels as 512x512 (SVD: 1024x576)]",
+                          metavar="WxH")
     steps: int = setting(50, integer(1), "noise levels")
     sampler: str = setting("euler", SAMPLERS, "heun costs twice, dpm++ needs fewer steps, ddim adds noise (--eta)")
     schedule: str = setting(None, SCHEDULES, "noise levels; ays (Align Your Steps) is for 10 steps [the sampler's]")
@@ -286,7 +287,7 @@ class Settings:
 # Published files hold no defaults, so theirs are here. SVD without an extension runs as in
 # diffusers' pipeline, with the chunks of 14 frames of Stability's script (diffusers decodes all
 # frames at once).
-SVD_DEFAULTS = dict(size=(1024, 576), steps=25, cfg=(1.0, 3.0), fps=7.0, decode_chunk=14)
+SVD_DEFAULTS = dict(steps=25, cfg=(1.0, 3.0), fps=7.0, decode_chunk=14)
 
 # The authors' tool corrects the latents of their release: every frame gets the statistics of the
 # whole video, and all are multiplied by 1.2. The likely reason was read off their code and is not
@@ -751,7 +752,7 @@ def saved_latents(path):
     found = {name: value for name, value in file.meta["settings"].items() if value is not None}
     s = Settings(**defaults_in_file(Settings, {"defaults": {"sample": found}}, "sample", path))
     latents = file.get("latents")
-    if s.frames is None or latents.shape != (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8):
+    if None in (s.frames, s.size) or latents.shape != (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8):
         raise exsvd.WeightsError(wanted)
     if not latents.isfinite().all():
         raise exsvd.WeightsError(f"{path}: the latents are not finite: sample with another --dtype")
@@ -833,8 +834,9 @@ def complete(s, a, given, svd, img, seed, video=None):
         size = (8 * W, 8 * H)
         if "fps" not in given:
             fps = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
-    elif "size" not in given:
-        size = data.default_size(img.shape[1], img.shape[0], math.prod(s.size))
+    elif size is None:  # published weights, which manage any aspect ratio
+        trained = (512, 512) if svd.unet.max_frames else (1024, 576)
+        size = data.default_size(img.shape[1], img.shape[0], math.prod(trained))
     chunk = s.decode_chunk
     if a.offload and "decode_chunk" not in given:  # about 3 GB: 4 frames of 1024x1024, 16 of 512x512
         chunk = max(4, min(chunk, 2**22 // math.prod(size)))

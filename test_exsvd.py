@@ -2229,10 +2229,10 @@ def test_the_defaults_of_a_model_come_in_order():
 
     unet = make_unet()
     svd = exsvd.SVD(unet, None, None, {}, None)
-    has(sample.settings_for(svd), steps=25, size=(1024, 576), cfg=(1, 3), fps=7, native=25,
+    has(sample.settings_for(svd), steps=25, size=None, cfg=(1, 3), fps=7, native=25,
         dtype="float32", match_stats=False)
     unet.max_frames = 128
-    has(sample.settings_for(replace(svd, extension={})), steps=50, size=(512, 512),
+    has(sample.settings_for(replace(svd, extension={})), steps=50, size=None,
         match_stats=True, contrast=1.2, encode_scale=0.13025)
     sampling = {"steps": 8, "size": [256, 128], "cfg": [1, 1], "sampler": "lcm"}
     own = {"defaults": {"sample": {"size": [64, 64]}}}
@@ -2571,6 +2571,21 @@ def test_frames_beyond_the_native_length(small, pictures, capsys):
         complete("--frames", "9", "--overlap", "8")
     with pytest.raises(data.MediaError, match="the frames 0 to 7"):
         complete("--keyframe", f"8={pictures[0]}")
+
+
+def test_a_file_states_its_size_and_published_weights_follow_the_image(small):
+    ours, img = exsvd.load(small, parts=("unet",)), torch.zeros(100, 200, 3)
+
+    def size(svd, *flags):
+        a, given = sample.parse(["wide.png", *flags])
+        return sample.complete(sample.settings_for(svd, given), a, given, svd, img, seed=0).size
+
+    assert size(ours) == (64, 64)
+    assert size(ours, "--size", "128x64") == (128, 64)
+    published = replace(ours, meta={})
+    assert size(published) == (1088, 512), "as many pixels as 1024x576, in the image's aspect"
+    published.unet.max_frames = 16
+    assert size(published) == (704, 384), "as many pixels as 512x512"
 
 
 def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
 SHARP_CROP = 96              # pixels of what sharpen() sees
 JUDGED_FROM = 100            # steps before the discriminator is listened to
 DEFAULTS = {  # of sample.py and train.py for this model: kept in its files
-    "sample": dict(size=(192, 192), steps=8, sampler="ddim", eta=1.0, share_mean=True, cfg=(1.0, 1.0), fps=8.0,
+    "sample": dict(size=(256, 256), steps=8, sampler="ddim", eta=1.0, share_mean=True, cfg=(1.0, 1.0), fps=8.0,
                    motion=40.0, aug=0.02, decode_chunk=16),
     "train": dict(frames=40, size=(128, 128), steps=100, lr=1e-3, checkpoint="none", weights_every=50, sample_every=50,
                   warmup=10, ema=0.98, drop=0.0),
