@@ -2,7 +2,7 @@
 is known.
 
     python toy/study.py  # -> runs/study/{tables.md,figure.png,strip.png}; needs matplotlib
-    python toy/study.py --quick  # without ablations and a model from scratch: 200 steps, one seed, two pictures
+    python toy/study.py --quick  # without ablations and a model from scratch: 100 steps, one seed, two pictures
 
     1. Rows       what is compared: untuned and post-tuned extensions, a model from scratch, the alternatives, ablations
     2. Training   train.py, as anybody would call it, from assets/toy.safetensors
@@ -317,16 +317,16 @@ def main():
     p = argparse.ArgumentParser(description="Study ExVideo in the toy's world.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default=os.path.join(ROOT, "runs", "study"))
-    p.add_argument("--steps", type=int, default=400, help="of post-tuning")
+    p.add_argument("--steps", type=int, default=200, help="of post-tuning")
     p.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1), help="how many of SEEDS")
     p.add_argument("--pictures", type=int, default=3,
                    help="assets/img.png and the last of toy/photographs, and as many synthetic pictures")
     p.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
-    p.add_argument("--quick", action="store_true", help="200 steps, 1 seed, 1 + 1 pictures, fewer rows, other folder")
+    p.add_argument("--quick", action="store_true", help="100 steps, 1 seed, 1 + 1 pictures, fewer rows, other folder")
     p.add_argument("--row", help=argparse.SUPPRESS)  # measure it, in a process of its own
     a = p.parse_args()
     if a.quick:
-        a.steps, a.seeds, a.pictures, a.out = 200, 1, 1, a.out + "-quick"
+        a.steps, a.seeds, a.pictures, a.out = 100, 1, 1, a.out + "-quick"
     os.makedirs(os.path.join(a.out, "rows"), exist_ok=True)
     if a.row:
         return measure_row(a, a.row)
