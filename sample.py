@@ -262,8 +262,8 @@ class Settings:
     release."""
     frames: int = setting(None, integer(1), "frames to make, in rounds where the model knows fewer [all it knows]")
     overlap: int = setting(None, integer(1), "frames that a round shares with the one before [an eighth of a round]")
-    size: tuple = setting(None, frame_size, "multiples of 64 [the file's, or as many pixels as 512x512 (SVD: 1024x576)]",
-                          metavar="WxH")
+    size: tuple = setting(None, frame_size, "multiples of 64 [the model file's; else the image's aspect ratio at "
+                          "as many pixels as 512x512, or 1024x576 for SVD by itself]", metavar="WxH")
     steps: int = setting(50, integer(1), "noise levels")
     sampler: str = setting("euler", SAMPLERS, "heun costs twice, dpm++ needs fewer steps, ddim adds noise (--eta)")
     schedule: str = setting(None, SCHEDULES, "noise levels; ays (Align Your Steps) is for 10 steps [the sampler's]")
@@ -284,9 +284,9 @@ class Settings:
     dtype: str = setting(None, DTYPES, "of the networks [what the device is good at: exsvd.best_dtype]")
 
 
-# Published files hold no defaults, so theirs are here. SVD without an extension runs as in
-# diffusers' pipeline, with the chunks of 14 frames of Stability's script (diffusers decodes all
-# frames at once).
+# Published files hold no defaults, so theirs are here, but for the size, which complete() fits to
+# the image. SVD without an extension runs as in diffusers' pipeline, with the chunks of 14 frames of
+# Stability's script (diffusers decodes all frames at once).
 SVD_DEFAULTS = dict(steps=25, cfg=(1.0, 3.0), fps=7.0, decode_chunk=14)
 
 # The authors' tool corrects the latents of their release: every frame gets the statistics of the
@@ -834,7 +834,7 @@ def complete(s, a, given, svd, img, seed, video=None):
         size = (8 * W, 8 * H)
         if "fps" not in given:
             fps = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
-    elif size is None:  # published weights, which manage any aspect ratio
+    elif size is None:  # of published weights, which manage any aspect ratio
         trained = (512, 512) if svd.unet.max_frames else (1024, 576)
         size = data.default_size(img.shape[1], img.shape[0], math.prod(trained))
     chunk = s.decode_chunk

@@ -6,7 +6,6 @@ Videos are float32 (T, 3, S, S) and pictures (3, P, P), in [-1, 1]. The first fr
 picture.
 """
 
-import math
 import os
 import sys
 
@@ -100,5 +99,5 @@ if __name__ == "__main__":
         picture = data.fit_image(data.read_image(source), world.PICTURE, world.PICTURE)
         motion = (data.read_settings(name) or {}).get("motion")
         if not motion:
-            sys.exit(f"{name}: says no motion bucket above 0; measure an .mp4 or a folder that sample.py made")
+            sys.exit(f"{name}: says no motion bucket above 0; measure an .mp4 or .webm that sample.py made")
         print(f"{name}: {show(measure(video, picture, motion, fps))}")

@@ -85,7 +85,7 @@ from toy import world
 UNET = exsvd.UNetConfig(channels=(48,) * 4, heads=(3,) * 4, context_dim=64, groups=8, native_frames=world.SHORT)
 VAE = exsvd.VAEConfig(channels=(24, 48, 96, 96), groups=2)  # few groups: normalising pairs would lose colour
 CLIP = exsvd.CLIPConfig(width=64, layers=2, heads=4, patch=28, out_dim=64)
-CROP = 64                    # pixels of what the VAE sees, half a frame of the toy
+CROP = 64                    # pixels of what the VAE sees before it is sharpened
 LATENT_NOISE = 0.1  # standard deviation added to latents in VAE training: errors this small will not show
 COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
 SHARP_CROP = 96              # pixels of what sharpen() sees
