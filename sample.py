@@ -6,6 +6,7 @@
     python sample.py photo.jpg --frames 300 --keyframe 200=c.png   # in rounds, beyond its length
     python sample.py photo.jpg --video out/photo.mp4 --steps 25 --size 1024x1024    # a second pass
     python sample.py photos/*.jpg --seeds 5                        # a batch; what exists is skipped
+    python sample.py images/*.png --out 'videos/{name}.mp4'        # VBench: <prompt>-<0..4>.png
     python sample.py photo.jpg --unet animatelcm_svd.safetensors --sampler lcm --steps 4 --cfg 1 1.2
     python sample.py --decode-only out/photo.latents.safetensors   # decode saved latents again
 
@@ -262,8 +263,7 @@ class Settings:
     release."""
     frames: int = setting(None, integer(1), "frames to make, in rounds where the model knows fewer [all it knows]")
     overlap: int = setting(None, integer(1), "frames that a round shares with the one before [an eighth of a round]")
-    size: tuple = setting(None, frame_size, "multiples of 64 [the model file's; else the image's aspect ratio at "
-                          "as many pixels as 512x512, or 1024x576 for SVD by itself]", metavar="WxH")
+    size: tuple = setting((512, 512), frame_size, "multiples of 64 [as many pixels; a model file's is exact]", metavar="WxH")
     steps: int = setting(50, integer(1), "noise levels")
     sampler: str = setting("euler", SAMPLERS, "heun costs twice, dpm++ needs fewer steps, ddim adds noise (--eta)")
     schedule: str = setting(None, SCHEDULES, "noise levels; ays (Align Your Steps) is for 10 steps [the sampler's]")
@@ -284,16 +284,23 @@ class Settings:
     dtype: str = setting(None, DTYPES, "of the networks [what the device is good at: exsvd.best_dtype]")
 
 
-# Published files hold no defaults, so theirs are here, but for the size, which complete() fits to
-# the image. SVD without an extension runs as in diffusers' pipeline, with the chunks of 14 frames of
-# Stability's script (diffusers decodes all frames at once).
-SVD_DEFAULTS = dict(steps=25, cfg=(1.0, 3.0), fps=7.0, decode_chunk=14)
+# Published files hold no defaults, so theirs are here. SVD without an extension runs as in
+# diffusers' pipeline, with the chunks of 14 frames of Stability's script (diffusers decodes all
+# frames at once).
+SVD_DEFAULTS = dict(size=(1024, 576), steps=25, cfg=(1.0, 3.0), fps=7.0, decode_chunk=14)
 
 # The authors' tool corrects the latents of their release: every frame gets the statistics of the
 # whole video, and all are multiplied by 1.2. The likely reason was read off their code and is not
 # confirmed: its training targets are scaled by SDXL's 0.13025 instead of 0.18215, so the weights
 # aim at too little contrast. Videos and key frames that are given enter at that scale as well.
 RELEASE_DEFAULTS = dict(match_stats=True, contrast=1.2, encode_scale=exsvd.EXVIDEO_ENCODE_SCALE)
+
+
+def defaults_of(svd, model="the model", extension="the extension"):
+    """The settings that the files of a model carry, the extension's before the model's: {name:
+    value}. Raises WeightsError, see defaults_in_file()."""
+    in_model = defaults_in_file(Settings, svd.meta, "sample", model)
+    return in_model | defaults_in_file(Settings, svd.extension, "sample", extension)
 
 
 def settings_for(svd, given=None, model="the model", extension="the extension"):
@@ -304,9 +311,7 @@ def settings_for(svd, given=None, model="the model", extension="the extension"):
         published = SVD_DEFAULTS
     elif svd.extension == {}:  # an extension without our metadata is the release
         published = RELEASE_DEFAULTS
-    in_model = defaults_in_file(Settings, svd.meta, "sample", model)
-    in_extension = defaults_in_file(Settings, svd.extension, "sample", extension)
-    s = Settings(**(published | in_model | in_extension | (given or {})))
+    s = Settings(**(published | defaults_of(svd, model, extension) | (given or {})))
     native = s.native or svd.unet.config.native_frames
     dtype = str(svd.unet.conv_out.weight.dtype).removeprefix("torch.")
     schedule = s.schedule or SAMPLERS[s.sampler].schedule
@@ -752,7 +757,7 @@ def saved_latents(path):
     found = {name: value for name, value in file.meta["settings"].items() if value is not None}
     s = Settings(**defaults_in_file(Settings, {"defaults": {"sample": found}}, "sample", path))
     latents = file.get("latents")
-    if None in (s.frames, s.size) or latents.shape != (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8):
+    if s.frames is None or latents.shape != (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8):
         raise exsvd.WeightsError(wanted)
     if not latents.isfinite().all():
         raise exsvd.WeightsError(f"{path}: the latents are not finite: sample with another --dtype")
@@ -834,9 +839,8 @@ def complete(s, a, given, svd, img, seed, video=None):
         size = (8 * W, 8 * H)
         if "fps" not in given:
             fps = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
-    elif size is None:  # of published weights, which manage any aspect ratio
-        trained = (512, 512) if svd.unet.max_frames else (1024, 576)
-        size = data.default_size(img.shape[1], img.shape[0], math.prod(trained))
+    elif "size" not in defaults_of(svd) | given:  # published weights manage any aspect ratio
+        size = data.default_size(img.shape[1], img.shape[0], math.prod(size))
     chunk = s.decode_chunk
     if a.offload and "decode_chunk" not in given:  # about 3 GB: 4 frames of 1024x1024, 16 of 512x512
         chunk = max(4, min(chunk, 2**22 // math.prod(size)))

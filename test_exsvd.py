@@ -2229,10 +2229,10 @@ def test_the_defaults_of_a_model_come_in_order():
 
     unet = make_unet()
     svd = exsvd.SVD(unet, None, None, {}, None)
-    has(sample.settings_for(svd), steps=25, size=None, cfg=(1, 3), fps=7, native=25,
+    has(sample.settings_for(svd), steps=25, size=(1024, 576), cfg=(1, 3), fps=7, native=25,
         dtype="float32", match_stats=False)
     unet.max_frames = 128
-    has(sample.settings_for(replace(svd, extension={})), steps=50, size=None,
+    has(sample.settings_for(replace(svd, extension={})), steps=50, size=(512, 512),
         match_stats=True, contrast=1.2, encode_scale=0.13025)
     sampling = {"steps": 8, "size": [256, 128], "cfg": [1, 1], "sampler": "lcm"}
     own = {"defaults": {"sample": {"size": [64, 64]}}}

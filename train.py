@@ -993,14 +993,14 @@ def save_weights(run, path, average):
 
     average: {name: fp32 tensor}, see Shards.gather_average(). Of a whole model, what is not trained
     has been rounded to --dtype."""
-    meta, unet, weights = {"settings": run.fixed}, run.module.unet, run.untrained | average
+    unet, weights = run.module.unet, run.untrained | average
     defaults = {"sample": own_sampling(run)}
     if run.is_extension:
         weights = {name.removeprefix("unet."): t for name, t in weights.items()}
-        exsvd.save_extension(path, unet, weights, torch.float16, defaults=defaults, **meta)
+        exsvd.save_extension(path, unet, weights, torch.float16, defaults=defaults, settings=run.fixed)
     else:
         defaults = run.svd.meta.get("defaults", {}) | defaults
-        exsvd.save_model(path, unet, *run.decoders(), torch.float16, weights, defaults=defaults, **meta)
+        exsvd.save_model(path, unet, *run.decoders(), torch.float16, weights, defaults=defaults, settings=run.fixed)
 
 
 def try_saving(run):
