@@ -1,9 +1,10 @@
-"""Compares a sample of the toy with the true flight into its first picture.
+"""Samples pictures with the toy and compares the samples with the true flight into them.
 
-    python toy/measure.py out/img.mp4 assets/img.png  # one line for each video with its picture
+    python toy/measure.py assets/img.png toy/photographs/*.jpg  # one line each
+    python toy/measure.py assets/img.png --size 128x128 --motion 80 --dtype float32  # as sample.py
 
-Videos are float32 (T, 3, S, S) and pictures (3, P, P), in [-1, 1]. The first frame shows all of the
-picture.
+Nothing is written: what is measured is not compressed. Videos are float32 (T, 3, S, S) and pictures
+(3, P, P), in [-1, 1]. The first frame shows all of the picture, or its middle square.
 """
 
 import os
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import data
+import exsvd
+import sample
 from toy import world
 
 LOW = 4             # pixels of 128: what "low-passed" averages over, in each direction
@@ -89,15 +93,25 @@ def show(m):
             f"PSNR {early:.1f} / {middle:.1f} / {late:.1f} dB")
 
 
+def main():
+    a, given = sample.parse(None)
+    model = a.model or os.path.join(ROOT, "assets", "toy.safetensors")
+    extension = a.extension or (None if a.model else os.path.join(ROOT, "assets", "toy-exvideo.safetensors"))
+    device = torch.device(a.device)
+    svd, settings = sample.load(a, given, model, extension, device)
+    for name, seed, _ in a.jobs:
+        image = data.read_image(name)
+        s = sample.complete(settings, a, given, svd, image, seed)
+        video = sample.generate(svd, data.fit_image(image, *s.size), s, device)
+        picture = data.fit_image(image, world.PICTURE, world.PICTURE)
+        if s.motion:
+            print(f"{name}: {show(measure(video, picture, s.motion, s.fps))}", flush=True)
+        else:
+            print(f"{name}: the last window is {camera_path(video, picture)[-1]:.3f}", flush=True)
+
+
 if __name__ == "__main__":
-    import data
-    if len(sys.argv) < 3 or len(sys.argv) % 2 == 0:
-        sys.exit("measure.py: give a video that sample.py made, and the picture it was made from")
-    for name, source in zip(sys.argv[1::2], sys.argv[2::2]):
-        frames, fps = data.read_video(name)
-        video = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
-        picture = data.fit_image(data.read_image(source), world.PICTURE, world.PICTURE)
-        motion = (data.read_settings(name) or {}).get("motion")
-        if not motion:
-            sys.exit(f"{name}: says no motion bucket above 0; measure an .mp4 or .webm that sample.py made")
-        print(f"{name}: {show(measure(video, picture, motion, fps))}")
+    try:
+        main()
+    except (exsvd.WeightsError, data.MediaError) as e:
+        sys.exit(f"measure.py: {e}")
