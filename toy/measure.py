@@ -3,7 +3,7 @@
     python toy/measure.py assets/img.png toy/photographs/*.jpg  # one line each
     python toy/measure.py assets/img.png --size 128x128 --motion 80 --dtype float32  # as sample.py
 
-Nothing is written: what is measured is not compressed. Videos are float32 (T, 3, S, S) and pictures
+No video is written, so compression does not affect what is measured. Videos are float32 (T, 3, S, S) and pictures
 (3, P, P), in [-1, 1]. The first frame shows all of the picture, or its middle square.
 """
 
@@ -95,6 +95,9 @@ def show(m):
 
 def main():
     a, given = sample.parse(None)
+    if a.video or a.decode_only or a.end or a.keyframe:
+        raise data.MediaError("only samples of one picture are measured: leave out --video, --decode-only, "
+                              "--end and --keyframe")
     model = a.model or os.path.join(ROOT, "assets", "toy.safetensors")
     extension = a.extension or (None if a.model else os.path.join(ROOT, "assets", "toy-exvideo.safetensors"))
     device = torch.device(a.device)
@@ -102,12 +105,14 @@ def main():
     for name, seed, _ in a.jobs:
         image = data.read_image(name)
         s = sample.complete(settings, a, given, svd, image, seed)
+        if s.size[0] != s.size[1]:
+            raise data.MediaError("--size: the toy's flights are square, such as 128x128")
         video = sample.generate(svd, data.fit_image(image, *s.size), s, device)
         picture = data.fit_image(image, world.PICTURE, world.PICTURE)
         if s.motion:
-            print(f"{name}: {show(measure(video, picture, s.motion, s.fps))}", flush=True)
+            print(f"{name}, seed {seed}: {show(measure(video, picture, s.motion, s.fps))}", flush=True)
         else:
-            print(f"{name}: the last window is {camera_path(video, picture)[-1]:.3f}", flush=True)
+            print(f"{name}, seed {seed}: the last window is {camera_path(video, picture)[-1]:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ steps; the first 400 had --adversarial 0.08. The --tune runs began from the floa
 shipped before. In the first three of them flights were as often slow as fast, and Muon had a weight
 decay of 0.01; in the last four the 3x1x1 convolutions were computed as 2D ones, which is faster with
 one thread. In the last run attention over up to 256 tokens was two matrix products and a softmax: in
-bfloat16 on that CPU, PyTorch's fused attention over 40 frames takes 22 times as long on the way back
-(397 ms instead of 18, one layer of 256x256, one thread).
+bfloat16 on that CPU, PyTorch's fused attention over 40 frames takes 22 times as long in the backward
+pass (397 ms instead of 18, one layer of 256x256, one thread).
 
 The VAE learns in three phases. First the encoder and the decoder train together. Every other step
 enlarges the picture and its latents alike (EQ-VAE, arXiv:2502.09509), so that a moving picture gives
