@@ -263,7 +263,8 @@ class Settings:
     release."""
     frames: int = setting(None, integer(1), "frames to make, in rounds where the model knows fewer [all it knows]")
     overlap: int = setting(None, integer(1), "frames that a round shares with the one before [an eighth of a round]")
-    size: tuple = setting((512, 512), frame_size, "multiples of 64 [as many pixels; a model file's is exact]", metavar="WxH")
+    size: tuple = setting((512, 512), frame_size, "multiples of 64 [as many pixels; a model file's is exact]",
+                          metavar="WxH")
     steps: int = setting(50, integer(1), "noise levels")
     sampler: str = setting("euler", SAMPLERS, "heun costs twice, dpm++ needs fewer steps, ddim adds noise (--eta)")
     schedule: str = setting(None, SCHEDULES, "noise levels; ays (Align Your Steps) is for 10 steps [the sampler's]")
@@ -725,8 +726,13 @@ def default_model(a):
         raise exsvd.WeightsError("--unet: needs the --model that it belongs to")
     print("no weights/svd_xt.safetensors: using the toy in assets/. README.md says how to get the "
           "real weights", file=sys.stderr)
-    toy = os.path.join(HERE, "assets", "toy.safetensors")
-    return toy, a.extension or os.path.join(HERE, "assets", "toy-exvideo.safetensors")
+    return toy_files(a.extension)
+
+
+def toy_files(extension=None):
+    """The toy's model, and an extension of it: its own, if none is given."""
+    assets = os.path.join(HERE, "assets")
+    return os.path.join(assets, "toy.safetensors"), extension or os.path.join(assets, "toy-exvideo.safetensors")
 
 
 def latents_path(out):

@@ -3,8 +3,9 @@
     python toy/measure.py assets/img.png toy/photographs/*.jpg  # one line each
     python toy/measure.py assets/img.png --size 128x128 --motion 80 --dtype float32  # as sample.py
 
-No video is written, so compression does not affect what is measured. Videos are float32 (T, 3, S, S) and pictures
-(3, P, P), in [-1, 1]. The first frame shows all of the picture, or its middle square.
+No video is written, so compression does not affect what is measured. Videos are float32
+(T, 3, S, S) and pictures (3, P, P), in [-1, 1]. The first frame shows all of the picture, or its
+middle square.
 """
 
 import os
@@ -98,8 +99,7 @@ def main():
     if a.video or a.decode_only or a.end or a.keyframe:
         raise data.MediaError("only samples of one picture are measured: leave out --video, --decode-only, "
                               "--end and --keyframe")
-    model = a.model or os.path.join(ROOT, "assets", "toy.safetensors")
-    extension = a.extension or (None if a.model else os.path.join(ROOT, "assets", "toy-exvideo.safetensors"))
+    model, extension = (a.model, a.extension) if a.model else sample.toy_files(a.extension)
     device = torch.device(a.device)
     svd, settings = sample.load(a, given, model, extension, device)
     for name, seed, _ in a.jobs:

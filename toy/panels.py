@@ -20,7 +20,7 @@ import sample
 
 ASSETS = os.path.join(ROOT, "assets")
 IMAGE, OUT = os.path.join(ASSETS, "img.png"), os.path.join(ASSETS, "panels.webp")
-MODEL, EXTENSION = (os.path.join(ASSETS, f"{name}.safetensors") for name in ("toy", "toy-exvideo"))
+MODEL, EXTENSION = sample.toy_files()
 FRAMES = 40
 
 
