@@ -144,6 +144,10 @@ def attention(q, k, v, heads):
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
 
+def apply(f, *xs):
+    return f(*xs)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, C, heads):
         super().__init__()
@@ -232,22 +236,35 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=eps), Conv(c_out, c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, e=None, before=None):
-        """(b, c_in, H, W) -> (b, c_out, H, W). before: applied to x first. e: from embed()."""
+    def forward(self, x, skip=None, e=None, before=None, again=apply):
+        """x (b, c, H, W), and skip (b, c', H, W) where c + c' = c_in -> (b, c_out, H, W).
+
+        e: from embed(). before: applied to x first. again: see Slices.again(). The parts that it is
+        given end in a convolution, which it therefore need not compute again.
+        """
         inplace = not torch.is_grad_enabled()  # only autograd needs a SiLU's input once more
-        x = x if before is None else before(x)
-        skip = self.skip(x)
-        if before is not None and skip is not x and inplace:  # nobody else has x
-            h = group_norm_(self.norm1, x)
-        else:
-            h = self.norm1(x)
-        del x
-        h = self.conv1(F.silu(h, inplace=inplace))
-        if e is not None:
-            h = h + e
-        h = F.silu(self.norm2(h), inplace=inplace)
-        h = self.conv2(h)  # on a line of its own, so that its input is free before the sum
-        return skip + h
+        fresh = before is not None and skip is None and isinstance(self.skip, nn.Conv2d)
+
+        def joined(x, skip):
+            return x if skip is None else torch.cat([x, skip], dim=1)
+
+        def first(x, skip):
+            x = joined(x, skip)
+            h = group_norm_(self.norm1, x) if fresh and inplace else self.norm1(x)
+            h = self.conv1(F.silu(h, inplace=inplace))
+            return h if e is None else h + e
+
+        def second(h):
+            return self.conv2(F.silu(self.norm2(h), inplace=inplace))
+
+        if before is not None:
+            x = again(before, x)
+        if inplace:  # with gradients each part joins them for itself, and no copy is kept
+            x, skip = joined(x, skip), None
+        shortcut = again(lambda *xs: self.skip(joined(*xs)), x, skip)
+        h = again(first, x, skip)
+        del x  # before the second convolution needs as much
+        return shortcut + again(second, h)
 
     def embed(self, emb, n, ndim):
         """Noise embeddings of videos (B, emb_dim), for n entries: (n, c_out, 1, ...), of ndim."""
@@ -275,11 +292,9 @@ class SpatioTemporalRes(nn.Module):
         e = None if emb is None else self.spatial.embed(emb, len(x), 4)
 
         def per_frame(x, skip, e):
-            if skip is None:
-                return self.spatial(x, e, before)
-            return self.spatial(torch.cat([x if before is None else before(x), skip], dim=1), e)
+            return self.spatial(x, skip, e, before, slices.again)
 
-        return slices(per_frame, x, skip, e, out=out)
+        return slices(per_frame, x, skip, e, out=out, parts=True)
 
     def over_frames(self, x, B, emb=None, *, slices):
         """(B*T, C, H, W) -> (B*T, C, H, W). x may be overwritten where autograd is off.
@@ -551,9 +566,10 @@ class UNet(nn.Module):
 
     max_frames: the most frames that it can make after extend(); None for a base.
     slice_size: elements per slice of long videos (see Slices); None switches slices off.
-    checkpointing: which blocks compute their activations again on the way back, in training:
-        "memory" all that have a transformer, "speed" those of the finest level (a sixth less work,
-        twice the memory), None no block.
+    checkpointing: what training keeps of a pass, and what it computes again on the way back.
+        "memory" keeps the inputs of blocks with a transformer, and computes the slices in them once more;
+        "balanced" keeps what enters and leaves convolutions and attention blocks, and takes larger
+        slices; None keeps everything. bench/README.md says what each costs.
     stream: Stream(unet, device) keeps weights and skips in CPU memory until they are needed.
     """
 
@@ -629,17 +645,18 @@ class UNet(nn.Module):
         emb = emb + self.cond_embed(sinusoid(ids, ID_DIM).flatten(1).to(dtype))
 
         checkpointing = self.checkpointing if self.training and torch.is_grad_enabled() else None
-        slices = Slices(self.slice_size, checkpointed=bool(checkpointing))
+        slices = Slices(self.slice_size, checkpointing)
+        if checkpointing == "balanced" and self.slice_size:
+            slices.size *= BALANCED_SLICES
 
         def run(block, inputs, before=None):
-            finest = block.res.spatial.conv2.out_channels == self.config.channels[0]
-            if not checkpointing or block.attn is None or (checkpointing == "speed" and not finest):
+            if checkpointing != "memory" or block.attn is None:
                 return block(inputs, emb, ctx, before, slices)
 
             def again(*inputs):
                 return block(list(inputs), emb, ctx, before, slices)
 
-            return checkpoint(again, *inputs, use_reentrant=False)
+            return recomputed(again, *inputs)
 
         # inputs: the list alone holds what goes into a block, see Block.forward
         stream = self.stream or Resident()
@@ -996,6 +1013,13 @@ def training_loss(unet, loss, x, sigma, noise, image_latents, ctx, ids):
 #    computed as if there were no slices.
 
 CPU_SLICES = 4  # transformers and the decoder take smaller slices on a CPU: 10 to 16 % less time
+BALANCED_SLICES = 16  # "balanced" takes larger ones, since each costs launches and copies
+
+
+def recomputed(f, *xs):
+    """f(*xs), of which only the inputs are kept. The way back computes f again, up to the last
+    operation whose inputs it needs."""
+    return checkpoint(f, *xs, use_reentrant=False, preserve_rng_state=False)  # no dropout here
 
 
 @dataclass
@@ -1004,15 +1028,20 @@ class Slices:
 
     size: elements of x per slice; None never cuts. 16k tokens of 320 channels keep a GPU busy (with
         fewer than 8k, launching kernels dominates) and make what is alive inside a slice small.
-    checkpointed: with gradients, keep only the inputs of a slice and compute it again on the way
-        back. With gradients and without checkpoints nothing is cut: it would save nothing.
+    checkpointing: of UNet, while gradients are needed: what a slice keeps. With gradients and
+        without checkpoints nothing is cut: it would save nothing.
     """
     size: int | None = 16384 * 320
-    checkpointed: bool = False
+    checkpointing: str | None = None
+
+    def again(self, f, *xs):
+        """f(*xs). With "balanced" checkpoints, its activations are computed again on the way
+        back."""
+        return recomputed(f, *xs) if self.checkpointing == "balanced" else f(*xs)
 
     def count(self, *xs):
         """Number of slices for some tensors: that of the largest."""
-        if self.size is None or (torch.is_grad_enabled() and not self.checkpointed):
+        if self.size is None or (torch.is_grad_enabled() and not self.checkpointing):
             return 1
         largest = max(x.numel() for x in xs if x is not None)
         return max(1, math.ceil(largest / self.size))
@@ -1035,13 +1064,14 @@ class Slices:
             return self
         return replace(self, size=math.ceil(self.size / CPU_SLICES))
 
-    def __call__(self, f, *xs, dim=0, out=None):
+    def __call__(self, f, *xs, dim=0, out=None, parts=False):
         """f(*xs), where f treats the entries of one dimension independently. xs may contain None.
 
         out: a tensor of the result's shape that may be overwritten where autograd is off; it may be
-        xs[0] itself.
+        xs[0] itself. parts: f itself calls again() for each of its parts.
         """
         n, length = xs[0].shape[dim], self.length(dim, *xs)
+        f = f if parts else partial(self.again, f)
         if length == n:
             return f(*xs)
         pieces = [repeat(None) if x is None else x.split(length, dim) for x in xs]
@@ -1061,12 +1091,15 @@ class Slices:
         for begin in range(0, T, length):
             end = begin + length + 2
             slabs.append((positions[begin:end], *(frames[t] for t in order[begin:end])))
+        f = partial(self.again, f)
         return f(*slabs[0]) if len(slabs) == 1 else self.join(f, slabs, T, dim=1)
 
     def join(self, f, slices, n, dim, out=None):
         """f of every tuple in slices, concatenated to length n along dim."""
         if torch.is_grad_enabled():
-            return torch.cat([checkpoint(f, *xs, use_reentrant=False) for xs in slices], dim)
+            if self.checkpointing == "memory":
+                f = partial(recomputed, f)
+            return torch.cat([f(*xs) for xs in slices], dim)
         begin = 0
         for xs in slices:
             y = f(*xs)

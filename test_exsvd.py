@@ -51,6 +51,7 @@ from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import exsvd
@@ -496,7 +497,7 @@ def test_checkpoints_and_slices_change_no_gradient():
     unet.checkpointing = None
     plain = gradients(unet)
     total = torch.stack([g.norm() for g in plain.values()]).norm()
-    for unet.checkpointing in ("memory", "speed"):
+    for unet.checkpointing in ("memory", "balanced"):
         unet.slice_size = None
         whole = gradients(unet)
         unet.slice_size = 1500
@@ -508,25 +509,40 @@ def test_checkpoints_and_slices_change_no_gradient():
             assert (sliced[n] - g).norm() <= 1e-9 * g.norm() + 1e-13 * total, (n, rel(sliced[n], g))
 
 
-@pytest.mark.parametrize("switch, blocks", [("memory", 16), ("speed", 5), (None, 0)])
-def test_checkpointing_is_one_switch(switch, blocks, monkeypatch):
-    """Around blocks with a transformer, or the five of the finest level; inside, around slices."""
-    unet, calls = make_unet(**TINY).train(), []
+@pytest.mark.parametrize("switch, whole, sliced", [("memory", 16, 260), ("balanced", 162, 162), (None, 0, 0)])
+def test_checkpointing_is_one_switch(switch, whole, sliced, monkeypatch):
+    """Around the 16 blocks with a transformer, and their slices; or around the parts of layers."""
+    unet, calls = make_unet(num_frames=9, **TINY).train(), []
 
-    def spy(function, *args, use_reentrant):
-        calls.append(use_reentrant)
-        return function(*args)
+    def spy(f, *xs):
+        calls.append(f)
+        return f(*xs)
 
-    monkeypatch.setattr(exsvd, "checkpoint", spy)
+    monkeypatch.setattr(exsvd, "recomputed", spy)
     unet.checkpointing, unet.slice_size = switch, None
     unet(*unet_inputs(2))
-    assert calls == [False] * blocks
+    assert len(calls) == whole
     unet.slice_size = 500
     unet(*unet_inputs(2))
-    assert len(calls) > 4 * blocks if switch else not calls
+    assert len(calls) == whole + sliced
     del calls[:]
     unet.eval()(*unet_inputs(2))
     assert not calls
+
+
+def test_balanced_checkpoints_compute_few_products_again():
+    """A backward pass is twice the work of a forward pass. "memory" adds a whole one."""
+    unet = make_unet(num_frames=9, **TINY).train()
+
+    def work(level):
+        unet.checkpointing = level
+        with FlopCounterMode(display=False) as flops:
+            unet(*unet_inputs(6)).square().mean().backward()
+        return flops.get_total_flops()
+
+    one_pass = work(None) / 3
+    assert 3.3 * one_pass < work("balanced") < 3.45 * one_pass
+    assert work("memory") > 3.9 * one_pass
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ def pattern(value):
     return value
 
 
-CHECKPOINTS = {"memory": "memory", "speed": "speed", "none": None}  # -> UNet.checkpointing
+CHECKPOINTS = {"memory": "memory", "balanced": "balanced", "none": None}  # -> UNet.checkpointing
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Settings:
     dtype: str = setting(None, sample.DTYPES, "of the weights; float16 scales the loss [by device: exsvd.best_dtype]")
     offload: bool = setting(False, bool, "optimiser, masters, moments and EMA in CPU memory")
     deepspeed_config: str = setting(None, str, "JSON, merged over our settings", flag="--deepspeed_config")
-    checkpoint: str = setting("memory", CHECKPOINTS, "keeps: memory, least; speed, twice that, less work; none, all")
+    checkpoint: str = setting("memory", CHECKPOINTS, "what is kept of a pass: memory, least; balanced, five times that, faster; none, all")
     workers: int = setting(2, integer(0), "processes per rank that read clips")
     timeout: float = setting(30.0, number(0.1), "minutes after which ranks give up waiting for another")
     deterministic: bool = setting(False, bool, "bit-identical on CUDA too, slower")
