@@ -591,22 +591,26 @@ def build_index(source, files):
     source = Path(os.path.abspath(source))
     cache = source / INDEX if source.is_dir() else source.with_name(f".{source.name}{INDEX}")
     known = {}
-    for line in cache.read_bytes().split(b"\n") if cache.exists() else []:
-        with contextlib.suppress(ValueError):  # empty, or cut off while it was written
-            name, entry = json.loads(line)
-            known[name] = entry
-    changed = {name: os.path.exists(path) and os.stat(path).st_mtime_ns
-               for name, path in files.items()}
-    todo = [name for name in files if known.get(name, {}).get("changed") != changed[name]]
-    if todo:
-        linux = hasattr(os, "sched_getaffinity")  # there it is what this process may use
-        cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-        with ThreadPool(cores) as pool, open(cache, "a") as f:  # FFmpeg lets other threads run
-            scanned = pool.imap_unordered(lambda name: (name, scan(files[name])), todo)
-            for name, entry in tqdm(scanned, "index", len(todo), unit="file"):
-                known[name] = entry | {"changed": changed[name]}
-                f.write("\n" + json.dumps([name, known[name]]))
-                f.flush()
+    try:
+        for line in cache.read_bytes().split(b"\n") if cache.exists() else []:
+            with contextlib.suppress(ValueError):  # empty, or cut off while it was written
+                name, entry = json.loads(line)
+                known[name] = entry
+        changed = {name: os.path.exists(p) and [os.path.getsize(p), os.stat(p).st_mtime_ns]
+                   for name, p in files.items()}
+        todo = [name for name in files if known.get(name, {}).get("changed") != changed[name]]
+        if todo:
+            linux = hasattr(os, "sched_getaffinity")  # there it is what this process may use
+            cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+            with ThreadPool(cores) as pool, open(cache, "a") as f:  # FFmpeg lets other threads run
+                scanned = pool.imap_unordered(lambda name: (name, scan(files[name])), todo)
+                for name, entry in tqdm(scanned, "index", len(todo), unit="file"):
+                    known[name] = entry | {"changed": changed[name]}
+                    f.write("\n" + json.dumps([name, known[name]]))
+                    f.flush()
+    except OSError as e:
+        raise MediaError(f"{cache}: the index cannot be written ({e.strerror}): give a list of your "
+                         f"own instead: find {cache.parent} -type f > list.txt makes one") from e
     return {name: known[name] for name in files}
 
 

@@ -1844,6 +1844,12 @@ def test_index_is_built_once_and_again_for_what_changed(mixed, scanned):
     assert scanned[8:] == ["short.mp4"] * 2
 
 
+def test_an_index_that_cannot_be_written_is_named_with_the_remedy(pair, capsys, monkeypatch):
+    (pair / data.INDEX).mkdir()  # stands in for a folder that is read-only, which does not stop root
+    assert run_data(monkeypatch, "check", pair) == 1
+    assert re.search(r"the index cannot be written .*: give a list .*list.txt makes one$", capsys.readouterr().err.strip())
+
+
 NAMES = ["good.mp4", "deep/vp9.webm"]
 ROWS = [f'a\u2028b\u0085c\x0cd,"e,\n{"f" * 200_000}",{name}' for name in NAMES]
 LISTS = {
