@@ -1799,7 +1799,7 @@ def run_data(monkeypatch, *args):
 
 
 def test_what_cannot_be_used_is_left_out_and_named(mixed, capsys, monkeypatch):
-    flags = ["--frames", 24, "--size", "96x64", "--skip-static", 0.002]
+    flags = ["--frames", 24, "--size", "128x64", "--skip-static", 0.002]
     assert run_data(monkeypatch, "check", mixed, *flags) == 0
     out = capsys.readouterr().out
     for words in ("4 of 8 files",
@@ -1890,7 +1890,7 @@ def test_names_that_cannot_be_opened_are_left_out(mixed):
 
 
 def test_items_depend_on_seed_and_number_alone(mixed):
-    dataset = open_clips(mixed, stride=2, size=(64, 48))
+    dataset = open_clips(mixed, stride=2, size=(128, 64))
     items = [dataset[n] for n in range(12)]
     order = [item["name"].split("@")[0] for item in items]
     used = len(dataset.names)
@@ -1898,9 +1898,9 @@ def test_items_depend_on_seed_and_number_alone(mixed):
     for n, item in zip((11, 3, 0, 7), from_workers(dataset, [11, 3, 0, 7])):
         assert same_item(item, items[n])
     assert same_item(pickle.loads(pickle.dumps(dataset))[5], items[5])
-    other = open_clips(mixed, stride=2, size=(64, 48), seed=1)
+    other = open_clips(mixed, stride=2, size=(128, 64), seed=1)
     assert [other[n]["name"] for n in range(12)] != [item["name"] for item in items]
-    moved = open_clips(mixed.rename(mixed.with_name("moved")), stride=2, size=(64, 48))
+    moved = open_clips(mixed.rename(mixed.with_name("moved")), stride=2, size=(128, 64))
     assert same_item(moved[4], items[4]) and moved.id == dataset.id  # names decide, not places
 
 
@@ -1983,8 +1983,8 @@ def test_an_item_that_breaks_the_contract_is_named(item, words):
 def test_motion_and_its_buckets_are_exvideos():
     x = torch.randint(256, (9, 3, 16, 16), dtype=torch.uint8)
     score = data.motion_score(x)
-    assert score == pytest.approx(data.to_float(x).std(0).mean().item(), rel=1e-5)
-    assert score == data.motion_score(list(x)) and data.motion_score(x[:1]) == 0
+    assert score == pytest.approx(data.to_float(x).double().std(0).mean().item(), rel=1e-6)
+    assert data.motion_score(x[:1]) == 0 and data.motion_score(torch.full((300, 3, 8, 8), 255, dtype=torch.uint8)) == 0
     published = [t / 1e9 for t in data.EXVIDEO_MOTION]
     assert len(published) == 128 and published == sorted(published)
     some = [0, 0.012205946, 0.087700523, 0.198099136, 0.440871328]  # as in the release's JSON
@@ -1995,11 +1995,19 @@ def test_motion_and_its_buckets_are_exvideos():
     assert data.motion_bucket(9.0) == 127 and data.motion_bucket(0.2, "64") == 64
 
 
+def test_running_sums_give_every_clip_the_score_that_it_has_alone():
+    x = torch.randint(256, (60, 3, 16, 16), dtype=torch.uint8)
+    frames, motion = list(x.numpy()), data.Motion()
+    clips = [*(range(a, a + 8) for a in (0, 1, 2, 3, 4, 6, 7, 50)), range(5, 60, 7), range(6, 60, 7)]
+    clips += [[12, 12, 13, 15], [12, 13, 15, 15], [13, 15, 15, 15], [13, 13, 15, 15]]  # frames that come twice
+    for clip in [*clips, [3], [4]]:
+        assert motion.score([frames[k] for k in clip]) == data.motion_score(x[clip])
+
+
 def test_noise_on_condition_images_is_log_normal():
-    draws = [data.draw_condition(0, f"a.mp4@{n}", (8, 8))[0].log() for n in range(2000)]
-    assert np.mean(draws) == pytest.approx(-3, abs=0.05)
-    assert np.std(draws) == pytest.approx(0.5, abs=0.05)
-    assert data.draw_condition(0, "a", (16, 8))[1].shape == (3, 8, 16)
+    draws = data.draw_conditions(0, [f"a.mp4@{n}" for n in range(2000)], (8, 8))[0].log()
+    assert draws.mean() == pytest.approx(-3, abs=0.05) and draws.std() == pytest.approx(0.5, abs=0.05)
+    assert data.draw_conditions(0, ["a"], (16, 8))[1].shape == (1, 3, 8, 16)
 
 
 @pytest.fixture(scope="module")
@@ -2031,7 +2039,6 @@ OPTIONS_4 = {"frames": 4, "size": (64, 64), "stride": 2, "seed": 3}
     (torch.bfloat16, 3e-3, {})], ids=str)
 def test_latents_are_what_training_from_videos_sees(pair, tmp_path, coder, dtype, bound, more):
     svd = exsvd.load(coder, parts=("vae", "clip"))
-    svd.clip.to(exsvd.best_dtype("cpu"))  # as encode() does
     data.encode(coder, pair, tmp_path / "out", dtype, **OPTIONS_4 | more)
     videos = data.open_dataset(pair, **OPTIONS_4 | more)
     latents = data.open_dataset(tmp_path / "out", **OPTIONS_4 | more)
@@ -2039,19 +2046,84 @@ def test_latents_are_what_training_from_videos_sees(pair, tmp_path, coder, dtype
     for n in range(4):
         a, b = videos[n], latents[n]
         data.check_item(b, 4, (64, 64), ctx_dim=16)
-        aug, noise = data.draw_condition(3, a["name"], (64, 64))
+        aug, noise = data.draw_conditions(3, [a["name"]], (64, 64))
         video = data.to_float(a["video"])
-        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[0], aug, noise)
-        wanted = {"latents": data.encode_frames(svd.vae, video), "cond": cond, "ctx": ctx}
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[:1], aug, noise)
+        wanted = {"latents": data.encode_frames(svd.vae, video), "cond": cond[0], "ctx": ctx[0]}
         assert all(rel(b[key], x) <= bound for key, x in wanted.items())
         assert all(a[key] == b[key] for key in ("fps", "motion", "name")) and b["aug"] == aug.item()
 
 
-def test_latents_are_of_one_kind_of_clip(pair, tmp_path, coder):
+def test_latents_are_of_one_kind_of_clip_and_one_model(pair, tmp_path, coder):
     data.encode(coder, pair, tmp_path / "out", **OPTIONS_4)
-    for change in ({"size": (64, 72)}, {"frames": 5}, {"stride": 1}, {"fps": 5.0}):
+    for change in ({"size": (64, 128)}, {"frames": 5}, {"stride": 1}, {"fps": 5.0}):
         with pytest.raises(data.MediaError, match=f"was encoded with {next(iter(change))}"):
             data.open_dataset(tmp_path / "out", **OPTIONS_4 | change)
+    svd, other = exsvd.load(coder), str(tmp_path / "tiny.safetensors")
+    exsvd.save_model(other, svd.unet, svd.vae, svd.clip, torch.float16)  # the same, in half precision
+    data.open_dataset(tmp_path / "out", model=other, **OPTIONS_4)
+    with torch.no_grad():
+        svd.vae.quant_conv.weight *= 1.01
+    exsvd.save_model(other, svd.unet, svd.vae, svd.clip)
+    flags = ("--frames", "4", "--size", "64x64", "--stride", "2", "--data", str(tmp_path / "out"))
+    with patch.object(train.dist, "barrier"):
+        train.open_clips(train.parse(["--model", coder, *flags]), 0)
+        with pytest.raises(data.MediaError, match="was encoded with model"):
+            train.open_clips(train.parse(["--model", other, *flags]), 0)
+    with pytest.raises(data.MediaError, match="was encoded with model"):
+        data.encode(other, pair, tmp_path / "out", **OPTIONS_4)
+
+
+def test_latents_follow_their_videos(pair, tmp_path, coder, capsys, monkeypatch):
+    def encode():
+        data.encode(coder, pair, tmp_path / "out", **OPTIONS_4)
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    before = encode()
+    write_video(pair / "a.mp4", scene(5, 14))
+    now = encode()
+    assert now["a.mp4.safetensors"] > before["a.mp4.safetensors"] and len(now) == 2
+    assert now["b.mp4.safetensors"] == before["b.mp4.safetensors"] and encode() == now
+    os.remove(pair / "deep" / "b.mp4")
+    capsys.readouterr()
+    assert encode() == now and "deep/b.mp4" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_named_at_the_end(pair, tmp_path, coder, capsys, monkeypatch):
+    frames = data._numbered
+
+    def fails(path, *args):
+        if path.endswith("a.mp4"):
+            raise data.MediaError(f"{path}: disk error")
+        return frames(path, *args)
+    monkeypatch.setattr(data, "_numbered", fails)
+    args = ["encode", "--model", coder, "--data", pair, "--out", tmp_path / "out"]
+    assert run_data(monkeypatch, *args) == 1
+    assert re.search("1 of 2 files could not be encoded: .*a.mp4: disk error$", capsys.readouterr().err.strip())
+    assert list(data.latents_in(tmp_path / "out")) == ["deep/b.mp4"]
+
+
+def test_half_precision_is_exact_enough_to_train_on(monkeypatch):
+    svd, item = exsvd.load(sample.toy_files()[0]), world.clips(6, (128, 128), 7)[0]
+    video, noise, found = data.to_float(item["video"]), torch.randn(1, 6, 4, 16, 16), []
+    ids = exsvd.unet_ids(svd.unet.config.ids, item | {"aug": 0.0})
+    for dtype in (torch.float32, torch.float16):
+        monkeypatch.setattr(data, "encoding_on", lambda device: (dtype, 4))  # float16 as on a GPU
+        z = data.encode_frames(svd.vae, video)[None]
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[:1], torch.zeros(1), video[:1])
+        given = z * exsvd.VAE_SCALE, torch.ones(1), noise, cond[None], ctx[None], ids
+        found.append((z, exsvd.training_loss(svd.unet, exsvd.LOSSES["edm"], *given)))
+    (exact, exact_loss), (half, half_loss) = found
+    assert 0 < rel(half, exact) < 7e-4 and rel(half_loss, exact_loss) < 6e-4
+
+
+def test_frames_beyond_the_range_of_float16_are_encoded_in_float32(monkeypatch):
+    vae, video = randomize(exsvd.VAE(VAE)), torch.rand(5, 3, 32, 48)
+    too_large = torch.cat([video, torch.full((2, 3, 32, 48), 6e4)])[[0, 5, 1, 2, 3, 6, 4]]
+    exact, exact_too = data.encode_frames(vae, video), data.encode_frames(vae, too_large)
+    monkeypatch.setattr(data, "encoding_on", lambda device: (torch.float16, 2))  # as on a GPU
+    half, mixed = data.encode_frames(vae, video), data.encode_frames(vae, too_large)
+    assert 0 < rel(half, exact) < 2e-3 and half.dtype == torch.float32
+    assert rel(mixed[[0, 2, 3, 4, 6]], half) < 1e-3 and rel(mixed[[1, 5]], exact_too[[1, 5]]) < 1e-5
 
 
 def test_start_every_keeps_fewer_condition_latents(pair, tmp_path, coder):
@@ -3316,13 +3388,21 @@ def stand_in_for_wandb(monkeypatch):
     return curves
 
 
-def test_training_from_latents_is_training_from_videos(small, videos, one_rank, tmp_path, monkeypatch):
+def test_training_from_latents_is_training_from_videos(small, videos, one_rank, tmp_path):
     latents, out = tmp_path / "latents", tmp_path / "run"
-    monkeypatch.setattr(exsvd, "best_dtype", lambda *_: torch.float32)  # of CLIP too, as in one_rank, on any CPU
     data.encode(small, videos, latents, torch.float32, frames=10, size=(64, 64))
     train_here("--model", small, "--data", latents, "--out", out, *OPTIONS, "--sample-every", 4)
     assert [row["loss"] for row in log_of(out)] == [row["loss"] for row in log_of(one_rank.out)]
     assert data.read_image(out / "progress.png").shape == (2 * 64, 9 * 64, 3)
+
+
+def test_clip_that_is_not_trained_is_in_the_dtype_of_encoded_latents(small, clips, monkeypatch):
+    monkeypatch.setattr(data, "encoding_on", lambda device: (torch.float16, 4))  # as on a GPU
+    s = train.parse(["--model", small, "--data", str(clips), "--dtype", "bfloat16"])
+    svd = train.load_networks(s, True, torch.device("cpu"))
+    train.prepare(s, svd)
+    whole = exsvd.load(small, parts=("clip",)).clip.proj
+    assert torch.equal(svd.clip.proj, whole.half()) and svd.unet.conv_out.weight.dtype == torch.bfloat16
 
 
 def test_accumulated_passes_are_one_large_batch(small, clips, tmp_path):

@@ -252,7 +252,7 @@ def load_networks(s, pixels, device):
     """SVD, extended to --frames. What is trained, or saved with it, is loaded in fp32, the rest in
     --dtype. VAE and CLIP are there only where clips are pixels."""
     def keep_float32(name):
-        return is_named(s, name) or in_extension(name) or name.startswith("vae.")
+        return is_named(s, name) or in_extension(name) or name.startswith(("vae.", "clip."))
 
     parts = ("unet", "vae", "clip") if pixels else ("unet",)
     dtype = getattr(torch, s.dtype)
@@ -283,6 +283,8 @@ def prepare(s, svd):
                  "unet.down.1.attn.temporal.attn1.to_q.weight")
     if not any(name.startswith("clip.") for name in trained):
         module.clip = None
+        if svd.clip is not None:
+            svd.clip.to(data.encoding_on(svd.clip.proj.device)[0])  # as for encoded latents
     values = {name: p.detach() for name, p in module.named_parameters()
               if name in trained or in_extension(name)}
     module.to(getattr(torch, s.dtype)).train()  # values keeps the fp32 tensors that this replaces
@@ -730,7 +732,8 @@ def open_clips(s, rank):
     options = dict(stride=s.stride, fps=s.fps, motion=s.motion, skip_static=s.skip_static)
     if rank > 0:
         dist.barrier()
-    dataset = data.open_dataset(s.data, s.frames, s.size, s.seed, **options)
+    model = s.model if rank == 0 else None  # one rank is enough to compare latents with it
+    dataset = data.open_dataset(s.data, s.frames, s.size, s.seed, model, **options)
     if rank == 0:
         dist.barrier()
     config = exsvd.open_model(s.model)[1][0]
@@ -854,20 +857,13 @@ def draw(s, n, shape):
 def encode(run, item):
     """A batch of clips to latents (B,T,4,h,w) and cond (B,4,h,w), both unscaled; ctx (B,1,D), or
     where CLIP is trained its input (B,3,224,224); and aug (B,)."""
-    vae, clip = run.svd.vae, run.svd.clip
-    latents, conds, ctxs, augs = [], [], [], []
-    for video, name in zip(item["video"], item["name"]):
-        frames = data.to_float(video.to(run.device))
-        aug, noise = data.draw_condition(run.s.seed, name, run.s.size)
-        cond, ctx = data.encode_condition(vae, clip, frames[0], aug, noise)
-        latents.append(data.encode_frames(vae, frames))
-        conds.append(cond)
-        if run.module.clip is None:
-            ctxs.append(ctx[None])
-        else:
-            ctxs.append(exsvd.preprocess_clip(frames[:1], clip.config.image)[0])
-        augs.append(aug)
-    return torch.stack(latents), torch.stack(conds), torch.stack(ctxs), torch.stack(augs)
+    frames = data.to_float(item["video"].to(run.device))  # (B,T,3,H,W)
+    first, clip = frames[:, 0], run.svd.clip
+    aug, noise = data.draw_conditions(run.s.seed, item["name"], frames.shape[:2:-1])
+    cond, ctx = data.encode_condition(run.svd.vae, clip, first, aug, noise)
+    ctx = ctx[:, None] if run.module.clip is None else exsvd.preprocess_clip(first, clip.config.image)
+    latents = data.encode_frames(run.svd.vae, frames.flatten(0, 1))
+    return latents.unflatten(0, frames.shape[:2]), cond, ctx, aug
 
 
 def inputs(run, item):
@@ -962,7 +958,7 @@ def save_sample(run, step, frames, img, settings):
     with data.VideoWriter(path, settings.fps, asdict(settings)) as video:
         video.write(pixels)
     add_progress(run.s.out, step, pixels)
-    measured = {"motion_score": data.motion_score(frames)}
+    measured = {"motion_score": data.motion_score(pixels)}
     if hasattr(run.dataset, "measure"):
         measured |= run.dataset.measure(frames, img, settings.fps, settings.motion)
     return measured

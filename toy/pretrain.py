@@ -452,10 +452,10 @@ def tune(args):
         item = sources[kind][drawn[kind] * ranks + rank]
         drawn[kind] += 1
         video = data.to_float(item["video"])
-        aug, noise = data.draw_condition(args.seed, item["name"], video.shape[:1:-1])
-        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[0], aug, noise)
+        aug, noise = data.draw_conditions(args.seed, [item["name"]], video.shape[:1:-1])
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[:1], aug, noise)
         ids = exsvd.unet_ids(unet.config.ids, item | {"aug": float(aug)})
-        return data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE, cond[None, None], ctx[None, None], ids
+        return data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE, cond[None], ctx[None], ids
 
     def drawn_clip(kind, rng):
         store = stores[kind]

@@ -186,9 +186,9 @@ def losses(svd, frames, count=8):
         item = clips[i]
         video = data.to_float(item["video"])
         x = data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE
-        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[0], 0.0, torch.zeros_like(video[0]))
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[:1], torch.zeros(1), torch.zeros_like(video[:1]))
         ids, noise = exsvd.unet_ids(svd.unet.config.ids, item | {"aug": 0.0}), torch.randn(x.shape)
-        given = x, noise, cond[None, None], ctx[None, None], ids
+        given = x, noise, cond[None], ctx[None], ids
         found.append([loss_at(svd.unet, sigma, *given) for sigma in SIGMAS])
     return torch.tensor(found).mean(0).tolist()
 
