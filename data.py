@@ -9,7 +9,7 @@
     4. The index          list_files, scan, find_cuts, build_index
     5. Clips              what an item of a dataset holds; open_dataset, check_item
     6. Encoding           encode_frames, encode_condition, encode
-    7. Command line       check, main
+    7. Command line       main
 
 T is the number of frames; H and W are in pixels; a size is (W, H). The functions that read return
 uint8 RGB, channels last: (H, W, 3) or (T, H, W, 3). fit_image turns a frame into what the model
@@ -1075,30 +1075,14 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
 # --------------------------------------------------------------------------------------------------
 # 7. Command line
 
-COST = """Computed, not measured: in float32 the encoder takes 1.1 TFLOP for a frame of 512x512. For
-the 40,258 videos of Open-Sora-Plan 1.0 (274 hours, 29 million frames) that is 116 hours on 8 A100
-at half of their 19.5 TFLOP/s, and as much again for the condition latents; --start-every 16 makes
-these 7 hours. An epoch of train.py encodes 128 frames of each video, so encoding all frames first
-pays off after 6 epochs."""
-
-
-def check(source, **settings):
-    """Prints which files of a set of videos cannot be used and why. -> number of the others"""
-    dataset = Clips(source, **settings)
-    for name, why in dataset.left_out.items():
-        print(f"  left out  {name}: {why}")
-    print(dataset.describe())
-    return len(dataset.names)
-
-
-def size(text):
-    """WxH -> (W, H), for argparse, which names this function in its message."""
-    W, H = map(int, text.lower().split("x"))
-    return W, H
+COST = """Computed, not measured: an A100 encodes a frame of 512x512 in 8 ms, 10,000 videos of 128
+frames in 2.8 hours. Of 720 frames, as in Open-Sora-Plan 1.0, they take 16 hours, and as many again
+for the conditions at 593 first frames, which --start-every 16 makes 1 hour. An epoch of train.py
+encodes 128 frames of each video, so encoding all frames first pays off after 6 epochs."""
 
 
 def shard(text):
-    """I/N -> (I, N), for argparse."""
+    """I/N -> (I, N), for argparse, which names this function in its message."""
     part, parts = map(int, text.split("/"))
     if not 1 <= part <= parts:
         raise ValueError
@@ -1106,52 +1090,57 @@ def shard(text):
 
 
 def main():
+    from sample import DTYPES, frame_size, integer, number  # here, as sample.py imports this file
+    clips = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    flag = clips.add_argument
+    flag("--frames", type=integer(1), metavar="N", help="of a clip [what the model says, else 128]")
+    flag("--size", type=frame_size, metavar="WxH", help="[what the model says, else 512x512]")
+    flag("--stride", type=integer(1), metavar="N", help="take every so many frames [1]")
+    flag("--fps", type=number(1e-3), metavar="N", help="take frames at this rate, not by a stride")
+    flag("--skip-static", type=number(0, 1), metavar="N",
+         help="leave out shots that change less than this; 0.002 finds stills [0]")
+
     p = argparse.ArgumentParser(description="Check a set of videos, or encode it for training.")
-    commands = p.add_subparsers(dest="command", required=True)
-    check_it = commands.add_parser("check", help="say which files cannot be used, and why")
-    encode_it = commands.add_parser("encode", epilog=COST, help="store latents and embeddings; the "
-                                    "same command goes on where it was stopped")
+    command = p.add_subparsers(dest="command", required=True).add_parser
     videos = "folder of videos, or a .txt, .csv or .json list of them"
-    check_it.add_argument("data", help=videos)
-    flag = encode_it.add_argument
+    flag = command("check", parents=[clips], help="say what cannot be used, and why").add_argument
+    flag("data", help=videos)
+    flag = command("encode", parents=[clips], epilog=COST, help="store latents and embeddings; the "
+                   "same command goes on where it was stopped").add_argument
     flag("--model", required=True, help="SVD-XT, for its VAE and CLIP")
     flag("--data", required=True, help=videos)
     flag("--out", required=True, help="folder for the latents")
-    flag("--seed", type=int, default=0, help="of the noise on condition images [0]")
-    flag("--dtype", default="float16", choices=["float32", "float16", "bfloat16"],
-         help="of what is stored; float16 changes the loss of a clip by up to 0.005 %%, bfloat16 by "
-         "0.09 %%, float32 not at all [float16]")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there is one, else cpu]")
-    flag("--start-every", type=int, default=1, metavar="K", help="clips start at every K-th frame "
-         "only, so that fewer condition latents are needed [1]")
+    flag("--dtype", default="float16", choices=DTYPES,
+         help="of what is stored; float16 changes the loss of a clip by 0.006 %% on average, "
+         "bfloat16 by 0.08 %% [float16]")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+         help="[cuda if there is one, else cpu]")
     flag("--shard", type=shard, default=(1, 1), metavar="I/N", help="encode the I-th of N parts, "
-         "one per GPU; run `data.py check` first, which builds the index")
-    for flag in check_it.add_argument, encode_it.add_argument:
-        flag("--frames", type=int, help="of a clip [what the model says, else 128]")
-        flag("--size", type=size, metavar="WxH", help="[what the model says, else 512x512]")
-        flag("--stride", type=int, default=1, help="take every so many frames [1]")
-        flag("--fps", type=float, help="take frames at this rate instead of a stride")
-        flag("--skip-static", type=float, default=0.0, help="leave out shots that change less than "
-             "this; 0.002 finds stills [0]")
+         "one or more per GPU; run `data.py check` first, which builds the index")
+    flag("--seed", type=integer(0), default=0, metavar="N", help="of noise on condition images [0]")
+    flag("--start-every", type=integer(1), default=1, metavar="N", help="clips start at every N-th "
+         "frame only, so that fewer condition latents are needed [1]")
     a = p.parse_args()
     settings = {"frames": 128, "size": (512, 512)}
+    given = {key: value for key, value in vars(a).items() if key in Clips.__dataclass_fields__}
     try:
         if a.command == "encode":
             meta = exsvd.open_model(a.model)[0]["unet"].meta
             theirs = meta.get("defaults", {}).get("train", {})
-            settings |= {key: theirs[key] for key in settings if key in theirs}
-        settings |= {key: getattr(a, key) for key in settings if getattr(a, key)}
-        settings |= {"stride": a.stride, "fps": a.fps, "skip_static": a.skip_static}
-        if a.command == "check":
-            return 0 if check(a.data, **settings) else 1
-        settings |= {"seed": a.seed, "start_every": a.start_every}
-        dtype = getattr(torch, a.dtype)
-        print(encode(a.model, a.data, a.out, dtype, a.device, a.shard, **settings).describe())
-        return 0
+            settings |= {key: theirs[key] for key in settings if key in theirs} | given
+            dtype = getattr(torch, a.dtype)
+            dataset = encode(a.model, a.data, a.out, dtype, a.device, a.shard, **settings)
+        else:
+            dataset = Clips(a.data, **settings | given)
+            for name, why in dataset.left_out.items():
+                print(f"  left out  {name}: {why}")
+        print(dataset.describe())
+        return 0 if dataset.names else 1
     except (MediaError, exsvd.WeightsError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot print
     sys.exit(main())
