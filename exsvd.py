@@ -9,7 +9,7 @@
     7. CLIP image encoder     ViT-H/14 and its antialiased preprocessing
     8. EDM                    preconditioning, Karras sigmas, training losses
     9. Memory and speed       slices of long videos, weights that wait in CPU memory, torch.compile
-   10. Checkpoints            weight files, rules for names; load(), load_weights(), save()
+   10. Checkpoints            weight files, rules for names; load(), save_extension(), ...
 
 Shapes: B videos, T frames, C channels, H W size of latents (image size / 8), N = H*W pixels, D
 width of the context. Public functions take and return (B, T, C, H, W). Inside there are three
@@ -25,12 +25,13 @@ Stable Video Diffusion (Blattmann et al. 2023, arXiv:2311.15127). Diffusion: EDM
 Stability-AI/generative-models, diffusers 0.42 and DiffSynth-Studio 1.1.9.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial, wraps
@@ -1345,7 +1346,8 @@ SGM_PART = {
          r"conditioner\.embedders\.3\.encoder\.(encoder|quant_conv)\.",
 }
 RULES = {"sgm": {UNet: UNET_SGM, VAE: VAE_SGM, ImageEncoder: CLIP_SGM},
-         "diffusers": {UNet: UNET_DIFFUSERS, VAE: VAE_DIFFUSERS, ImageEncoder: CLIP_DIFFUSERS}}
+         "diffusers": {UNet: UNET_DIFFUSERS, VAE: VAE_DIFFUSERS, ImageEncoder: CLIP_DIFFUSERS},
+         "exvideo": {TemporalBlock: EXVIDEO}}
 
 
 def file_names(module, layout):
@@ -1353,41 +1355,30 @@ def file_names(module, layout):
     q, k, v.
 
     layout: "ours" (that of named_parameters), "sgm" (the published single file), "diffusers" (its
-    folders), or "exvideo" (extension files: only what is_extension_parameter() names).
+    folders), or "exvideo": what extension files may hold, under the release's names inside temporal
+    blocks and under ours elsewhere. A layer that a module of yours wraps as `base` keeps its name.
     """
-    parameters = [name for name, _ in module.named_parameters()]
-    if layout == "ours":
-        return {ours: [ours] for ours in parameters}
-    if layout == "exvideo":
-        return exvideo_names(module, [name for name in parameters if is_extension_parameter(name)])
+    blocks = (name for name, m in module.named_modules() if isinstance(m, TemporalBlock))
+    numbers = dict(zip(blocks, EXVIDEO_BLOCKS))
     names = {}
-    for ours in parameters:
-        name = published_name(ours, layout, type(module))
+    for ours, _ in module.named_parameters():
+        name = ours if layout == "ours" else ours.replace(".base.", ".")
+        if layout == "exvideo":
+            block, temporal, inner = name.partition(".attn.temporal.")
+            if temporal:
+                number = numbers[f"{block}.attn.temporal"]
+                name = f"blocks.{number}.{rename(inner, 'exvideo', TemporalBlock)}"
+            elif not is_extension_parameter(ours):
+                continue
+        elif layout != "ours":
+            name = rename(name, layout, type(module))
         names[ours] = [name.replace("{qkv}", c) for c in "qkv"] if "{qkv}" in name else [name]
     return names
 
 
-def exvideo_names(unet, parameters):
-    """In an extension file: the release's names inside temporal transformer blocks, else ours."""
-    numbers = {}
-    for name, module in unet.named_modules():
-        if isinstance(module, TemporalBlock):
-            numbers[name] = EXVIDEO_BLOCKS[len(numbers)]
-    names = {}
-    for ours in parameters:
-        block, _, inner = ours.partition(".attn.temporal.")
-        number = numbers.get(f"{block}.attn.temporal")
-        names[ours] = [ours if number is None else f"blocks.{number}.{rename(inner, EXVIDEO)}"]
-    return names
-
-
 @cache
-def published_name(name, layout, network):
-    return rename(name, RULES[layout][network])
-
-
-def rename(name, rules):
-    for pattern, replacement in rules:
+def rename(name, layout, network):
+    for pattern, replacement in RULES[layout][network]:
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -1407,19 +1398,31 @@ def convert(names, tensors, shape):
 
 
 class Tensors:
-    """What is in a safetensors file (memory-mapped, read on demand) or in a dict of tensors.
+    """A safetensors file, memory-mapped and read on demand. Raises WeightsError.
 
     names: without the prefixes module. _orig_mod. unet. model. of training tools, if all have them.
     meta: what save() was given; {} for files that are not ours.
     """
 
-    def __init__(self, source):
-        if isinstance(source, Mapping):
-            self.source, self.label, self.meta = source, "the given tensors", {}
-        else:
-            self.label = os.fspath(source)
-            self.source, self.meta = open_safetensors(self.label)
-        names = list(self.source.keys())
+    def __init__(self, path):
+        self.label = path = os.fspath(path)
+        if not os.path.isfile(path):
+            raise WeightsError(f"{path}: no such weight file")
+        try:
+            self.file = safe_open(path, framework="pt")
+            self.meta = json.loads((self.file.metadata() or {}).get("exsvd", "{}"))
+        except (SafetensorError, ValueError) as e:
+            with open(path, "rb") as f:  # only now: a good file can begin like a pickle
+                begin = f.read(20)
+            problem = f"is not a complete safetensors file ({e}): download or save it again"
+            if re.match(rb"PK\x03\x04|\x80\x02[^\0]", begin):  # loading a pickle runs any code
+                problem = "is a pickled checkpoint, which is never opened: use its .safetensors version"
+            if begin.startswith(b"version https://git-"):
+                problem = "is a Git LFS pointer in place of the file: fetch it with git lfs pull"
+            raise WeightsError(f"{path} {problem}") from e
+        if not isinstance(self.meta, dict):
+            raise WeightsError(f"{path}: its metadata is not understood")
+        names = list(self.file.keys())
         tools = r"(module\.|_orig_mod\.|unet\.|model\.(?!diffusion_model\.))*"
         self.prefix = re.match(tools, os.path.commonprefix(names))[0]
         self.names = {name.removeprefix(self.prefix) for name in names}
@@ -1427,14 +1430,10 @@ class Tensors:
         self.is_extension = blocks or ("architecture" in self.meta and "config" not in self.meta)
 
     def get(self, name):
-        if isinstance(self.source, Mapping):
-            return self.source[self.prefix + name]
-        return self.source.get_tensor(self.prefix + name)
+        return self.file.get_tensor(self.prefix + name)
 
     def shape(self, name):
-        if isinstance(self.source, Mapping):
-            return self.source[self.prefix + name].shape
-        return self.source.get_slice(self.prefix + name).get_shape()
+        return self.file.get_slice(self.prefix + name).get_shape()
 
     def frames(self):
         """The frames that the weights are extended to, None for a base. If our metadata does not
@@ -1448,135 +1447,88 @@ class Tensors:
                 return shape[0] if len(shape) > 1 and shape[0] > 0 else None
         return None
 
-
-def open_safetensors(path):
-    """-> the opened file, our metadata in it. The WeightsError says what the file is instead."""
-    if not os.path.isfile(path):
-        raise WeightsError(f"{path}: no such weight file")
-    try:
-        file = safe_open(path, framework="pt")
-        meta = json.loads((file.metadata() or {}).get("exsvd", "{}"))
-    except (SafetensorError, ValueError) as e:
-        with open(path, "rb") as f:  # only now: a good file can begin like a pickle
-            begin = f.read(20)
-        kind = f"is not a complete safetensors file ({e}): download or save it again"
-        if re.match(rb"PK\x03\x04|\x80\x02[^\0]", begin):  # loading a zip or a pickle runs any code
-            kind = "is a pickled checkpoint, which is never opened: use its .safetensors version"
-        if begin.startswith(b"version https://git-"):
-            kind = "is a Git LFS pointer in place of the file: fetch it with git lfs pull"
-        raise WeightsError(f"{path} {kind}") from e
-    if not isinstance(meta, dict):
-        raise WeightsError(f"{path}: metadata not understood; was it written by a newer version?")
-    return file, meta
+    def fingerprint(self):
+        """A hash of the names and of some values of every tensor, in float16, whatever the file's
+        dtype."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name in sorted(self.names):
+            digest.update(name.encode())
+            digest.update(self.get(name).flatten()[:256].half().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def locate(module, tensors):
-    """Where `tensors` has each parameter of the module: {our name: (tensors, names)}.
+    """Where a file has each parameter of a network: {our name: [names in the file]}.
 
     Nothing is read yet. Raises WeightsError with examples if anything is missing, mis-shaped or
-    left over. Only an extension file of ours may hold a part of what the module has.
+    left over. Only an extension file of ours may hold a part of what the network has.
     """
-    names = choose_layout(module, tensors)
-    if tensors.is_extension and tensors.meta:
-        names = {ours: group for ours, group in names.items() if group[0] in tensors.names}
+    network, label, in_file = type(module).__name__, tensors.label, tensors.names
+    architecture = tensors.meta.get("architecture", ARCHITECTURE)
+    if network == "UNet" and architecture != ARCHITECTURE:
+        raise WeightsError(f"{label} holds the extension {architecture!r}, but this code has "
+                           f"{ARCHITECTURE!r}: see section 4 of exsvd.py")
+
+    def hits(names):
+        return sum(n in in_file for group in names.values() for n in group)
+
+    extension = network == "UNet" and tensors.is_extension
+    layouts = ("exvideo",) if extension else ("ours", "sgm", "diffusers")
+    names = max((file_names(module, layout) for layout in layouts), key=hits)
+    if network != "UNet" and not hits(names):
+        raise WeightsError(f"{label} has nothing of the network {network}: if it holds a UNet alone, "
+                           "give it as --unet beside --model")
+    if extension and tensors.meta:
+        names = {ours: group for ours, group in names.items() if group[0] in in_file}
+    elif extension:  # the release: what a base has in these blocks, and what ExVideo adds
+        with torch.device("meta"):
+            base = file_names(UNet(module.config), "exvideo").values()
+        added = re.compile(r".*\.positional_(embedding\.embeddings|conv\.(weight|bias))")
+        names = {ours: group for ours, group in names.items()
+                 if group in base or added.fullmatch(group[0])}
+
     expected = {n for group in names.values() for n in group}
-    ignored = [part for network, part in SGM_PART.items() if not isinstance(module, network)]
-    ignored = re.compile("|".join([IGNORED, *ignored]))
+    others = [pattern for cls, pattern in SGM_PART.items() if not isinstance(module, cls)]
+    ignored = re.compile("|".join([IGNORED, *others]))
     problems = {
-        "missing": sorted(expected - tensors.names),
-        "unexpected": sorted(n for n in tensors.names - expected if not ignored.match(n)),
+        "missing": sorted(expected - in_file),
+        "unexpected": sorted(n for n in in_file - expected if not ignored.match(n)),
         "mis-shaped": []}
     for ours, group in names.items():
-        shape = tuple(module.get_parameter(ours).shape)
-        if tensors.names.issuperset(group) and not shapes_fit(group, tensors, shape):
+        want = tuple(module.get_parameter(ours).shape)
+        if in_file.issuperset(group) and not fits(group, [tensors.shape(n) for n in group], want):
             found = ", ".join(f"{n} {tuple(tensors.shape(n))}" for n in group)
-            in_all = " in all" if len(group) > 1 else ""
-            problems["mis-shaped"].append(f"{found} instead of {shape}{in_all}")
-
-    said = [f"{len(found)} {what}, such as {'; '.join(found[:3])}"
+            problems["mis-shaped"].append(f"{found} instead of {want}")
+    said = [f"{len(found)} {what}, such as {', '.join(found[:3])}"
             for what, found in problems.items() if found]
     if said:
-        holds = ", ".join(sorted(tensors.names)[:3]) or "nothing"
-        raise WeightsError(f"{tensors.label} (which holds {holds}, ...) does not fit "
-                           f"{type(module).__name__} ({len(expected)} tensors): {'. '.join(said)}")
-    return {ours: (tensors, group) for ours, group in names.items()}
+        raise WeightsError(f"{label} does not fit {network} ({len(expected)} tensors): {'; '.join(said)}")
+    return names
 
 
-def shapes_fit(group, tensors, want):
-    """Whether the tensors of these names together make a parameter of the shape `want`."""
-    shapes = [tuple(tensors.shape(n)) for n in group]
-    if len(group) > 1 and any(len(s) != len(want) or s[1:] != want[1:] for s in shapes):
-        return False  # they can't be joined
-    return convert(group, [torch.empty(s, device="meta") for s in shapes], want).shape == want
-
-
-def choose_layout(module, tensors):
-    """The names that a file should have for the module: file_names() of the layout it is in.
-
-    Raises WeightsError if the file is known to be for something else.
-    """
-    if isinstance(module, VAE):
-        if any(n.startswith("first_stage_model.post_quant_conv") for n in tensors.names):
-            raise WeightsError(f"{tensors.label} is the image-decoder variant, without temporal "
-                               "layers: use svd_xt.safetensors (or svd.safetensors) instead")
-    if not isinstance(module, UNet):
-        return best_layout(module, tensors)
-    frames = tensors.frames()
-    if frames and frames != module.max_frames:
-        now = f"to {module.max_frames}" if module.max_frames else "is not"
-        raise WeightsError(f"{tensors.label} is extended to {frames} frames, but the UNet {now}: "
-                           f"call extend(unet, {frames}) before loading it")
-    architecture = tensors.meta.get("architecture", ARCHITECTURE)
-    if architecture != ARCHITECTURE:
-        raise WeightsError(f"{tensors.label} holds the extension {architecture!r}, "
-                           f"but this code has {ARCHITECTURE!r}")
-    if tensors.is_extension:
-        return file_names(module, "exvideo")
-    names = best_layout(module, tensors)
-    if frames or not module.max_frames:
-        return names
-    with torch.device("meta"):
-        base = dict(UNet(module.config).named_parameters())
-    return {ours: group for ours, group in names.items() if ours in base}  # without the extension
-
-
-def best_layout(module, tensors):
-    """file_names() of the layout that has most of the file's names."""
-    def known(names):
-        return sum(n in tensors.names for group in names.values() for n in group)
-
-    layouts = [file_names(module, layout) for layout in ("ours", "sgm", "diffusers")]
-    return max(layouts, key=known)
+def fits(names, shapes, want):
+    """Whether tensors of these shapes together make a parameter of the shape `want`."""
+    try:
+        return convert(names, [torch.empty(s, device="meta") for s in shapes], want).shape == want
+    except (RuntimeError, IndexError):  # they can't be joined
+        return False
 
 
 @torch.no_grad()
-def read_into(module, located, dtype_of=None, device=None):
+def read_into(module, tensors, names, dtype_of=None, device=None):
     """Read what locate() found into a module, tensor by tensor. Parameters on the meta device
     become real ones on the given device, of dtype_of(our name)."""
-    for ours, (tensors, names) in located.items():
+    for ours, group in names.items():
         path, _, leaf = ours.rpartition(".")
         parent = module.get_submodule(path)
         p = getattr(parent, leaf)
-        t = convert(names, [tensors.get(n) for n in names], tuple(p.shape))
+        t = convert(group, [tensors.get(n) for n in group], tuple(p.shape))
         if p.is_meta:
-            dtype = dtype_of(ours) if dtype_of else p.dtype
-            copy = torch.empty(p.shape, dtype=dtype, device=device or "cpu")
+            copy = torch.empty(p.shape, dtype=dtype_of(ours), device=device)
             copy.copy_(t)  # always, as t changes with the file
-            setattr(parent, leaf, nn.Parameter(copy, requires_grad=p.requires_grad))
+            setattr(parent, leaf, nn.Parameter(copy))
         else:
             p.copy_(t)
-
-
-def load_weights(module, tensors_or_path):
-    """Load a UNet, VAE or ImageEncoder in place, from a .safetensors file or a dict; returns it.
-
-    The names may be those of the published single file (other networks in it are ignored), of
-    diffusers, of our parameters, and for an extended UNet those of an extension file. A base file
-    leaves what extend() added as it is. Raises WeightsError if a tensor is missing, unexpected or
-    mis-shaped, and has then changed nothing.
-    """
-    read_into(module, locate(module, Tensors(tensors_or_path)))
-    return module
 
 
 @dataclass
@@ -1586,18 +1538,11 @@ class SVD:
     vae: VAE
     clip: ImageEncoder
     meta: dict                # of the model file, {} for published ones
-    extension: dict | None    # of the extension file, {} for the ExVideo release, None without one
+    extension: dict | None    # of the last extension file, {} for the ExVideo release, None without
 
 
 FOLDER = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model",
           "clip": "image_encoder/model"}
-FOLDER_CONFIG = {  # our names of what the config.json beside them says
-    "unet": {"block_out_channels": "channels", "num_attention_heads": "heads",
-             "cross_attention_dim": "context_dim", "num_frames": "native_frames"},
-    "vae": {"block_out_channels": "channels"},
-    "clip": {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
-             "patch_size": "patch", "projection_dim": "out_dim", "image_size": "image"},
-}
 
 
 def open_model(path):
@@ -1605,59 +1550,40 @@ def open_model(path):
 
     Only names and configurations are read. Raises WeightsError.
     """
-    files, configs = {}, []
-    single = None if os.path.isdir(path) else Tensors(path)
-    for part, default in {"unet": UNetConfig(), "vae": VAEConfig(), "clip": CLIPConfig()}.items():
-        if single is None:
-            files[part], values = open_part(path, FOLDER[part], FOLDER_CONFIG[part])
-        else:
-            files[part], values = single, config_of(single, part)
-        configs.append(configure(default, values, path))
-    return files, tuple(configs)
+    defaults = {"unet": UNetConfig(), "vae": VAEConfig(), "clip": CLIPConfig()}
+    opened = [open_network(path, FOLDER[part], part, config) for part, config in defaults.items()]
+    files, configs = zip(*opened)
+    return dict(zip(FOLDER, files)), configs
 
 
-def open_unet(path, config):
-    """A UNet by itself: (Tensors, UNetConfig). What it does not say is as in `config`."""
-    if os.path.isdir(path):
-        tensors, values = open_part(path, os.path.basename(FOLDER["unet"]), FOLDER_CONFIG["unet"])
-    else:
-        tensors = Tensors(path)
-        values = config_of(tensors, "unet")
-    return tensors, configure(config, values, path)
+def open_network(path, stem, part, default):
+    """One network of a model: (Tensors, configuration). path: a file, or a folder in which `stem`
+    names its weights, without .safetensors or .fp16.safetensors; the former is preferred.
 
-
-def config_of(tensors, part):
-    """What a file of ours says of the configuration of a network; {} if it says nothing."""
-    config = tensors.meta.get("config", {})
-    return config.get(part, {}) if isinstance(config, dict) else config
-
-
-def open_part(folder, stem, config_names):
-    """A network in diffusers' layout: (Tensors, {our name of a setting: value}).
-
-    stem: where its weights are in the folder, without .safetensors or .fp16.safetensors. If both
-    are there, the former is taken.
+    default: the configuration, where our metadata says nothing. Of diffusers' own, only the native
+    length of a UNet is read.
     """
-    path = os.path.join(folder, f"{stem}.safetensors")
-    if not os.path.isfile(path):
-        path = os.path.join(folder, f"{stem}.fp16.safetensors")
-    if not os.path.isfile(path):
-        hint = "a diffusers folder of SVD has one"
-        if os.path.isfile(os.path.join(folder, os.path.basename(stem) + ".safetensors")):
-            hint = "it holds a UNet alone: give it as --unet beside --model"
-        raise WeightsError(f"{folder}: no {stem}.safetensors (or .fp16.safetensors); {hint}")
-    config_path = os.path.join(os.path.dirname(path), "config.json")
-    if not os.path.exists(config_path):
-        return Tensors(path), {}  # SVD-XT
-    try:
-        with open(config_path) as f:
-            theirs = json.load(f)
-    except ValueError as e:
-        raise WeightsError(f"{config_path}: not readable as JSON ({e})") from e
-    if not isinstance(theirs, dict):
-        raise WeightsError(f"{config_path}: its configuration is not understood")
-    values = {ours: theirs.get(key) for key, ours in config_names.items()}
-    return Tensors(path), {ours: value for ours, value in values.items() if value is not None}
+    in_folder = {}
+    if os.path.isdir(path):
+        folder, path = path, os.path.join(path, f"{stem}.safetensors")
+        if not os.path.isfile(path):
+            path = os.path.join(folder, f"{stem}.fp16.safetensors")
+        if not os.path.isfile(path):
+            hint = "a diffusers folder of SVD has one"
+            if os.path.isfile(os.path.join(folder, os.path.basename(stem) + ".safetensors")):
+                hint = "it holds a UNet alone: give it as --unet beside --model"
+            raise WeightsError(f"{folder}: no {stem}.safetensors (or .fp16.safetensors); {hint}")
+        config = os.path.join(os.path.dirname(path), "config.json")
+        if part == "unet" and os.path.exists(config):
+            try:
+                with open(config) as f:
+                    in_folder = {"native_frames": json.load(f).get("num_frames", 25)}
+            except (ValueError, AttributeError) as e:
+                raise WeightsError(f"{config}: not readable as JSON of diffusers ({e})") from e
+    tensors = Tensors(path)
+    noted = tensors.meta.get("config", {})
+    noted = noted.get(part, {}) if isinstance(noted, dict) else noted
+    return tensors, configure(configure(default, noted, path), in_folder, path)
 
 
 def configure(default, values, path):
@@ -1665,17 +1591,35 @@ def configure(default, values, path):
     if not isinstance(values, dict):
         raise WeightsError(f"{path}: its configuration is not understood")
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    if isinstance(values.get("ids"), tuple):  # and those that this code has besides
-        values["ids"] = tuple(dict.fromkeys(values["ids"] + default.ids))
     for key, value in values.items():
-        wanted = getattr(default, key, None)
-        fits = type(value) is type(wanted)
+        fits = type(value) is type(getattr(default, key, None))
         for v in value if isinstance(value, tuple) else (value,):
             fits = fits and (isinstance(v, str) or (isinstance(v, int) and v > 0))
         if not fits:
             raise WeightsError(f"{path}: {key} = {value} of its configuration is not understood; "
                                "was it written by a newer version?")
+    ids = values.pop("ids", None)  # the code may have more of them, see convert()
+    if ids and ids != default.ids[:len(ids)]:
+        raise WeightsError(f"{path} is conditioned on {', '.join(ids)}, but this code on "
+                           f"{', '.join(default.ids)}: UNetConfig.ids must begin with the file's")
     return replace(default, **values)
+
+
+def open_extensions(paths):
+    """-> [Tensors] of extension files, from bottom to top. Raises WeightsError, also if one was
+    trained over a file that is not below it."""
+    opened = []
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths or ():
+        tensors = Tensors(path)
+        if not tensors.is_extension or not tensors.frames():
+            raise WeightsError(f"{path} is not an extension: it has no tensors blocks.*, or no frame "
+                               "tables")
+        for name, fingerprint in tensors.meta.get("over", ()):
+            if fingerprint not in [below.fingerprint() for below in opened]:
+                raise WeightsError(f"{path} was trained over {name}: give that file as an extension, "
+                                   "too, and before it")
+        opened.append(tensors)
+    return opened
 
 
 def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet", "vae", "clip"),
@@ -1684,9 +1628,10 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
     with requires_grad False.
 
     path: a .safetensors file, or a folder in diffusers' layout.
-    extension: the ExVideo release or an extension trained here. Extends the UNet to its frames.
+    extension: the ExVideo release or an extension trained here, or several of them in order, such
+        as the release and what was trained over it. Extends the UNet to the frames of each.
     dtype: of the parameters. With float16 the VAE's encoder stays float32, whose range it needs.
-    device: "meta" checks everything (names, shapes, the extension) but reads no weights.
+    device: "meta" checks everything (names, shapes, extensions) but reads no weights.
     parts: what to load; the others are None.
     unet: a UNet by itself in place of the model's, a .safetensors file or diffusers' folder of it.
     keep_float32(name) -> bool: what stays float32, named as in unet.down.1.attn.norm.weight.
@@ -1697,53 +1642,54 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
     if unknown:
         raise ValueError(f"load() knows the parts {', '.join(FOLDER)}, not {', '.join(unknown)}")
     only_check = torch.device(device).type == "meta"
-    if extension is not None and not only_check:  # before gigabytes are read
+    if extension and not only_check:  # before gigabytes are read
         load(path, extension, device="meta", parts=parts, unet=unet)
 
     files, (unet_config, vae_config, clip_config) = open_model(path)
     meta = files["unet"].meta
     if unet is not None:
-        files["unet"], unet_config = open_unet(unet, unet_config)
-    overlay = None if extension is None else Tensors(extension)
+        stem = os.path.basename(FOLDER["unet"])
+        files["unet"], unet_config = open_network(unet, stem, "unet", unet_config)
     for tensors in files.values():
         if tensors.is_extension:
             raise WeightsError(f"{tensors.label} is an extension, not a model: give SVD-XT's file "
                                "as the model, and this one as the extension")
-    if overlay is not None:
-        if not overlay.is_extension or not overlay.frames():
-            raise WeightsError(f"{overlay.label} is not an extension: it has no tensors blocks.*, "
-                               "or no frame tables")
-        if "native_frames" in overlay.meta:
-            native = {"native_frames": overlay.meta["native_frames"]}
-            unet_config = configure(unet_config, native, overlay.label)
+        if "first_stage_model.post_quant_conv.weight" in tensors.names:
+            raise WeightsError(f"{tensors.label} is the image-decoder variant, without temporal "
+                               "layers: use svd_xt.safetensors (or svd.safetensors) instead")
+    extensions = open_extensions(extension)
+    for tensors in extensions:
+        noted = {key: tensors.meta[key] for key in ("native_frames", "ids") if key in tensors.meta}
+        unet_config = configure(unet_config, noted, tensors.label)
 
     with torch.device("meta"):  # nothing is initialised that is then overwritten
         networks = nn.ModuleDict({"unet": UNet(unet_config), "vae": VAE(vae_config),
                                   "clip": ImageEncoder(clip_config)})
-    networks.eval().requires_grad_(False)
-    if files["unet"].frames():
-        extend(networks["unet"], files["unet"].frames())
-    if files["vae"] is files["clip"] and set(parts) != {"unet"}:
-        refuse_unet_alone(networks["unet"], files["vae"])
-    located = {}
-    for part in parts:
-        for name, place in locate(networks[part], files[part]).items():
-            located[f"{part}.{name}"] = place
+        if files["unet"].frames():
+            extend(networks["unet"], files["unet"].frames())
 
-    def dtype_of(name):
+    def dtype_of(part, name):
+        name = f"{part}.{name}"
         wide = dtype == torch.float16 and name.startswith(("vae.encoder.", "vae.quant_conv."))
         return torch.float32 if wide or (keep_float32 and keep_float32(name)) else dtype
 
+    names = {part: locate(networks[part], files[part]) for part in parts}
     if not only_check:
         warn_of_cudnn()
-        read_into(networks, located, dtype_of, device)
-    if overlay is not None and "unet" in parts:
-        extend(networks["unet"], overlay.frames())
-        located = locate(networks["unet"], overlay)
+        for part in parts:
+            read_into(networks[part], files[part], names[part], partial(dtype_of, part), device)
+    for tensors in extensions if "unet" in parts else ():
+        if networks["unet"].max_frames != tensors.frames():
+            with torch.device(device):  # where a modified extend() creates parameters
+                extend(networks["unet"], tensors.frames())
+            for name, p in networks["unet"].named_parameters():
+                p.data = p.data.to(dtype_of("unet", name))
+        added = locate(networks["unet"], tensors)
         if not only_check:
-            read_into(networks["unet"], located)
+            read_into(networks["unet"], tensors, added)
+    networks.eval().requires_grad_(False)
     unet, vae, clip = (networks[part] if part in parts else None for part in FOLDER)
-    return SVD(unet, vae, clip, meta, None if overlay is None else overlay.meta)
+    return SVD(unet, vae, clip, meta, extensions[-1].meta if extensions else None)
 
 
 def warn_of_cudnn():
@@ -1752,12 +1698,6 @@ def warn_of_cudnn():
     if torch.cuda.is_available() and 90800 <= version < 91500:
         print(f"warning: cuDNN {version // 10000}.{version // 100 % 100} makes mistakes in 3D "
               "convolutions (pytorch#163539): install one from 9.15 on", file=sys.stderr)
-
-
-def refuse_unet_alone(unet, tensors):
-    names = {n for group in best_layout(unet, tensors).values() for n in group}
-    if tensors.names and tensors.names <= names:
-        raise WeightsError(f"{tensors.label} holds a UNet alone: give it as --unet beside --model")
 
 
 def save(path, tensors, meta):
@@ -1783,28 +1723,37 @@ def extension_note(unet):
     """What the metadata of our files says of an extended UNet."""
     if unet.max_frames is None:
         return {}
-    return {"architecture": ARCHITECTURE, "frames": unet.max_frames,
+    return {"architecture": ARCHITECTURE, "frames": unet.max_frames, "ids": unet.config.ids,
             "native_frames": unet.config.native_frames}
 
 
-def save_extension(path, unet, state=None, dtype=None, **meta):
+def under_names(network, names, state, dtype):
+    """{name in a file: tensor} of a network, with `state` in place of some of its parameters."""
+    state = dict(network.named_parameters()) | state
+    return {name: state[ours].to(dtype or state[ours].dtype) for ours, (name,) in names.items()}
+
+
+def save_extension(path, unet, state=None, dtype=None, over=(), **meta):
     """Write an extension file: what is_extension_parameter() names of an extended UNet.
 
     state: {our name: tensor}, for example an average, in place of some of the UNet's parameters.
-    dtype: of the file (float16 in the release), by default that of the tensors. meta: kept as JSON.
-    Names and shapes are the release's; parameters that it does not have keep our names. DiffSynth,
-    the official code, reads a file of 128 frames that holds exactly what the release holds.
-    Raises ValueError if the UNet is not extended, or if `state` has another name.
+    dtype: of the file (float16 in the release), by default that of the tensors. over: the extension
+    files below it, which load() then requires if they hold what this one does not. meta: kept as
+    JSON. Names and shapes are the release's; parameters that it does not have keep our names.
+    DiffSynth, the official code, reads a file of 128 frames that holds exactly what the release
+    holds. Raises ValueError if the UNet is not extended, or if `state` has another name.
     """
     if unet.max_frames is None:
         raise ValueError(f"{path}: nothing to save of a UNet that is not extended")
-    names = file_names(unet, "exvideo")
+    names = {ours: group for ours, group in file_names(unet, "exvideo").items()
+             if is_extension_parameter(ours)}
     unknown = sorted((state or {}).keys() - names.keys())
     if unknown:
         raise ValueError(f"{path}: {unknown[0]} is no parameter of an extension")
-    state = dict(unet.named_parameters()) | (state or {})
-    tensors = {name: state[ours].to(dtype or state[ours].dtype) for ours, (name,) in names.items()}
-    save(path, tensors, meta | extension_note(unet))
+    tensors = under_names(unet, names, state or {}, dtype)
+    below = [file for file in map(Tensors, over) if not file.names <= tensors.keys()]
+    needs = [(os.path.basename(file.label), file.fingerprint()) for file in below]
+    save(path, tensors, meta | extension_note(unet) | ({"over": needs} if needs else {}))
 
 
 def save_model(path, unet, vae, clip, dtype=None, state=None, **meta):
@@ -1813,12 +1762,9 @@ def save_model(path, unet, vae, clip, dtype=None, state=None, **meta):
     state: {"unet.<our name>" or "clip.<our name>": tensor} in place of some parameters, for example
     an average.
     """
-    parts = {"unet": unet, "vae": vae, "clip": clip}
-    tensors = {}
-    for part, network in parts.items():
-        own = dict(network.named_parameters())
-        for ours, (name,) in file_names(network, "sgm").items():
-            t = (state or {}).get(f"{part}.{ours}", own[ours])
-            tensors[name] = t.to(dtype or t.dtype)
-    config = {part: asdict(network.config) for part, network in parts.items()}
+    tensors, config = {}, {}
+    for part, network in {"unet": unet, "vae": vae, "clip": clip}.items():
+        own = {n.removeprefix(f"{part}."): t for n, t in (state or {}).items() if n.startswith(f"{part}.")}
+        tensors |= under_names(network, file_names(network, "sgm"), own, dtype)
+        config[part] = asdict(network.config)
     save(path, tensors, meta | {"config": config} | extension_note(unet))

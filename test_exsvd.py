@@ -771,6 +771,18 @@ def sgm_leftovers(vae):
                   conditioner + "post_quant_conv.bias": like.new_empty(4)}
 
 
+def sparse_file(path, tensors):
+    """A safetensors file with tensors of these names and shapes, all 0, which takes no space."""
+    header, end = {}, 0
+    for name, t in tensors.items():
+        begin, end = end, end + 2 * t.numel()
+        header[name] = {"dtype": "F16", "shape": list(t.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
 @pytest.fixture(scope="module")
 def full():
     """The full-size networks, without storage, and {published file: {name: tensor}} of them."""
@@ -788,6 +800,15 @@ def full():
     return unet, vae, clip, files
 
 
+@pytest.fixture(scope="module")
+def published(full, tmp_path_factory):
+    """A folder with the published files, as far as names and shapes go."""
+    folder = tmp_path_factory.mktemp("published")
+    for name, tensors in full[-1].items():
+        sparse_file(folder / name, tensors)
+    return folder
+
+
 def test_names_of_published_files(full):
     *nets, files = full
     assert {file: keys_md5(tensors) for file, tensors in files.items()} == PUBLISHED
@@ -800,32 +821,23 @@ def test_names_of_published_files(full):
         assert hashlib.md5("\n".join(lines).encode()).hexdigest() == md5
 
 
-def test_published_files_fill_the_networks(full):
-    unet, vae, clip, files = full
-    temporal = set(exsvd.freeze(unet))
-    contents = {"svd_xt.safetensors": (unet, vae, clip),
-                "unet/diffusion_pytorch_model.safetensors": (unet,),
-                "vae/diffusion_pytorch_model.safetensors": (vae,),
-                "image_encoder/model.safetensors": (clip,),
-                "ExVideo-SVD-128f-v1": (unet,)}
-    for file, nets in contents.items():
-        tensors, left = files[file], set(files[file])
-        for net in nets:
-            located = exsvd.locate(net, exsvd.Tensors(tensors))
-            groups = [names for _, names in located.values()]
-            missing = net.state_dict().keys() - located.keys()
-            left -= {n for names in groups for n in names}
-            if file.startswith("ExVideo"):
-                assert missing == net.state_dict().keys() - temporal
-            else:
-                assert all(re.search("frame_(table|conv)", n) for n in missing)  # extend() added it
-        assert len(left) == (252 if file == "svd_xt.safetensors" else 0)
-        assert all(re.match(exsvd.IGNORED, n) for n in left)
+def test_published_files_fill_the_networks(full, published):
+    """Nothing is missing, and nothing left over but what no network of ours has."""
+    for model in (published / "svd_xt.safetensors", published):
+        svd = exsvd.load(model, device="meta")
+        sizes = [sum(p.numel() for p in net.parameters()) for net in (svd.unet, svd.vae, svd.clip)]
+        assert sizes == [1_524_623_082, 97_742_847, 632_076_800]
+    single = exsvd.Tensors(published / "svd_xt.safetensors")
+    for net in (svd.unet, svd.vae, svd.clip):
+        single.names -= {n for names in exsvd.locate(net, single).values() for n in names}
+    assert len(single.names) == 252 and all(re.match(exsvd.IGNORED, n) for n in single.names)
+    unet = exsvd.load(published, published / "ExVideo-SVD-128f-v1", device="meta").unet
+    assert sum(p.numel() for p in unet.parameters()) == 1_860_773_802 and unet.max_frames == 128
+    extension = exsvd.locate(unet, exsvd.Tensors(published / "ExVideo-SVD-128f-v1"))
+    assert list(extension) == exsvd.freeze(unet)
+    assert sum(unet.get_parameter(n).numel() for n in extension) == 832_956_800
     with pytest.raises(exsvd.WeightsError, match=r"image-decoder variant.*use svd_xt.safetensors"):
-        exsvd.locate(vae, exsvd.Tensors(files["svd_xt_image_decoder.safetensors"]))
-    sizes = [sum(t.numel() for t in files[file].values()) for file in list(contents)[1:]]
-    assert sizes == [1_524_623_082, 97_742_847, 632_076_800, 832_956_800]
-    assert sum(p.numel() for p in unet.parameters()) == 1_860_773_802
+        exsvd.load(published / "svd_xt_image_decoder.safetensors", device="meta")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -844,17 +856,11 @@ def write_model(path, layout, nets, dtype=torch.float32):
         save_file(everything, path / "svd.safetensors", metadata=CONFIG)
         return path / "svd.safetensors"
     fp16 = ".fp16" if dtype == torch.float16 else ""
-    configs = [{"block_out_channels": UNET.channels, "num_attention_heads": UNET.heads,
-                "num_frames": 14, "cross_attention_dim": 40},
-               {"block_out_channels": VAE.channels, "force_upcast": True},
-               {"hidden_size": CLIP.width, "num_hidden_layers": CLIP.layers,
-                "num_attention_heads": CLIP.heads, "patch_size": CLIP.patch,
-                "projection_dim": CLIP.out_dim, "image_size": CLIP.image}]
-    for stem, t, config in zip(exsvd.FOLDER.values(), tensors, configs):
+    for stem, t in zip(exsvd.FOLDER.values(), tensors):
         folder = path / os.path.dirname(stem)
         folder.mkdir(exist_ok=True)
-        save_file(t, f"{path / stem}{fp16}.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config))
+        save_file(t, f"{path / stem}{fp16}.safetensors", metadata=CONFIG)
+        (folder / "config.json").write_text(json.dumps({"num_frames": 14}))
     return path
 
 
@@ -904,7 +910,8 @@ def test_load_extensions(files, extension, dtype):
     svd = exsvd.load(files.folder, getattr(files, extension), parts=("unet",))
     trained = {n: t.to(dtype).float() for n, t in extension_of(files.longer).items()}
     same(svd.unet, files.nets[0].state_dict() | trained)
-    own = {"step": 7, "architecture": "exvideo", "frames": 12, "native_frames": 25}
+    own = {"step": 7, "architecture": "exvideo", "frames": 12, "native_frames": 25,
+           "ids": ["fps", "motion", "aug"]}
     assert svd.extension == (own if extension == "own" else {})
     assert svd.vae is None and svd.unet.max_frames == 12
     native = 25 if extension == "own" else 14  # of the base that it was made from
@@ -970,47 +977,39 @@ def test_a_unet_by_itself(tmp_path, files):
         same(exsvd.load(files.single, unet=file, parts=("unet",)).unet, other.state_dict())
     same(exsvd.load(path, parts=("unet",)).unet, other.state_dict())
     for alone in (path, folder):
-        with pytest.raises(exsvd.WeightsError, match="holds a UNet alone: give it as --unet"):
+        with pytest.raises(exsvd.WeightsError, match="holds a UNet alone.* give it as --unet"):
             exsvd.load(alone)
+
+
+def fill(net, path, tensors=None):
+    """The network with the tensors of a file, which is written first if they are given."""
+    if tensors is not None:
+        save_file(tensors, path)
+    file = exsvd.Tensors(path)
+    exsvd.read_into(net, file, exsvd.locate(net, file))
+    return net.eval()
 
 
 @pytest.mark.parametrize("layout", ["ours", "sgm", "diffusers"])
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["UNet", "VAE", "CLIP"])
-def test_load_weights(tmp_path, files, layout, part):
-    net, path = files.nets[part], tmp_path / "one.safetensors"
-    tensors = named(net, layout)
-    save_file(tensors, path)
-    for source, device in ((path, "cpu"), (tensors, "meta")):
-        with torch.device(device):
-            other = type(net)(net.config).eval()
-        assert exsvd.load_weights(other, source) is other
-        same(other, net.state_dict())
-    next(iter(tensors.values())).add_(1)
-    same(other, net.state_dict())  # it has copies, which change with nobody
+def test_one_network_in_any_layout(tmp_path, files, layout, part):
+    net = files.nets[part]
+    other = fill(type(net)(net.config), tmp_path / "x", named(net, layout))
+    same(other, net.state_dict())
 
 
 @pytest.mark.parametrize("prefix, layout", [
     ("module.", "sgm"), ("_orig_mod.", "diffusers"), ("unet.", "sgm"), ("model.", "diffusers"),
     ("module._orig_mod.unet.", "sgm"), ("module._orig_mod.unet.", "diffusers")])
-def test_prefixes_of_training_tools(files, prefix, layout):
+def test_prefixes_of_training_tools(tmp_path, files, prefix, layout):
     tensors = {prefix + n: t for n, t in named(files.nets[0], layout).items()}
-    same(exsvd.load_weights(exsvd.UNet(UNET).eval(), tensors), files.nets[0].state_dict())
+    same(fill(exsvd.UNet(UNET), tmp_path / "x", tensors), files.nets[0].state_dict())
 
 
-def test_clip_with_position_ids(files):
+def test_clip_with_position_ids(tmp_path, files):
     tensors = named(files.nets[2], "diffusers")
     tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
-    same(exsvd.load_weights(exsvd.ImageEncoder(CLIP).eval(), tensors), files.nets[2].state_dict())
-
-
-def test_base_and_extension_into_an_extended_unet(files):
-    unet = exsvd.extend(exsvd.UNet(UNET), 12).double().eval()
-    fresh = {n: t.clone() for n, t in unet.state_dict().items() if "frame_" in n}
-    base = files.nets[0].state_dict()
-    exsvd.load_weights(unet, named(files.nets[0], "sgm"))
-    same(unet, fresh | base, torch.float64)
-    exsvd.load_weights(unet, named(files.longer, "exvideo"))
-    same(unet, base | extension_of(files.longer), torch.float64)
+    same(fill(exsvd.ImageEncoder(CLIP), tmp_path / "x", tensors), files.nets[2].state_dict())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1054,7 +1053,7 @@ def test_another_architecture_is_refused(tmp_path, files):
 def test_an_extension_may_hold_a_part(tmp_path, files):
     part = {n: t for n, t in load_file(files.own).items() if "attn1" in n}
     unet = load_changed(tmp_path, files, part, metadata(files.own))
-    base = exsvd.load_weights(exsvd.UNet(UNET), files.nets[0].state_dict())
+    base = exsvd.load(files.single, parts=("unet",)).unet
     want, trained = exsvd.extend(base, 12).state_dict(), files.longer.state_dict()
     same(unet, want | {n: trained[n] for n in want if ".attn.temporal.attn1" in n})
 
@@ -1126,7 +1125,7 @@ def test_rotary_positions_instead_of_the_table(tmp_path, files, monkeypatch):
 
     monkeypatch.setattr(exsvd, "ARCHITECTURE", "rotary")
     monkeypatch.setattr(exsvd, "extend", extend)
-    unet = exsvd.extend(make_unet(seed=6), 20)
+    unet = exsvd.extend(make_unet(seed=6), 20).requires_grad_(False)  # as load() has it: kernels depend on it
     exsvd.save_extension(tmp_path / "rotary", unet)
     exsvd.save_model(tmp_path / "whole", unet, *files.nets[1:])
     loaded = exsvd.load(files.single, tmp_path / "rotary", parts=("unet",)).unet
@@ -1143,18 +1142,24 @@ def test_rotary_positions_instead_of_the_table(tmp_path, files, monkeypatch):
 # Files that cannot be used
 
 
-def refused(net, source, *says):
-    """load_weights raises one line that says all this, and changes nothing."""
-    before = {n: t.clone() for n, t in net.state_dict().items()}
-    with pytest.raises(exsvd.WeightsError) as e:
-        exsvd.load_weights(net, source)
-    assert "\n" not in str(e.value) and len(str(e.value)) < 1200, str(e.value)
-    for text in says:
-        assert text in str(e.value), str(e.value)
-    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+@pytest.fixture
+def refused(tmp_path):
+    """refused(network, tensors or path, words): one line says all this, and nothing is changed."""
+    def check(net, source, *says):
+        before = {n: t.clone() for n, t in net.state_dict().items()}
+        with pytest.raises(exsvd.WeightsError) as e:
+            if isinstance(source, dict):
+                fill(net, tmp_path / "x", {n: t.contiguous() for n, t in source.items()})
+            else:
+                fill(net, source)
+        assert "\n" not in str(e.value) and len(str(e.value)) < 1200, str(e.value)
+        for text in says:
+            assert text in str(e.value), str(e.value)
+        assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    return check
 
 
-def test_damaged_files_and_pickles(tmp_path):
+def test_damaged_files_and_pickles(tmp_path, refused):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -1192,14 +1197,13 @@ def test_good_files_that_begin_like_a_pickle(tmp_path):
         assert exsvd.Tensors(tmp_path / "x").get("x").tolist() == [1, 2]
 
 
-def test_tensors_that_do_not_fit(files):
+def test_tensors_that_do_not_fit(files, refused):
     unet, vae, clip = files.nets
     good, first = named(unet, "diffusers"), "conv_in.weight"
     refused(unet, {}, "1428 missing, such as", "(1428 tensors)")
     prefixed = {f"module.{n}": t for n, t in good.items()} | {"a.b": torch.zeros(1)}
     refused(unet, prefixed, "1428 missing")  # not all names have the prefix
-    refused(clip, {"my.a": torch.zeros(1), "my.b": torch.zeros(1)}, "which holds my.a, my.b",
-            "2 unexpected")
+    refused(unet, {"my.a": torch.zeros(1), "my.b": torch.zeros(1)}, "2 unexpected, such as my.a, my.b")
     refused(unet, good | {"extra.weight": torch.zeros(1)}, "1 unexpected, such as extra.weight")
     refused(unet, {n.replace(first, "conv_inn.weight"): t for n, t in good.items()},
             "1 missing, such as conv_in.weight", "1 unexpected, such as conv_inn.weight")
@@ -1209,7 +1213,7 @@ def test_tensors_that_do_not_fit(files):
     a, b = "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"
     refused(unet, good | {a: good[b], b: good[a]}, "2 mis-shaped",
             f"{a} (128, 768) instead of (128, 32)")
-    refused(clip, named(unet, "sgm"), "missing")
+    refused(clip, named(unet, "sgm"), "has nothing of the network ImageEncoder")
     refused(make_unet(channels=(32, 32, 64, 64), heads=(1, 1, 2, 2)), good, "mis-shaped")
     joined, q = named(clip, "diffusers"), "vision_model.encoder.layers.0.self_attn.q_proj.weight"
     refused(clip, joined | {q: joined[q][:, :3]}, "q_proj.weight", "(64, 3)", "(192, 64)")
@@ -1217,13 +1221,9 @@ def test_tensors_that_do_not_fit(files):
     refused(vae, both, "VAE", "unexpected")
 
 
-def test_releases_that_do_not_fit(files):
+def test_releases_that_do_not_fit(refused):
     longer = exsvd.extend(exsvd.UNet(UNET), 12)
     release, extra = named(longer, "exvideo"), "blocks.8.norm_in.weight"
-    refused(files.nets[0], release, "extended to 12 frames, but the UNet is not",
-            "extend(unet, 12)")
-    refused(make_unet(num_frames=30), release, "extended to 12 frames, but the UNet to 30",
-            "extend(unet, 12)")
     refused(longer, {n: t for n, t in release.items() if "positional_conv" not in n}, "32 missing")
     refused(longer, {n: t for n, t in release.items() if "embeddings" not in n}, "16 missing")
     refused(longer, release | {extra: torch.zeros(32)}, f"1 unexpected, such as {extra}")
@@ -1253,10 +1253,12 @@ def test_metadata_that_no_network_can_have(tmp_path, text):
 
 def test_folders_that_are_not_whole(tmp_path, files):
     shutil.copytree(files.folder, tmp_path / "x")
-    for text, says in {"{": "not readable as JSON", "3": "configuration is not understood"}.items():
-        (tmp_path / "x/vae/config.json").write_text(text)
-        with pytest.raises(exsvd.WeightsError, match=f"vae/config.json: .*{says}"):
+    for text, says in {"{": "not readable as JSON", "3": "not readable as JSON of diffusers",
+                       '{"num_frames": "many"}': "many of its configuration"}.items():
+        (tmp_path / "x/unet/config.json").write_text(text)
+        with pytest.raises(exsvd.WeightsError, match=f"unet/.*{says}"):
             exsvd.load(tmp_path / "x")
+    shutil.copy(files.folder / "unet/config.json", tmp_path / "x/unet/config.json")
     os.remove(tmp_path / "x/vae/diffusion_pytorch_model.safetensors")
     (tmp_path / "x/vae/diffusion_pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(exsvd.WeightsError, match="no vae/diffusion_pytorch_model.safetensors"):
@@ -1284,15 +1286,29 @@ def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, files, fails):
     assert os.listdir(tmp_path) == ["x.safetensors"], "no temporary file is left"
 
 
-def test_ids_that_a_file_lacks_have_no_effect_yet():
-    """A code that conditions on one more number loads the files of before."""
-    code = exsvd.UNetConfig(ids=("fps", "motion", "aug", "pan"))
-    assert exsvd.configure(code, {"ids": ["fps", "motion", "aug"]}, "a file").ids == code.ids
-    weight = torch.randn(4, 3 * exsvd.ID_DIM)
-    for name in ("model.diffusion_model.label_emb.0.0", "add_embedding.linear_1", "cond_embed.0"):
-        wider = exsvd.convert([f"{name}.weight"], [weight], (4, 4 * exsvd.ID_DIM))
-        assert torch.equal(wider[:, :weight.shape[1]], weight)
-        assert not wider[:, weight.shape[1]:].any() and wider.shape == (4, 4 * exsvd.ID_DIM)
+def test_files_name_their_ids(tmp_path, files, monkeypatch):
+    """A code that conditions on one more number loads the files of before: its weights are 0. What
+    was trained with it is refused by a code that has another in its place."""
+    Config = exsvd.UNetConfig
+
+    def code_with(name):
+        monkeypatch.setattr(exsvd, "UNetConfig", lambda: Config(ids=("fps", "motion", "aug", name)))
+
+    monkeypatch.setattr(exsvd, "is_extension_parameter", lambda name: name == "cond_embed.0.weight")
+    code_with("pan")
+    unet = exsvd.load(files.single, files.own, parts=("unet",)).unet
+    weight, known = unet.cond_embed[0].weight, 3 * exsvd.ID_DIM
+    assert torch.equal(weight[:, :known], files.nets[0].cond_embed[0].weight)
+    assert weight.shape[1] == known + exsvd.ID_DIM and not weight[:, known:].any()
+    weight.normal_()
+    exsvd.save_extension(tmp_path / "e", unet)
+    exsvd.save_model(tmp_path / "m", unet, *files.nets[1:])
+    for given in ((files.single, tmp_path / "e"), (tmp_path / "m",)):
+        code_with("pan")
+        assert torch.equal(exsvd.load(*given, parts=("unet",)).unet.cond_embed[0].weight, weight)
+        code_with("zoom")
+        with pytest.raises(exsvd.WeightsError, match="conditioned on fps, motion, aug, pan, but.*zoom"):
+            exsvd.load(*given, device="meta")
 
 
 # --------------------------------------------------------------------------------------------------
