@@ -349,11 +349,15 @@ class SpatialBlock(nn.Module):
 #    neighbouring frames have neighbouring positions. Up to native_frames frames, an extended model
 #    computes exactly what the base did.
 #
-#    To try another extension, change this section alone. What extend() adds is trained, saved and
-#    loaded if is_extension_parameter() says so. Add parameters but no buffers: load() builds the
-#    networks without storage. extend() may be called again, on an extended UNet.
+#    To try another extension, change this section alone; toy/lora.py is an example. What extend()
+#    adds is trained, saved and loaded if is_extension_parameter() says so. Add parameters but no
+#    buffers: load() builds the networks without storage. A module that takes the place of a layer
+#    keeps it as `base`, by which files find its weights. extend() may be called again, on an
+#    extended UNet, and at any length: training at the native length calls it too.
 
-ARCHITECTURE = "exvideo"  # in extension files: what changes this section needs another name
+# In extension files. What gives the same parameters another meaning needs another name; what only
+# adds some does not, so that it can be trained over files that are there.
+ARCHITECTURE = "exvideo"
 
 
 class TemporalBlock(nn.Module):
@@ -449,9 +453,10 @@ def extend(unet, num_frames=128):
     """Extend a UNet to num_frames frames, in place (ExVideo section 3.2), and return it.
 
     The native length is unet.config.native_frames for a base, and the present length for a UNet
-    that was extended before. Up to it the output stays bit-identical (on CUDA in float32 only
-    without TF32, which rounds what passes the convolution). New parameters have the device, dtype
-    and requires_grad of their neighbours. Raises ValueError if num_frames is below 1.
+    that was extended before; num_frames may be more, the same or less. Up to both the output stays
+    bit-identical (on CUDA in float32 only without TF32, which rounds what passes the convolution).
+    New parameters have the device, dtype and requires_grad of their neighbours. Raises ValueError
+    if num_frames is below 1.
     """
     if num_frames < 1:
         raise ValueError(f"extend() to {num_frames} frames: it takes at least one")

@@ -649,8 +649,9 @@ def parse(argv):
     add("images", nargs="*", metavar="IMAGE", help="pictures, or videos, whose first frame is used")
     add("--model", help="single .safetensors file or diffusers folder [weights/svd_xt.safetensors, "
                         "or the toy]")
-    add("--extension", help="ExVideo release or own extension [with the default model: "
-                            "weights/exvideo.safetensors or model.fp16.safetensors; the toy's own]")
+    add("--extension", nargs="+", metavar="FILE",
+        help="ExVideo release or own extension, and what was trained over it [with the default "
+             "model: weights/exvideo.safetensors or model.fp16.safetensors; the toy's own]")
     add("--unet", metavar="FILE", help="a UNet in place of the model's, such as AnimateLCM-SVD")
     add("--end", metavar="IMAGE", help="the last frame; the first IMAGE again makes a loop. It takes "
                                        "twice the time")

@@ -20,6 +20,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -1064,44 +1065,43 @@ def test_older_extensions_of_ours(tmp_path, files):
     assert unet.max_frames == 12 and unet.config.native_frames == 8
 
 
-class LoRA(torch.nn.Module):
-    """A linear layer with a trained update of low rank."""
-
-    def __init__(self, base, rank):
-        super().__init__()
-        self.base = base
-        device = base.weight.device
-        self.A = torch.nn.Parameter(torch.randn(rank, base.in_features, device=device) / 8)
-        self.B = torch.nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-
-    def forward(self, x):
-        return self.base(x) + x @ self.A.T @ self.B.T
+@pytest.fixture
+def lora(monkeypatch):
+    """The modification that toy/lora.py makes of section 4, until the test ends."""
+    for name in ("extend", "is_extension_parameter"):
+        monkeypatch.setattr(exsvd, name, getattr(exsvd, name))
+    monkeypatch.delitem(sys.modules, "toy.lora", raising=False)
+    return importlib.import_module("toy.lora")
 
 
-def with_lora(rank, extend=exsvd.extend):
-    """What extend() becomes where a user adds LoRA to the temporal attention."""
-    def extend_and_add(unet, num_frames):
-        for block in extend(unet, num_frames).temporal_blocks():
-            if not isinstance(block.attn1.to_q, LoRA):
-                block.attn1.to_q = LoRA(block.attn1.to_q, rank)
-        return unet
-    return extend_and_add
+def test_a_lora_over_the_published_files(published, files, lora, monkeypatch):
+    """And over whole extensions of ours. Only A and B are trained."""
+    over = published / "svd_xt.safetensors", [published / "ExVideo-SVD-128f-v1"]
+    unet = exsvd.load(*over, device="meta").unet
+    trained = exsvd.freeze(unet)
+    assert len(trained) == 16 * 4 * 2 and all(n.endswith((".A", ".B")) for n in trained)
+    assert sum(p.numel() for p in unet.parameters() if not p.requires_grad) == 1_860_773_802
+    lengths = {exsvd.load(files.single, path, parts=("unet",)).unet.max_frames
+               for path in (files.own, files.release)}
+    assert lengths == {12}
 
 
 @torch.no_grad()
-def test_lora_on_the_temporal_attention(tmp_path, files, monkeypatch):
-    monkeypatch.setattr(exsvd, "ARCHITECTURE", "lora")
-    monkeypatch.setattr(exsvd, "is_extension_parameter", lambda name: name.endswith((".A", ".B")))
-    monkeypatch.setattr(exsvd, "extend", with_lora(4))
-    unet = exsvd.extend(exsvd.load(files.single, parts=("unet",)).unet, 30)
-    assert exsvd.freeze(unet) == [n for n, p in unet.named_parameters() if p.requires_grad]
+def test_a_lora_at_the_native_length_starts_as_the_base(tmp_path, files, lora, monkeypatch):
+    base, unet = (exsvd.load(files.single, parts=("unet",)).unet for _ in range(2))
+    assert exsvd.extend(exsvd.extend(unet, 25), 25).max_frames == 25, "a second call adds nothing"
+    inputs = unet_inputs(25, B=1)
+    assert torch.equal(unet.requires_grad_(False)(*inputs), base(*inputs))
     for block in unet.temporal_blocks():
-        block.attn1.to_q.B.normal_()
+        block.attn1.to_out.B.normal_()
     exsvd.save_extension(tmp_path / "lora", unet)
-    assert len(load_file(tmp_path / "lora")) == 2 * 16
-    same(exsvd.load(files.single, tmp_path / "lora", parts=("unet",)).unet, unet.state_dict())
-    monkeypatch.setattr(exsvd, "extend", with_lora(2))
-    with pytest.raises(exsvd.WeightsError, match=r"to_q.A \(4, 32\) instead of \(2, 32\)"):
+    assert len(load_file(tmp_path / "lora")) == 16 * 4 * 2
+    loaded = exsvd.load(files.single, tmp_path / "lora", parts=("unet",)).unet
+    same(loaded, unet.state_dict())
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not torch.equal(loaded(*inputs), base(*inputs))
+    monkeypatch.setattr(lora, "RANK", 4)
+    with pytest.raises(exsvd.WeightsError, match=r"128 mis-shaped.*to_k.A \(8, 32\) instead of \(4, 32\)"):
         exsvd.load(files.single, tmp_path / "lora", device="meta", parts=("unet",))
 
 
@@ -3495,6 +3495,39 @@ def test_the_native_length_of_a_base_that_does_not_say_it(small, clips):
         positions = torch.tensor(exsvd.fold_positions(6, 10))
         rows = exsvd.sinusoid(positions, block.frame_table.shape[1])
         assert torch.equal(block.frame_table, rows)
+
+
+def test_a_lora_over_a_frozen_release(small, extensions, clips, lora, pictures, tmp_path, monkeypatch, capsys):
+    """It is trained, saved, loaded and sampled over the release, and goes on bit-identically."""
+    _, release = extensions
+    args = ("--model", small, "--extension", release, "--data", clips, "--weights-every", 2)
+    for run, steps in (("a", 2), ("a", 4), ("b", 4)):
+        train_here(*args, "--out", tmp_path / run, "--steps", steps)
+    text, path = capsys.readouterr().out, tmp_path / "a" / "exvideo-000004.safetensors"
+    assert "thousand are trained" in text and "resumed from" in text
+    [a], [b] = (flat(tmp_path / run, 4, "master", groups=1) for run in "ab")
+    assert torch.equal(a, b)
+    below, svd = (exsvd.load(small, files).unet for files in (release, [release, path]))
+    for name, p in svd.named_parameters():
+        assert torch.equal(p, below.get_parameter(name)) == (not name.endswith((".A", ".B"))), name
+    assert len(load_file(path)) == 16 * 4 * 2
+
+    def sampled(*files):
+        sample.main([pictures[0], "--model", small, "--out", str(tmp_path / "x.mp4"), "--extension", *files])
+        return latents_of(tmp_path / "x.mp4")
+
+    assert not torch.equal(sampled(release, str(path)), sampled(release))
+    with pytest.raises(exsvd.WeightsError, match="was trained over e.safetensors: give that file"):
+        exsvd.load(small, path)
+    monkeypatch.setattr(lora, "RANK", 4)
+    with pytest.raises(SystemExit, match=r"\.A', \[8, 16\].* where this run has .*\[4, 16\]"):
+        train_here(*args, "--out", tmp_path / "a", "--steps", 5)
+
+
+def test_a_motion_lora_at_the_native_length(small, clips, lora, tmp_path):
+    train_here("--model", small, "--data", clips, "--out", tmp_path, "--steps", 1, "--frames", 8)
+    unet = exsvd.load(small, tmp_path / "exvideo-000001.safetensors").unet
+    assert unet.max_frames == 8 and all(b.attn1.to_q.B.any() for b in unet.temporal_blocks())
 
 
 def test_progress_shows_frames_evenly_and_drops_rows_that_come_again(tmp_path):

@@ -122,7 +122,8 @@ CHECKPOINTS = {"memory": "memory", "balanced": "balanced", "none": None}  # -> U
 class Settings:
     """What shapes a run. The defaults are the paper's; a model's file may hold others."""
     model: str = setting(None, str, "single file or diffusers folder [the toy]")
-    extension: str = setting(None, str, "ExVideo release or own extension to go on from [none: a new extension]")
+    extension: list = setting(None, str, "ExVideo release or own extension to go on from; of several, each is over those "
+                              "before it [none: a new extension]", nargs="+")
     data: str = setting(None, str, "folder of videos, .txt/.csv/.json list, encoded latents, or a Python file of clips")
     out: str = setting(None, str, "run folder; the same one resumes [runs/exvideo; of the toy runs/toy]")
     native: int = setting(None, integer(1), "frames of the base: 14 for svd.safetensors [as its file says, or 25]")
@@ -249,8 +250,9 @@ def is_named(s, name):
 
 
 def load_networks(s, pixels, device):
-    """SVD, extended to --frames. What is trained, or saved with it, is loaded in fp32, the rest in
-    --dtype. VAE and CLIP are there only where clips are pixels."""
+    """SVD, extended to --frames, or at its own length if what trains is part of the extension. What
+    is trained, or saved with it, is loaded in fp32, the rest in --dtype. VAE and CLIP are there
+    only where clips are pixels."""
     def keep_float32(name):
         return is_named(s, name) or in_extension(name) or name.startswith(("vae.", "clip."))
 
@@ -259,8 +261,11 @@ def load_networks(s, pixels, device):
     svd = exsvd.load(s.model, s.extension, dtype, parts=parts, keep_float32=keep_float32)
     if s.native:
         svd.unet.config = replace(svd.unet.config, native_frames=s.native)
-    if s.frames > (svd.unet.max_frames or svd.unet.config.native_frames):
-        exsvd.extend(svd.unet, s.frames)
+    known = svd.unet.max_frames or svd.unet.config.native_frames
+    names = [name for name, _ in PostTuning(svd.unet, svd.clip, None).named_parameters()]
+    added = s.train == "temporal" or not any(is_named(s, name) for name in names)  # by extend()
+    if s.frames > known or added:
+        exsvd.extend(svd.unet, max(s.frames, known))
     svd.unet.checkpointing = CHECKPOINTS[s.checkpoint]
     if pixels:
         svd.vae.to(device)
@@ -285,7 +290,7 @@ def prepare(s, svd):
         module.clip = None
         if svd.clip is not None:
             svd.clip.to(data.encoding_on(svd.clip.proj.device)[0])  # as for encoded latents
-    values = {name: p.detach() for name, p in module.named_parameters()
+    values = {name: p.detach().float() for name, p in module.named_parameters()
               if name in trained or in_extension(name)}
     module.to(getattr(torch, s.dtype)).train()  # values keeps the fp32 tensors that this replaces
     return module, trained, values
@@ -771,16 +776,20 @@ def begin(s, rank, world, device):
 
     if hasattr(dataset, "describe"):
         run.say(dataset.describe())
-    total = sum(p.numel() for p in svd.unet.parameters()) / 1e6
-    tuned = sum(p.numel() for p in trained.values()) / 1e6
-    run.say(f"UNet of {total:,.1f} M parameters; {tuned:,.1f} M are trained in {s.dtype}, {world} "
-            f"ranks on {device.type}")
-    if s.extension and svd.extension == {}:
-        run.say(f"warning: {s.extension} has none of our metadata. If it is ExVideo's release, it "
-                "was tuned on latents scaled by 0.13025, and training here moves it to 0.18215")
+    run.say(f"UNet of {count(svd.unet.parameters())} parameters; {count(trained.values())} are "
+            f"trained in {s.dtype}, {world} ranks on {device.type}")
+    if svd.extension == {}:
+        run.say(f"warning: {s.extension[-1]} has none of our metadata. If it is ExVideo's release, "
+                "it was tuned on latents scaled by 0.13025, and training here moves it to 0.18215")
     if rank == 0 and not saved_states(s.out):
         write_run_json(s, config)
     return run
+
+
+def count(parameters):
+    """How many numbers they hold, for people."""
+    n = sum(p.numel() for p in parameters)
+    return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n / 1e3:,.1f} thousand"
 
 
 def write_run_json(s, config):
@@ -993,7 +1002,8 @@ def save_weights(run, path, average):
     defaults = {"sample": own_sampling(run)}
     if run.is_extension:
         weights = {name.removeprefix("unet."): t for name, t in weights.items()}
-        exsvd.save_extension(path, unet, weights, torch.float16, defaults=defaults, settings=run.fixed)
+        exsvd.save_extension(path, unet, weights, torch.float16, run.s.extension or (), defaults=defaults,
+                             settings=run.fixed)
     else:
         defaults = run.svd.meta.get("defaults", {}) | defaults
         exsvd.save_model(path, unet, *run.decoders(), torch.float16, weights, defaults=defaults, settings=run.fixed)
@@ -1007,7 +1017,7 @@ def try_saving(run):
         path = os.path.join(run.s.out, "trial.tmp")
         save_weights(run, path, average)
         if run.is_extension:
-            exsvd.load(run.s.model, path, parts=("unet",), device="meta")
+            exsvd.load(run.s.model, [*(run.s.extension or ()), path], parts=("unet",), device="meta")
         else:
             exsvd.load(path, device="meta")
         os.remove(path)
