@@ -204,9 +204,13 @@ def _frame_pixels(path, frame):
 
 
 def read_image(path):
-    """The picture, or the first frame of the animation or video, at `path`: uint8 (H, W, 3),
-    upright, on white. The content decides what the file is, not the name. Raises MediaError."""
-    picture = _open_picture(path)
+    """The picture, or the first frame of the animation or video, at `path`, or a Pillow image:
+    uint8 (H, W, 3), upright, on white. The content decides what the file is, not the name. Raises
+    MediaError."""
+    if isinstance(path, Image.Image):
+        picture = ImageOps.exif_transpose(path)
+    else:
+        picture = _open_picture(path)
     if picture is not None:
         return _picture_pixels(picture)
     frame, _ = next(_decode(path))
@@ -242,13 +246,17 @@ def read_settings(path):
 
 
 def fit_image(img, width, height, aspect=1):
-    """uint8 (H, W, 3) -> float32 (3, height, width) in [-1, 1]: scaled to cover that size, then
-    centre cropped. Antialiased bicubic, undistorted. aspect: width of a pixel over its height."""
-    H, W, _ = img.shape
+    """uint8 (H, W, 3), or float (3, H, W) in [-1, 1], -> float32 (3, height, width) in [-1, 1]:
+    scaled to cover that size, then centre cropped. Antialiased bicubic, undistorted. aspect: width
+    of a pixel over its height."""
+    if img.dtype == torch.uint8:
+        img = to_float(img.permute(2, 0, 1))
+    elif img.shape[1:] == (height, width):
+        return img
+    _, H, W = img.shape
     scale = max(width / (W * aspect), height / H) * (1 + 1e-9)  # rounding must not lose a pixel
-    img = to_float(img.permute(2, 0, 1)[None])  # (1, 3, H, W)
     factors = (float(scale), float(scale * aspect))
-    img = F.interpolate(img, scale_factor=factors, mode="bicubic", antialias=True)
+    img = F.interpolate(img[None], scale_factor=factors, mode="bicubic", antialias=True)
     y, x = (img.shape[2] - height) // 2, (img.shape[3] - width) // 2
     img = img[0, :, y:y + height, x:x + width]
     return img.clamp(-1, 1).contiguous()  # bicubic overshoots at edges

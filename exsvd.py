@@ -848,7 +848,10 @@ class VAE(nn.Module):
     @exact_float32()
     def encode(self, img):
         """Mean latents of images, unscaled: (N,3,H,W) in [-1,1], H and W multiples of 8 ->
-        (N,4,H/8,W/8)."""
+        (N,4,H/8,W/8). Raises ValueError for other shapes."""
+        if img.ndim != 4 or img.shape[1] != 3 or img.shape[2] % 8 or img.shape[3] % 8:
+            raise ValueError("images must be (N,3,H,W), H and W multiples of 8: got "
+                             f"{tuple(img.shape)}")
         h = self.quant_conv(self.encoder(img.to(self.quant_conv.weight.dtype)))
         return h[:, :4].to(img.dtype)
 
@@ -929,7 +932,12 @@ class ImageEncoder(nn.Module):
 
     @no_idle_autograd
     def forward(self, img):
-        """Embedding of preprocessed images: (N,3,224,224) -> (N,out_dim), in img's dtype."""
+        """Embedding of preprocessed images: (N,3,224,224) -> (N,out_dim), in img's dtype. Raises
+        ValueError for other shapes."""
+        size = self.config.image
+        if img.shape[1:] != (3, size, size):
+            raise ValueError(f"images must be (N,3,{size},{size}), see preprocess_clip(): got "
+                             f"{tuple(img.shape)}")
         x = rearrange(self.conv1(img.to(self.proj.dtype)), "n c h w -> n (h w) c")
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
         x = x + self.positional_embedding

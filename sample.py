@@ -136,18 +136,19 @@ def lcm_sigmas(steps):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler, how many passes through the UNet it makes in a number of steps, and its own
-    schedule."""
+    """A sampler, how many passes through the UNet it makes in a number of steps, its own schedule,
+    and whether it reads s.eta."""
     function: Callable
     passes: Callable = lambda steps: steps
     schedule: str = "karras"
+    eta: bool = False
 
 
 # steps -> sigmas (steps + 1,)
 SCHEDULES = {"karras": exsvd.karras_sigmas, "ays": ays_sigmas, "lcm": lcm_sigmas}
 SAMPLERS = {
     "euler": Sampler(euler),
-    "ddim": Sampler(ddim),
+    "ddim": Sampler(ddim, eta=True),
     "heun": Sampler(heun, passes=lambda steps: 2 * steps - 1),
     "dpm++": Sampler(dpm),
     "lcm": Sampler(lcm, schedule="lcm"),
@@ -306,7 +307,7 @@ def defaults_of(svd, model="the model", extension="the extension"):
 
 def settings_for(svd, given=None, model="the model", extension="the extension"):
     """Settings of a model: its defaults, then what is given {name: value}. What depends on the
-    image stays open."""
+    image may stay open, see complete()."""
     published = {}
     if svd.unet.max_frames is None and not svd.meta:
         published = SVD_DEFAULTS
@@ -317,6 +318,50 @@ def settings_for(svd, given=None, model="the model", extension="the extension"):
     dtype = str(svd.unet.conv_out.weight.dtype).removeprefix("torch.")
     schedule = s.schedule or SAMPLERS[s.sampler].schedule
     return replace(s, native=native, dtype=dtype, schedule=schedule)
+
+
+def complete(svd, given, picture=None, video=None, keyframes=()):
+    """Settings of one video, of which nothing is open: what is given {name: value}, then the
+    model's, see settings_for(), then what follows from model and image.
+
+    picture: (W, H) of the image. video: a Video to refine. keyframes: their numbers. Raises
+    MediaError if these do not fit together.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    s = settings_for(svd, given)
+    known = svd.unet.max_frames or s.native
+    frames = given.get("frames") or (len(video.latents) if video else s.frames or known)
+    size, fps = s.size, s.fps
+    if video:
+        H, W = video.latents.shape[2:]
+        size = (8 * W, 8 * H)
+        if "fps" not in given:
+            fps = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
+    elif picture and "size" not in defaults_of(svd) | given:  # published weights manage any aspect ratio
+        size = data.default_size(*picture, math.prod(size))
+    chunk = s.decode_chunk
+    if svd.unet.stream and "decode_chunk" not in given:  # about 3 GB: 4 frames of 1024x1024, 16 of 512x512
+        chunk = max(4, min(chunk, 2**22 // math.prod(size)))
+    overlap = s.overlap
+    if overlap is None and svd.unet.max_frames:
+        overlap = max(1, known // 8)
+    if frames > known and overlap is None:
+        print(f"warning: {frames} frames, but this model without extension knows {known}: expect motion "
+              "that jitters or fades after those (--extension for longer videos, --overlap for rounds)",
+              file=sys.stderr)
+    elif frames > known and overlap >= known:
+        raise data.MediaError(f"--overlap {overlap}: must be less than a round of {known} frames")
+    for number in keyframes:
+        if number >= frames:
+            raise data.MediaError(f"--keyframe {number}: the video has the frames 0 to {frames - 1}")
+    usual = settings_for(svd)
+    for name, has_effect, where in (
+            ("eta", SAMPLERS[s.sampler].eta, "--sampler ddim"), ("strength", video, "--video"),
+            ("encode_scale", video or keyframes, "--video or --keyframe"),
+            ("cfg_interval", set(s.cfg) != {1}, "--cfg other than 1")):
+        if not has_effect and given.get(name) not in (None, getattr(usual, name)):
+            print(f"warning: {name} has no effect without {where}", file=sys.stderr)
+    return replace(s, frames=frames, size=size, fps=fps, decode_chunk=chunk, overlap=overlap)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -444,7 +489,7 @@ def adjust(z, s, given=()):
 def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
     """One image (3,H,W) in [-1,1] to latents, scaled by VAE_SCALE: (1,T,4,H/8,W/8) on the device.
 
-    s: complete Settings, see complete(). video: unscaled latents (1,T,4,H/8,W/8) to start from
+    s: Settings of which nothing is open, see complete(). video: unscaled latents (1,T,4,H/8,W/8) to start from
     instead of noise. end: the image (3,H,W) of the last frame. keyframes: {number: image}.
     """
     H, W = img.shape[1:]
@@ -580,12 +625,25 @@ def decoded_frame(vae, z, number, chunk):
 
 
 @torch.inference_mode()
-def generate(svd, img, s, device):
-    """One image (3,H,W) in [-1,1] to all its frames (T,3,H,W) in [-1,1], float32 on the CPU.
+def generate(svd, image, settings=None, device=None, **given):
+    """From a picture to all frames of its video: (T,3,H,W) in [-1,1], float32 on the CPU.
 
-    s: from settings_for(). The command keeps the latents, and streams its frames to a file."""
-    z = adjust(make_latents(svd, img, s, device), s) / exsvd.VAE_SCALE
-    return torch.cat(list(decode(svd.vae, z, s.decode_chunk))).clamp(-1, 1)
+    image: a path, a Pillow image, uint8 (H,W,3), or float (3,H,W) in [-1,1]. It is scaled and
+    cropped to the size of the video. settings: Settings; given: some by name, such as steps=25.
+    What they leave open or None is completed as for the command, see complete(). device: to compute
+    on, by default where the UNet is. Raises MediaError.
+    """
+    img = image if torch.is_tensor(image) else data.read_image(image)
+    H, W, channels = img.shape if img.dtype == torch.uint8 else img.permute(1, 2, 0).shape
+    if channels != 3 or img.dtype != torch.uint8 and img.abs().max() > 1.01:
+        raise data.MediaError("a picture is uint8 (H,W,3), or float (3,H,W) from -1 to 1: got "
+                              f"{img.dtype} {tuple(img.shape)} up to {img.max():g}")
+    s = complete(svd, (asdict(settings) if settings else {}) | given, (W, H))
+    home = svd.unet.stream or next(svd.unet.parameters())
+    device = torch.device(device or home.device)
+    z = adjust(make_latents(svd, data.fit_image(img, *s.size), s, device), s) / exsvd.VAE_SCALE
+    with on_device(device, svd.vae):
+        return torch.cat(list(decode(svd.vae, z, s.decode_chunk))).clamp(-1, 1)
 
 
 def to_pixels(frames):
@@ -678,7 +736,7 @@ def parse(argv):
             given[name] = tuple(value)
 
     if bool(a.images or a.video) == bool(a.decode_only):
-        p.error("give at least one image, such as assets/img.png, or --decode-only FILE")
+        p.error("give at least one image first, such as assets/img.png, or --decode-only FILE")
     if a.video and len(a.images) > 1:
         p.error("--video refines one video: give one IMAGE, or none")
     if a.decode_only and a.seeds > 1:
@@ -721,8 +779,8 @@ def default_model(a):
     model, *extensions = (os.path.join(HERE, "weights", name) for name in
                           ("svd_xt.safetensors", "exvideo.safetensors", "model.fp16.safetensors"))
     if os.path.exists(model):
-        tuned = None if a.unet else next(filter(os.path.exists, extensions), None)
-        return model, a.extension or tuned
+        tuned = [path for path in extensions if os.path.exists(path) and not a.unet]
+        return model, a.extension or tuned[:1]
     if a.unet:
         raise exsvd.WeightsError("--unet: needs the --model that it belongs to")
     print("no weights/svd_xt.safetensors: using the toy in assets/. README.md says how to get the "
@@ -733,7 +791,7 @@ def default_model(a):
 def toy_files(extension=None):
     """The toy's model, and an extension of it: its own, if none is given."""
     assets = os.path.join(HERE, "assets")
-    return os.path.join(assets, "toy.safetensors"), extension or os.path.join(assets, "toy-exvideo.safetensors")
+    return os.path.join(assets, "toy.safetensors"), extension or [os.path.join(assets, "toy-exvideo.safetensors")]
 
 
 def latents_path(out):
@@ -824,7 +882,7 @@ def load(a, given, model, extension, device):
     wanted = (defaults_in_file(Settings, meta, "sample", model) | given).get("dtype")
     dtype = getattr(torch, wanted) if wanted else exsvd.best_dtype(device)
     svd = exsvd.load(model, extension, dtype, "cpu" if a.offload else device, unet=a.unet)
-    s = settings_for(svd, given, model, extension)
+    s = settings_for(svd, given, model, extension and extension[-1])
     if a.offload:
         svd.unet.stream = exsvd.Stream(svd.unet, device)
     if a.compile:
@@ -834,37 +892,6 @@ def load(a, given, model, extension, device):
     print(f"{name}: {parameters / 1e6:.1f} M parameters in the UNet, {frames} frames, {s.dtype} on "
           f"{device}")
     return svd, s
-
-
-def complete(s, a, given, svd, img, seed, video=None):
-    """Settings for one image (H,W,3): what was left open is filled in. video: a Video to refine."""
-    known = svd.unet.max_frames or s.native
-    frames = given.get("frames") or (len(video.latents) if video else s.frames or known)
-    size, fps = s.size, s.fps
-    if video:
-        H, W = video.latents.shape[2:]
-        size = (8 * W, 8 * H)
-        if "fps" not in given:
-            fps = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
-    elif "size" not in defaults_of(svd) | given:  # published weights manage any aspect ratio
-        size = data.default_size(img.shape[1], img.shape[0], math.prod(size))
-    chunk = s.decode_chunk
-    if a.offload and "decode_chunk" not in given:  # about 3 GB: 4 frames of 1024x1024, 16 of 512x512
-        chunk = max(4, min(chunk, 2**22 // math.prod(size)))
-    overlap = s.overlap
-    if overlap is None and svd.unet.max_frames:
-        overlap = max(1, known // 8)
-    if frames > known and overlap is None:
-        print(f"warning: {frames} frames, but this model without extension knows {known}: expect motion "
-              "that jitters or fades after those (--extension for longer videos, --overlap for rounds)",
-              file=sys.stderr)
-    elif frames > known and overlap >= known:
-        raise data.MediaError(f"--overlap {overlap}: must be less than a round of {known} frames")
-    for number, _ in a.keyframe:
-        if number >= frames:
-            raise data.MediaError(f"--keyframe {number}: the video has the frames 0 to {frames - 1}")
-    return replace(
-        s, frames=frames, size=size, fps=fps, decode_chunk=chunk, overlap=overlap, seed=seed)
 
 
 def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
@@ -954,7 +981,7 @@ def main(argv=None):
                 video = open_video(a.video, given.get("size"), svd.vae, device)
             if img is None:
                 img = video.first
-            ready = complete(s, a, given, svd, img, seed, video)
+            ready = complete(svd, given | {"seed": seed}, img.shape[1::-1], video, [n for n, _ in a.keyframe])
             check_writable(out, ready.fps)  # a video to refine may be too fast for a GIF
             make_video(svd, img, ready, device, out, video, end, keyframes)
         except (data.MediaError, FloatingPointError) as e:

@@ -351,6 +351,10 @@ def test_inputs_that_do_not_fit():
             unet(*inputs)
     with pytest.raises(ValueError, match="at least one"):
         exsvd.extend(unet, 0)
+    vae, clip = exsvd.VAE(VAE), exsvd.ImageEncoder(CLIP)
+    for network, shape in ((vae.encode, (1, 3, 60, 60)), (vae.encode, (3, 64, 64)), (clip, (1, 3, 64, 64))):
+        with pytest.raises(ValueError, match=re.escape(f"got {shape}")):
+            network(torch.zeros(shape))
 
 
 def test_the_third_input_of_the_unet():
@@ -2667,11 +2671,11 @@ def test_offload_really_moves(make, small):
 
 
 def test_frames_beyond_the_native_length(small, pictures, capsys):
-    svd, img = exsvd.load(small, parts=("unet",)), data.read_image(pictures[0])
+    svd = exsvd.load(small, parts=("unet",))
 
     def complete(*flags):
         a, given = sample.parse([pictures[0], *flags])
-        return sample.complete(sample.settings_for(svd, given), a, given, svd, img, seed=0)
+        return sample.complete(svd, given, keyframes=[number for number, _ in a.keyframe])
 
     for flags, warns in (("--frames 9", True), ("--frames 9 --native 9", False),
                          ("--frames 9 --overlap 1", False)):
@@ -2684,11 +2688,10 @@ def test_frames_beyond_the_native_length(small, pictures, capsys):
 
 
 def test_a_file_states_its_size_and_published_weights_follow_the_image(small):
-    ours, img = exsvd.load(small, parts=("unet",)), torch.zeros(100, 400, 3)
+    ours = exsvd.load(small, parts=("unet",))
 
     def size(svd, *flags):
-        a, given = sample.parse(["wide.png", *flags])
-        return sample.complete(sample.settings_for(svd, given), a, given, svd, img, seed=0).size
+        return sample.complete(svd, sample.parse(["wide.png", *flags])[1], (400, 100)).size
 
     assert size(ours) == (64, 64)
     assert size(ours, "--size", "128x64") == (128, 64)
@@ -2696,6 +2699,34 @@ def test_a_file_states_its_size_and_published_weights_follow_the_image(small):
     assert size(published) == (1536, 384), "as many pixels as 1024x576, in the image's aspect"
     published.unet.max_frames = 16
     assert size(published) == (1024, 256), "as many pixels as 512x512"
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--sampler euler --eta 0.5", "eta has no effect without --sampler ddim"),
+    ("--strength 1", "strength has no effect without --video"),
+    ("--encode-scale 0.13", "encode_scale has no effect without --video or --keyframe"),
+    ("--cfg-interval 1 2", "cfg_interval has no effect without --cfg other than 1"),
+    ("--eta 1 --strength 0.5", None)])  # the small model's sampler is ddim; 0.5 is the default
+def test_settings_without_effect_are_named(small, flags, words, capsys):
+    sample.complete(exsvd.load(small, parts=("unet",)), sample.parse(["a.png", *flags.split()])[1])
+    said = capsys.readouterr().err
+    assert f"warning: {words}\n" == said if words else not said
+
+
+def test_one_call_makes_what_the_command_makes(make, small, pictures):
+    """Of a path, a Pillow image, or pixels; with Settings, or some of them by name."""
+    folder = frames_of(make("--steps", 2, "--seed", 3, name="frames/"))
+    svd, given = exsvd.load(small), dict(steps=2, seed=3)
+    pixels = data.read_image(pictures[0])
+    for image in (pictures[0], Image.open(pictures[0]), pixels, fitted(pictures[0])):
+        frames = sample.generate(svd, image, device="cpu", **given)
+        assert torch.equal(sample.to_pixels(frames), folder), type(image)
+    for settings in (sample.settings_for(svd, given), sample.complete(svd, given)):
+        assert torch.equal(sample.generate(svd, pixels, settings), frames)
+    assert len(sample.generate(svd, pixels, settings, frames=3)) == 3
+    for bad in (pixels.permute(2, 0, 1), floats(pixels[None])[0] * 255, torch.zeros(1, 64, 64)):
+        with pytest.raises(data.MediaError, match="a picture is"):
+            sample.generate(svd, bad)
 
 
 def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
@@ -2752,20 +2783,20 @@ def test_default_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "HERE", str(tmp_path))
 
     def chosen(model=None, extension=None):
-        paths = sample.default_model(argparse.Namespace(model=model, extension=extension, unet=None))
-        return tuple(path and os.path.relpath(path, tmp_path) for path in paths)
+        model, files = sample.default_model(argparse.Namespace(model=model, extension=extension, unet=None))
+        return os.path.relpath(model, tmp_path), [os.path.relpath(path, tmp_path) for path in files or ()]
 
-    assert chosen() == ("assets/toy.safetensors", "assets/toy-exvideo.safetensors")
+    assert chosen() == ("assets/toy.safetensors", ["assets/toy-exvideo.safetensors"])
     assert "using the toy" in capsys.readouterr().err
-    assert chosen(model=tmp_path / "m") == ("m", None)
+    assert chosen(model=tmp_path / "m") == ("m", [])
     (tmp_path / "weights").mkdir()
-    expected = None
+    expected = []
     for name in ("svd_xt", "model.fp16", "exvideo"):  # the last is our own, and comes first
         (tmp_path / f"weights/{name}.safetensors").touch()
         if name != "svd_xt":
-            expected = f"weights/{name}.safetensors"
+            expected = [f"weights/{name}.safetensors"]
         assert chosen() == ("weights/svd_xt.safetensors", expected)
-    assert chosen(extension=tmp_path / "e")[1] == "e" and not capsys.readouterr().err
+    assert chosen(extension=[tmp_path / "e", tmp_path / "f"])[1] == ["e", "f"] and not capsys.readouterr().err
 
 
 def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
@@ -2951,6 +2982,26 @@ def test_the_script_runs_where_deepspeed_is_not_installed(small, pictures, tmp_p
     assert data.read_video(tmp_path / "a.mp4")[0].shape == (2, 64, 64, 3)
 
 
+def snippet(words):
+    """The lines of Python in README.md that hold these words."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        blocks = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+    [found] = [block for block in blocks if words in block]
+    return found
+
+
+def test_a_video_by_the_snippet(small, extensions, pictures, tmp_path, monkeypatch):
+    """The very lines of README.md, with small files in place of the real ones."""
+    monkeypatch.chdir(tmp_path)
+    code = snippet("sample.generate")
+    for real, ours in (("weights/svd_xt.safetensors", small), ("assets/img.png", pictures[0]), ("cuda", "cpu"),
+                       ("weights/model.fp16.safetensors", extensions[1]), ("float16", "float32")):
+        assert real in code
+        code = code.replace(real, ours)
+    exec(code, {})
+    assert data.read_video("out.mp4")[0].shape == (20, 64, 64, 3) and code.count("\n") == 5
+
+
 def test_text_to_video_by_the_snippet(small, tmp_path, monkeypatch):
     """The very lines of README.md, with a pipeline of random weights in place of the real one."""
     diffusers = pytest.importorskip("diffusers")
@@ -2971,10 +3022,7 @@ def test_text_to_video_by_the_snippet(small, tmp_path, monkeypatch):
                         lambda name, torch_dtype: on_cuda)
     monkeypatch.setattr(sample, "default_model", lambda a: (small, None))
     monkeypatch.chdir(tmp_path)
-    with open(os.path.join(HERE, "README.md")) as file:
-        blocks = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
-    [snippet] = [block for block in blocks if "from diffusers" in block]
-    exec(snippet, {})
+    exec(snippet("from diffusers"), {})
     assert data.read_image("lighthouse.png").shape == (8, 8, 3)
     assert data.read_video("out/lighthouse.mp4")[0].shape == (8, 64, 64, 3)
 
@@ -3522,6 +3570,9 @@ def test_a_lora_over_a_frozen_release(small, extensions, clips, lora, pictures, 
     monkeypatch.setattr(lora, "RANK", 4)
     with pytest.raises(SystemExit, match=r"\.A', \[8, 16\].* where this run has .*\[4, 16\]"):
         train_here(*args, "--out", tmp_path / "a", "--steps", 5)
+    monkeypatch.setattr(sys, "argv", ["toy/lora.py", "--local_rank=0", "train.py", "--help"])
+    with pytest.raises(SystemExit, match="^0$"):  # as DeepSpeed's launcher starts it
+        runpy.run_path(os.path.join(HERE, "toy", "lora.py"), run_name="__main__")
 
 
 def test_a_motion_lora_at_the_native_length(small, clips, lora, tmp_path):

@@ -101,13 +101,13 @@ def main():
                               "--end and --keyframe")
     model, extension = (a.model, a.extension) if a.model else sample.toy_files(a.extension)
     device = torch.device(a.device)
-    svd, settings = sample.load(a, given, model, extension, device)
+    svd, _ = sample.load(a, given, model, extension, device)
     for name, seed, _ in a.jobs:
         image = data.read_image(name)
-        s = sample.complete(settings, a, given, svd, image, seed)
+        s = sample.complete(svd, given | {"seed": seed}, image.shape[1::-1])
         if s.size[0] != s.size[1]:
             raise data.MediaError("--size: the toy's flights are square, such as 128x128")
-        video = sample.generate(svd, data.fit_image(image, *s.size), s, device)
+        video = sample.generate(svd, image, s, device)
         picture = data.fit_image(image, world.PICTURE, world.PICTURE)
         if s.motion:
             print(f"{name}, seed {seed}: {show(measure(video, picture, s.motion, s.fps))}", flush=True)

@@ -26,9 +26,7 @@ FRAMES = 40
 
 def video(svd, picture):
     """uint8 (FRAMES, H, W, 3), of the size that the model's file asks for."""
-    s = sample.settings_for(svd, dict(frames=FRAMES))
-    frames = sample.generate(svd, data.fit_image(picture, *s.size), s, torch.device("cpu"))
-    return sample.to_pixels(frames)
+    return sample.to_pixels(sample.generate(svd, picture, frames=FRAMES))
 
 
 if __name__ == "__main__":

@@ -164,8 +164,7 @@ def pictures(a):
 def generate(svd, first, frames, fps=world.FPS, overlap=None):
     """What a model makes of a first frame (3,S,S): (frames,3,S,S) in [-1,1]. overlap: in rounds,
     which share frames."""
-    given = dict(size=(SIZE, SIZE), frames=frames, motion=MOTION, fps=fps, overlap=overlap)
-    return sample.generate(svd, first, sample.settings_for(svd, given), torch.device("cpu"))
+    return sample.generate(svd, first, size=(SIZE, SIZE), frames=frames, motion=MOTION, fps=fps, overlap=overlap)
 
 
 def imitate(svd, how, first):
