@@ -1427,12 +1427,12 @@ class Tensors:
         except (SafetensorError, ValueError) as e:
             with open(path, "rb") as f:  # only now: a good file can begin like a pickle
                 begin = f.read(20)
-            problem = f"is not a complete safetensors file ({e}): download or save it again"
+            it = f"is not a complete safetensors file ({e}): download or save it again"
             if re.match(rb"PK\x03\x04|\x80\x02[^\0]", begin):  # loading a pickle runs any code
-                problem = "is a pickled checkpoint, which is never opened: use its .safetensors version"
+                it = "is a pickled checkpoint, which is never opened: use its .safetensors version"
             if begin.startswith(b"version https://git-"):
-                problem = "is a Git LFS pointer in place of the file: fetch it with git lfs pull"
-            raise WeightsError(f"{path} {problem}") from e
+                it = "is a Git LFS pointer in place of the file: fetch it with git lfs pull"
+            raise WeightsError(f"{path} {it}") from e
         if not isinstance(self.meta, dict):
             raise WeightsError(f"{path}: its metadata is not understood")
         names = list(self.file.keys())
@@ -1476,20 +1476,20 @@ def locate(module, tensors):
     Nothing is read yet. Raises WeightsError with examples if anything is missing, mis-shaped or
     left over. Only an extension file of ours may hold a part of what the network has.
     """
-    network, label, in_file = type(module).__name__, tensors.label, tensors.names
+    network, in_file = type(module).__name__, tensors.names
+    extension = network == "UNet" and tensors.is_extension
     architecture = tensors.meta.get("architecture", ARCHITECTURE)
     if network == "UNet" and architecture != ARCHITECTURE:
-        raise WeightsError(f"{label} holds the extension {architecture!r}, but this code has "
+        raise WeightsError(f"{tensors.label} holds the extension {architecture!r}, but this code has "
                            f"{ARCHITECTURE!r}: see section 4 of exsvd.py")
 
     def hits(names):
         return sum(n in in_file for group in names.values() for n in group)
 
-    extension = network == "UNet" and tensors.is_extension
     layouts = ("exvideo",) if extension else ("ours", "sgm", "diffusers")
     names = max((file_names(module, layout) for layout in layouts), key=hits)
     if network != "UNet" and not hits(names):
-        raise WeightsError(f"{label} has nothing of the network {network}: if it holds a UNet alone, "
+        raise WeightsError(f"{tensors.label} has nothing of the {network}: if it holds a UNet alone, "
                            "give it as --unet beside --model")
     if extension and tensors.meta:
         names = {ours: group for ours, group in names.items() if group[0] in in_file}
@@ -1503,19 +1503,20 @@ def locate(module, tensors):
     expected = {n for group in names.values() for n in group}
     others = [pattern for cls, pattern in SGM_PART.items() if not isinstance(module, cls)]
     ignored = re.compile("|".join([IGNORED, *others]))
-    problems = {
-        "missing": sorted(expected - in_file),
-        "unexpected": sorted(n for n in in_file - expected if not ignored.match(n)),
-        "mis-shaped": []}
+    misfits = []
     for ours, group in names.items():
-        want = tuple(module.get_parameter(ours).shape)
+        want = module.get_parameter(ours).shape
         if in_file.issuperset(group) and not fits(group, [tensors.shape(n) for n in group], want):
             found = ", ".join(f"{n} {tuple(tensors.shape(n))}" for n in group)
-            problems["mis-shaped"].append(f"{found} instead of {want}")
-    said = [f"{len(found)} {what}, such as {', '.join(found[:3])}"
-            for what, found in problems.items() if found]
-    if said:
-        raise WeightsError(f"{label} does not fit {network} ({len(expected)} tensors): {'; '.join(said)}")
+            misfits.append(f"{found} instead of {tuple(want)}")
+    problems = {"missing": sorted(expected - in_file), "mis-shaped": misfits,
+                "unexpected": sorted(n for n in in_file - expected if not ignored.match(n))}
+    problems = "; ".join(f"{len(found)} {what}, such as {', '.join(found[:3])}"
+                         for what, found in problems.items() if found)
+    if problems:
+        hint = " (was it made with another section 4 of exsvd.py?)" if extension else ""
+        raise WeightsError(f"{tensors.label} does not fit {network} ({len(expected)} tensors): "
+                           f"{problems}{hint}")
     return names
 
 
@@ -1625,12 +1626,12 @@ def open_extensions(paths):
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths or ():
         tensors = Tensors(path)
         if not tensors.is_extension or not tensors.frames():
-            raise WeightsError(f"{path} is not an extension: it has no tensors blocks.*, or no frame "
-                               "tables")
+            raise WeightsError(f"{path} is not an extension: it has no tensors blocks.*, or no "
+                               "frame tables")
         for name, fingerprint in tensors.meta.get("over", ()):
             if fingerprint not in [below.fingerprint() for below in opened]:
-                raise WeightsError(f"{path} was trained over {name}: give that file as an extension, "
-                                   "too, and before it")
+                raise WeightsError(f"{path} was trained over {name}: give that extension, too, and "
+                                   "before it")
         opened.append(tensors)
     return opened
 
@@ -1740,9 +1741,9 @@ def extension_note(unet):
             "native_frames": unet.config.native_frames}
 
 
-def under_names(network, names, state, dtype):
-    """{name in a file: tensor} of a network, with `state` in place of some of its parameters."""
-    state = dict(network.named_parameters()) | state
+def under_names(module, names, state, dtype):
+    """{name in a file: tensor} of a module, with `state` in place of some of its parameters."""
+    state = dict(module.named_parameters()) | state
     return {name: state[ours].to(dtype or state[ours].dtype) for ours, (name,) in names.items()}
 
 
@@ -1775,9 +1776,9 @@ def save_model(path, unet, vae, clip, dtype=None, state=None, **meta):
     state: {"unet.<our name>" or "clip.<our name>": tensor} in place of some parameters, for example
     an average.
     """
-    tensors, config = {}, {}
-    for part, network in {"unet": unet, "vae": vae, "clip": clip}.items():
-        own = {n.removeprefix(f"{part}."): t for n, t in (state or {}).items() if n.startswith(f"{part}.")}
-        tensors |= under_names(network, file_names(network, "sgm"), own, dtype)
-        config[part] = asdict(network.config)
+    networks = nn.ModuleDict({"unet": unet, "vae": vae, "clip": clip})
+    names = {f"{part}.{ours}": group for part, network in networks.items()
+             for ours, group in file_names(network, "sgm").items()}
+    config = {part: asdict(network.config) for part, network in networks.items()}
+    tensors = under_names(networks, names, state or {}, dtype)
     save(path, tensors, meta | {"config": config} | extension_note(unet))

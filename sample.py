@@ -337,10 +337,10 @@ def complete(svd, given, picture=None, video=None, keyframes=()):
         size = (8 * W, 8 * H)
         if "fps" not in given:
             fps = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
-    elif picture and "size" not in defaults_of(svd) | given:  # published weights manage any aspect ratio
+    elif picture and "size" not in defaults_of(svd) | given:  # published ones take any aspect ratio
         size = data.default_size(*picture, math.prod(size))
     chunk = s.decode_chunk
-    if svd.unet.stream and "decode_chunk" not in given:  # about 3 GB: 4 frames of 1024x1024, 16 of 512x512
+    if svd.unet.stream and "decode_chunk" not in given:  # 3 GB: 4 frames of 1024x1024, 16 of 512x512
         chunk = max(4, min(chunk, 2**22 // math.prod(size)))
     overlap = s.overlap
     if overlap is None and svd.unet.max_frames:
@@ -877,7 +877,7 @@ def resampled(latents, frames):
 
 
 def load(a, given, model, extension, device):
-    """The three networks, ready to sample, and their Settings."""
+    """The three networks, ready to sample."""
     meta = exsvd.open_model(model)[0]["unet"].meta
     wanted = (defaults_in_file(Settings, meta, "sample", model) | given).get("dtype")
     dtype = getattr(torch, wanted) if wanted else exsvd.best_dtype(device)
@@ -891,7 +891,7 @@ def load(a, given, model, extension, device):
     name, frames = os.path.basename(model.rstrip("/")), svd.unet.max_frames or s.native
     print(f"{name}: {parameters / 1e6:.1f} M parameters in the UNet, {frames} frames, {s.dtype} on "
           f"{device}")
-    return svd, s
+    return svd
 
 
 def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
@@ -976,12 +976,12 @@ def main(argv=None):
         try:
             img = data.read_image(image) if a.images else None
             if svd is None:
-                svd, s = load(a, given, model, extension, device)
+                svd = load(a, given, model, extension, device)
             if a.video and video is None:
                 video = open_video(a.video, given.get("size"), svd.vae, device)
             if img is None:
                 img = video.first
-            ready = complete(svd, given | {"seed": seed}, img.shape[1::-1], video, [n for n, _ in a.keyframe])
+            ready = complete(svd, given | {"seed": seed}, img.shape[1::-1], video, keyframes)
             check_writable(out, ready.fps)  # a video to refine may be too fast for a GIF
             make_video(svd, img, ready, device, out, video, end, keyframes)
         except (data.MediaError, FloatingPointError) as e:

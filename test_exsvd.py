@@ -1217,7 +1217,7 @@ def test_tensors_that_do_not_fit(files, refused):
     a, b = "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"
     refused(unet, good | {a: good[b], b: good[a]}, "2 mis-shaped",
             f"{a} (128, 768) instead of (128, 32)")
-    refused(clip, named(unet, "sgm"), "has nothing of the network ImageEncoder")
+    refused(clip, named(unet, "sgm"), "has nothing of the ImageEncoder")
     refused(make_unet(channels=(32, 32, 64, 64), heads=(1, 1, 2, 2)), good, "mis-shaped")
     joined, q = named(clip, "diffusers"), "vision_model.encoder.layers.0.self_attn.q_proj.weight"
     refused(clip, joined | {q: joined[q][:, :3]}, "q_proj.weight", "(64, 3)", "(192, 64)")

@@ -122,8 +122,8 @@ CHECKPOINTS = {"memory": "memory", "balanced": "balanced", "none": None}  # -> U
 class Settings:
     """What shapes a run. The defaults are the paper's; a model's file may hold others."""
     model: str = setting(None, str, "single file or diffusers folder [the toy]")
-    extension: list = setting(None, str, "ExVideo release or own extension to go on from; of several, each is over those "
-                              "before it [none: a new extension]", nargs="+")
+    extension: list = setting(None, str, "release or own extension, and what was trained over it [none: a new one]",
+                              nargs="+")
     data: str = setting(None, str, "folder of videos, .txt/.csv/.json list, encoded latents, or a Python file of clips")
     out: str = setting(None, str, "run folder; the same one resumes [runs/exvideo; of the toy runs/toy]")
     native: int = setting(None, integer(1), "frames of the base: 14 for svd.safetensors [as its file says, or 25]")
@@ -1002,8 +1002,8 @@ def save_weights(run, path, average):
     defaults = {"sample": own_sampling(run)}
     if run.is_extension:
         weights = {name.removeprefix("unet."): t for name, t in weights.items()}
-        exsvd.save_extension(path, unet, weights, torch.float16, run.s.extension or (), defaults=defaults,
-                             settings=run.fixed)
+        exsvd.save_extension(path, unet, weights, torch.float16, run.s.extension or (),
+                             defaults=defaults, settings=run.fixed)
     else:
         defaults = run.svd.meta.get("defaults", {}) | defaults
         exsvd.save_model(path, unet, *run.decoders(), torch.float16, weights, defaults=defaults, settings=run.fixed)
@@ -1017,7 +1017,8 @@ def try_saving(run):
         path = os.path.join(run.s.out, "trial.tmp")
         save_weights(run, path, average)
         if run.is_extension:
-            exsvd.load(run.s.model, [*(run.s.extension or ()), path], parts=("unet",), device="meta")
+            files = [*(run.s.extension or ()), path]
+            exsvd.load(run.s.model, files, parts=("unet",), device="meta")
         else:
             exsvd.load(path, device="meta")
         os.remove(path)

@@ -101,7 +101,7 @@ def main():
                               "--end and --keyframe")
     model, extension = (a.model, a.extension) if a.model else sample.toy_files(a.extension)
     device = torch.device(a.device)
-    svd, _ = sample.load(a, given, model, extension, device)
+    svd = sample.load(a, given, model, extension, device)
     for name, seed, _ in a.jobs:
         image = data.read_image(name)
         s = sample.complete(svd, given | {"seed": seed}, image.shape[1::-1])
