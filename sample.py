@@ -320,14 +320,14 @@ def settings_for(svd, given=None, model="the model", extension="the extension"):
     return replace(s, native=native, dtype=dtype, schedule=schedule)
 
 
-def complete(svd, given, picture=None, video=None, keyframes=()):
+def complete(svd, given=None, picture=None, video=None, keyframes=()):
     """Settings of one video, of which nothing is open: what is given {name: value}, then the
     model's, see settings_for(), then what follows from model and image.
 
     picture: (W, H) of the image. video: a Video to refine. keyframes: their numbers. Raises
     MediaError if these do not fit together.
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in (given or {}).items() if value is not None}
     s = settings_for(svd, given)
     known = svd.unet.max_frames or s.native
     frames = given.get("frames") or (len(video.latents) if video else s.frames or known)
@@ -489,8 +489,8 @@ def adjust(z, s, given=()):
 def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
     """One image (3,H,W) in [-1,1] to latents, scaled by VAE_SCALE: (1,T,4,H/8,W/8) on the device.
 
-    s: Settings of which nothing is open, see complete(). video: unscaled latents (1,T,4,H/8,W/8) to start from
-    instead of noise. end: the image (3,H,W) of the last frame. keyframes: {number: image}.
+    s: Settings of which nothing is open, see complete(). video: unscaled latents (1,T,4,H/8,W/8) to
+    start from instead of noise. end: the image (3,H,W) of the last frame. keyframes: {number: image}.
     """
     H, W = img.shape[1:]
     generator = torch.Generator().manual_seed(s.seed)

@@ -1033,6 +1033,10 @@ def test_an_extension_is_what_the_release_is(tmp_path, full, files):
     first = path.read_bytes()
     exsvd.save_extension(path, unet, {name: torch.full((32,), 3.0)}, step=1)
     assert path.read_bytes() == first, "the same weights give the same bytes"
+    exsvd.save_extension(path, unet, over=[files.release])
+    assert "over" not in exsvd.Tensors(path).meta, "it holds all that the file below it does"
+    own, release = (exsvd.Tensors(file).fingerprint() for file in (files.own, files.release))
+    assert own == release != exsvd.Tensors(files.folder / "unet/diffusion_pytorch_model.safetensors").fingerprint()
 
 
 def test_what_no_extension_file_holds(tmp_path, files):

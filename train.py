@@ -264,7 +264,7 @@ def load_networks(s, pixels, device):
     known = svd.unet.max_frames or svd.unet.config.native_frames
     names = [name for name, _ in PostTuning(svd.unet, svd.clip, None).named_parameters()]
     added = s.train == "temporal" or not any(is_named(s, name) for name in names)  # by extend()
-    if s.frames > known or added:
+    if s.frames > known or (added and svd.unet.max_frames is None):
         exsvd.extend(svd.unet, max(s.frames, known))
     svd.unet.checkpointing = CHECKPOINTS[s.checkpoint]
     if pixels:
