@@ -1108,6 +1108,12 @@ def test_a_lora_at_the_native_length_starts_as_the_base(tmp_path, files, lora, m
     same(loaded, unet.state_dict())
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not torch.equal(loaded(*inputs), base(*inputs))
+    half = exsvd.load(files.single, tmp_path / "lora", torch.float16, parts=("unet",),
+                      keep_float32=lambda name: name.endswith((".A", ".B"))).unet
+    assert all(p.dtype == (torch.float32 if n.endswith((".A", ".B")) else torch.float16)
+               for n, p in half.named_parameters())
+    exsvd.save_model(tmp_path / "whole", unet, *files.nets[1:])
+    same(exsvd.load(tmp_path / "whole", parts=("unet",)).unet, unet.state_dict())
     monkeypatch.setattr(lora, "RANK", 4)
     with pytest.raises(exsvd.WeightsError, match=r"128 mis-shaped.*to_k.A \(8, 32\) instead of \(4, 32\)"):
         exsvd.load(files.single, tmp_path / "lora", device="meta", parts=("unet",))
