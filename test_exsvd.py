@@ -1082,7 +1082,7 @@ def lora(monkeypatch):
     return importlib.import_module("toy.lora")
 
 
-def test_a_lora_over_the_published_files(published, files, lora, monkeypatch):
+def test_a_lora_over_the_published_files(published, files, lora):
     """And over whole extensions of ours. Only A and B are trained."""
     over = published / "svd_xt.safetensors", [published / "ExVideo-SVD-128f-v1"]
     unet = exsvd.load(*over, device="meta").unet

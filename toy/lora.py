@@ -14,7 +14,6 @@ import os
 import runpy
 import sys
 
-import torch
 from torch import nn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
