@@ -685,11 +685,11 @@ def build_index(source, files):
 #   clips = Arrays  # or any function clips(frames, size, seed) -> dataset; size is (W, H)
 
 
-def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion")):
-    """Raises MediaError if an item is not as described above: its key, what was found, what is
+def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion"), n=0):
+    """Raises MediaError if item n is not as described above: its key, what was found, what is
     wanted. ctx_dim: the D of the UNet. ids: the numbers that the UNet needs."""
     if not isinstance(item, dict):
-        raise MediaError(f"dataset[0]: found {type(item).__name__}, wanted a dict")
+        raise MediaError(f"dataset[{n}]: found {type(item).__name__}, wanted a dict")
     W, H = size
     shapes, dtype = {"video": (frames, 3, H, W)}, torch.uint8
     names = [name for name in ids if name != "aug"]  # of a clip of pixels, train.py draws it
@@ -704,7 +704,7 @@ def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion")):
         x = item.get(key, "nothing")
         if isinstance(x, (torch.Tensor, np.ndarray)):
             x = f"{type(x).__name__} of {x.dtype} {tuple(x.shape)}"
-        raise MediaError(f'dataset[0]["{key}"]: found {x!s:.80}, wanted {wanted}')
+        raise MediaError(f'dataset[{n}]["{key}"]: found {x!s:.80}, wanted {wanted}')
 
     for key, shape in shapes.items():
         x = item.get(key)
@@ -717,6 +717,21 @@ def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion")):
             refuse(key, "a number > 0" if key == "fps" else "a number")
     if not isinstance(item.get("name"), str):
         refuse("name", "a str")
+
+
+class Checked:
+    """A dataset, whose items are checked wherever they are read. args: of check_item()."""
+
+    def __init__(self, dataset, *args):
+        self.dataset, self.args = dataset, args
+
+    def __getattr__(self, name):
+        return getattr(self.dataset, name)  # describe(), id, measure()
+
+    def __getitem__(self, n):
+        item = self.dataset[n]
+        check_item(item, *self.args, n=n)
+        return item
 
 
 def _numbered(path, entry, size, wanted=None, seek=None):

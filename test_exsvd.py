@@ -3189,9 +3189,9 @@ def test_two_ranks_train_on_real_videos_until_a_signal(two_ranks):
     assert "1 too short" in two_ranks.text and "float32, 2 ranks on cpu" in two_ranks.text
     last_two = [f"state-{n:08d}" for n in steps[-2:]]
     assert sorted(p.name for p in out.glob("state-*")) == last_two
-    about = json.loads((out / "run.json").read_text())
-    assert about["deepspeed"]["zero_optimization"]["stage"] == 2
-    assert about["settings"]["frames"] == 10
+    [start] = json.loads((out / "run.json").read_text())
+    assert start["deepspeed"]["zero_optimization"]["stage"] == 2 and start["ranks"] == 2
+    assert start["settings"]["frames"] == 10
 
 
 def test_average_is_its_closed_form(small, one_rank):
@@ -3221,7 +3221,7 @@ def test_the_weights_file_is_the_average(ranks, small, request):
             assert torch.equal(saved[name].flatten(), tensor.half()), name
 
 
-def test_only_temporal_blocks_learn_and_all_of_them(small, one_rank):
+def test_only_temporal_blocks_learn_and_all_of_them(small, videos, one_rank):
     start, file = extended(small).state_dict(), one_rank.out / "exvideo-000004.safetensors"
     svd = exsvd.load(small, file)
     assert svd.unet.max_frames == 10 and svd.extension["native_frames"] == 8
@@ -3233,6 +3233,9 @@ def test_only_temporal_blocks_learn_and_all_of_them(small, one_rank):
     assert set(load_file(file)) == {name for names in in_release for name in names}
     s = sample.settings_for(svd)
     assert s.size == (64, 64) and s.sampler == "ddim", "as its base, at the size of training"
+    said = {key: svd.extension[key] for key in ("step", "videos", "lr", "data", "loss", "commit")}
+    assert said == {"step": 4, "videos": 4, "lr": 1e-3, "data": str(videos), "commit": train.commit(),
+                    "loss": pytest.approx(float(log_of(one_rank.out)[-1]["loss"]), abs=1e-5)}
 
 
 def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small):
@@ -3310,29 +3313,22 @@ def test_a_run_of_two_ranks_goes_on_with_one(small, videos, two_ranks, tmp_path,
     assert int(log_of(out)[-1]["videos"]) == 2 * step + 1
 
 
-def test_a_state_that_cannot_be_read_is_named(one_rank, tmp_path, monkeypatch):
-    """The state before it is used."""
+def test_a_state_that_cannot_be_read_ends_the_run_with_its_name(one_rank, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "of_all_ranks", lambda value: [value])
-    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda values: None)
-    out, said = tmp_path / "run", []
+    out = tmp_path / "run"
     shutil.copytree(one_rank.out, out)
-    state = out / "state-00000004"
+    state, before = out / "state-00000004", out / "state-00000003"
     tensors, info = state / "rank-0.safetensors", state / "state.json"
     good, text = tensors.read_bytes(), info.read_bytes()
-    assert train.newest_state(out, said.append)[0] == str(state) and not said
+    folder, read, paths = train.read_state(out)
+    assert folder == str(state) and read["step"] == 4 and paths == [str(tensors)]
     for file, damaged in (info, text[1:]), (info, None), (tensors, None), (tensors, good[:-100]):
         info.write_bytes(text)
         file.unlink(missing_ok=True)
         if damaged is not None:
             file.write_bytes(damaged)
-        folder, info_of_it, paths = train.newest_state(out, said.append)
-        assert folder == str(out / "state-00000003") and info_of_it["step"] == 3
-        assert paths == [f"{folder}/rank-0.safetensors"]
-        assert f"{state} cannot be read" in said.pop()
-    for file in out.glob("state-*/state.json"):
-        file.unlink()
-    with pytest.raises(SystemExit, match="no state in .* can be read"):
-        train.newest_state(out, said.append)
+        with pytest.raises(SystemExit, match=f"{state} cannot be read .* go on from {before}"):
+            train.read_state(out)
 
 
 @pytest.mark.parametrize("change", ["order", "shape", "optimizer"])
@@ -3352,11 +3348,39 @@ def test_a_state_of_other_parameters_is_told(one_rank, change):
     assert re.search(words, shards.difference(saved))
 
 
-def test_a_state_of_other_settings_is_refused(small, videos, one_rank, tmp_path):
+@pytest.mark.parametrize("change, words", [
+    ("drop", r"drop 0.0 \(now 0.5\)"), ("architecture", "architecture exvideo"), ("ids", r"ids \['fps', .*pan"),
+    ("frozen", "frozen weights of unet [0-9]+")])
+def test_a_state_of_other_settings_or_frozen_weights_is_refused(
+        change, words, small, videos, one_rank, tmp_path, monkeypatch):
+    args = ["--model", small, "--data", videos, "--out", tmp_path / "run", *OPTIONS, "--steps", 5]
     shutil.copytree(one_rank.out, tmp_path / "run")
-    with pytest.raises(SystemExit, match=r"state-00000004 was made with drop 0.0 \(now 0.5\)"):
-        train_here("--model", small, "--data", videos, "--out", tmp_path / "run", *OPTIONS,
-                   "--steps", 5, "--drop", 0.5)
+    if change == "drop":
+        args += ["--drop", 0.5]
+    elif change == "architecture":
+        monkeypatch.setattr(exsvd, "ARCHITECTURE", "rotary")
+    elif change == "ids":
+        info = tmp_path / "run" / "state-00000004" / "state.json"
+        info.write_text(info.read_text().replace('"fps", ', '"fps", "pan", ', 1))
+    else:
+        svd = exsvd.load(small)
+        svd.unet.conv_out.weight.data[0] += 1e-3
+        args[1] = tmp_path / "other.safetensors"
+        exsvd.save_model(args[1], svd.unet, svd.vae, svd.clip, **svd.meta)
+    with pytest.raises(SystemExit, match=f"state-00000004 was made with {words}"):
+        train_here(*args)
+
+
+def test_a_resumed_run_has_the_threads_of_before(small, clips, tmp_path, all_threads):
+    """They change the last bits, and how many there are depends on what else the machine does."""
+    args = ("--model", small, "--data", clips, "--out", tmp_path, "--frames", 2, "--train", "to_q")
+    train_here(*args, "--steps", 1)
+    info = tmp_path / "state-00000001" / "state.json"
+    threads = json.loads(info.read_text())["threads"]
+    assert threads == [torch.get_num_threads()]
+    info.write_text(info.read_text().replace(f'"threads": {threads}', '"threads": [3]'))
+    train_here(*args, "--steps", 2)
+    assert torch.get_num_threads() == 3
 
 
 def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(
@@ -3508,8 +3532,9 @@ def test_optimiser_on_the_cpu(small, clips, tmp_path):
     for steps in (1, 2):
         train_here(*args, "--out", tmp_path / "cpu", "--steps", steps, "--offload",
                    "--deepspeed_config", config)
-    about = json.loads((tmp_path / "cpu" / "run.json").read_text())
-    assert about["deepspeed"]["zero_optimization"]["reduce_bucket_size"] == 1000
+    starts = json.loads((tmp_path / "cpu" / "run.json").read_text())
+    assert [start["step"] for start in starts] == [0, 1]
+    assert starts[1]["deepspeed"]["zero_optimization"]["reduce_bucket_size"] == 1000
     for key in ("exp_avg", "master"):
         for ours, theirs in zip(flat(tmp_path / "cpu", 2, key), flat(tmp_path / "gpu", 2, key)):
             close(ours, theirs, 1e-4, key)
@@ -3527,6 +3552,86 @@ def test_another_optimiser(small, clips, tmp_path, monkeypatch):
     again = [flat(tmp_path, 2, key) for key in ("momentum_buffer", "master")]
     for a, b in zip(sum(once, []), sum(again, [])):
         assert torch.equal(a, b) and a.any()
+
+
+def test_muon_of_torch_is_refused_with_the_reason(small, clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_optimizer", lambda groups, s: torch.optim.Muon(
+        [p for group in groups for p in group["params"] if p.ndim == 2]))
+    with pytest.raises(SystemExit, match="ZeRO-2 flattens groups"):
+        train_here("--model", small, "--data", clips, "--out", tmp_path)
+
+
+def test_the_rate_rises_and_falls(small, clips, tmp_path):
+    """The rate in log.csv is the one that the step used."""
+    s = train.Settings(steps=10, warmup=4, cooldown=2)
+    expected = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.5]
+    assert [train.rate(s, step) for step in range(10)] == expected
+    assert {train.rate(train.Settings(), step) for step in (0, 7, 63999)} == {1}
+    train_here("--model", small, "--data", clips, "--out", tmp_path, "--frames", 2, "--train", "to_q",
+               "--steps", 4, "--warmup", 2, "--cooldown", 2, "--log-every", 1)
+    assert [float(row["lr"]) for row in log_of(tmp_path)] == [5e-4, 1e-3, 1e-3, 5e-4]
+
+
+@pytest.mark.parametrize("kind, params, rates", [
+    ("WarmupLR", {"warmup_max_lr": "auto", "warmup_num_steps": 4, "warmup_type": "linear"}, [0, 0, 2.5e-4, 5e-4]),
+    ("OneCycle", {"cycle_min_lr": 1e-4, "cycle_max_lr": 5e-4, "cycle_first_step_size": 4}, [1e-4, 2e-4, 3e-4, 4e-4])])
+def test_a_scheduler_of_deepspeed_sets_the_rate(kind, params, rates, small, clips, tmp_path):
+    """Alone, and a resumed run goes on bit-identically."""
+    (tmp_path / "config").write_text(json.dumps({"scheduler": {"type": kind, "params": params}}))
+    args = ("--model", small, "--data", clips, "--frames", 2, "--train", "to_q", "--log-every", 1,
+            "--deepspeed_config", tmp_path / "config", "--warmup", 0, "--save-every", 2)
+    for out, stops in ("straight", [4]), ("resumed", [2, 4]):
+        for steps in stops:
+            train_here(*args, "--out", tmp_path / out, "--steps", steps)
+        assert [float(row["lr"]) for row in log_of(tmp_path / out)] == pytest.approx(rates)
+    masters = [flat(tmp_path / "straight", step, "master", groups=1)[0] for step in (2, 4)]
+    assert not torch.equal(*masters)
+    for key in ("master", "average", "exp_avg", "exp_avg_sq"):
+        ours, theirs = (flat(tmp_path / out, 4, key, groups=1)[0] for out in ("straight", "resumed"))
+        assert torch.equal(ours, theirs), key
+
+
+def configured(tmp_path, config, **settings):
+    """What deepspeed_config() makes of a file."""
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    return train.deepspeed_config(train.Settings(deepspeed_config=str(tmp_path / "c.json"), **settings))
+
+
+def test_auto_in_a_deepspeed_config_means_ours(tmp_path):
+    s = {"dtype": "bfloat16", "clip": 0.5}
+    auto = {"gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"},
+            "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto"}, "data_types": "auto"}
+    assert configured(tmp_path, auto, **s) == train.deepspeed_config(train.Settings(**s))
+    scheduler = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}}
+    assert configured(tmp_path, scheduler, **s)["scheduler"] == {"type": "WarmupLR", "params": {}}
+    more = {"steps_per_print": 5, "wandb": {"enabled": False}, "flops_profiler": {"enabled": False}}
+    assert configured(tmp_path, more, **s) == train.deepspeed_config(train.Settings(**s)) | more
+
+
+WARMUP_LR = {"scheduler": {"type": "WarmupLR"}}
+
+
+@pytest.mark.parametrize("config, words", [
+    ([1], "must be an object"), ({"optimizer": {"type": "AdamW"}}, r"make_optimizer\(\)"),
+    ({"zero_optimisation": {"stage": 2}}, "does not know zero_optimisation$"),
+    ({"zero_optimization": {"buckets": 1}}, "buckets Extra inputs"), ({"bf16": True}, "bf16 must be an object"),
+    ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size Input should be a valid integer"),
+    ({"gradient_clipping": "big"}, "gradient_clipping must be a number"), ({"train_batch_size": 7}, "7 != 1"),
+    ({"zero_optimization": {"stage": 3}}, "the ZeRO stage is 2 here, but 3"),
+    ({"gradient_accumulation_steps": 4}, "--accumulate is 1 here, but 4"),
+    ({"bf16": {"enabled": True}}, "--dtype bfloat16 is False here"),
+    ({"scheduler": {"type": "StepLR"}}, "must be one of LRRangeTest, .*WarmupLR"),
+    ({"scheduler": {"type": "WarmupDecayLR"}}, "'total_num_steps'"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "1"}}}, "must be a positive integer")])
+def test_a_deepspeed_config_is_refused_in_one_line(config, words, tmp_path):
+    with pytest.raises(SystemExit, match=f"^train.py: --deepspeed_config .*c.json: .*{words}"):
+        configured(tmp_path, config, dtype="float32")
+
+
+@pytest.mark.parametrize("settings", [{"warmup": 10}, {"cooldown": 10}])
+def test_the_rate_has_one_owner(settings, tmp_path):
+    with pytest.raises(SystemExit, match="give --warmup 0 --cooldown 0"):
+        configured(tmp_path, WARMUP_LR, dtype="float32", **settings)
 
 
 HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
@@ -3622,18 +3727,79 @@ def test_gradients_that_stay_bad_stop_the_run(small, clips, tmp_path, monkeypatc
         train_here("--model", bad, "--data", clips, "--out", tmp_path / "run", "--frames", 2)
 
 
+def test_a_clip_whose_loss_is_not_finite_is_named_at_once(small, clips, tmp_path, capsys):
+    """Its step is left out of weights and average."""
+    bad = tmp_path / "clips.py"
+    bad.write_text("""
+import torch
+class Latents:
+    def __init__(self, frames, size, seed):
+        self.frames = frames
+    def __getitem__(self, n):
+        latents = torch.full((self.frames, 4, 8, 8), float("nan") if n == 2 else 1.0)
+        return {"latents": latents, "cond": torch.ones(4, 8, 8), "ctx": torch.ones(16), "aug": 0.1,
+                "fps": 8.0, "motion": 40.0, "name": f"clip-{n}"}
+clips = Latents
+""")
+    train_here("--model", small, "--data", bad, "--out", tmp_path, "--frames", 2, "--train", "to_q",
+               "--steps", 2, "--accumulate", 2, "--save-every", 1)
+    assert "step 2 is left out: no finite loss on clip-2\n" in capsys.readouterr().out
+    for key in ("master", "average"):
+        before, after = (flat(tmp_path, step, key, 1)[0] for step in (1, 2))
+        assert torch.equal(before, after) and after.isfinite().all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_item_is_checked_where_it_is_read(workers, small, clips, tmp_path):
+    bad = tmp_path / "clips.py"
+    bad.write_text(clips.read_text().replace("return {", "video = video[:7] if n == 1 else video; return {"))
+    with pytest.raises(data.MediaError, match=r'^dataset\[1\]\["video"\]: found Tensor of torch.uint8 \(7, '):
+        train_here("--model", small, "--data", bad, "--out", tmp_path, "--steps", 3, "--workers", workers)
+
+
+def test_a_run_that_is_alive_keeps_others_out(small, clips, tmp_path):
+    """The lock dies with its process."""
+    other = subprocess.Popen(
+        [sys.executable, "-c", "import train, sys; train.of_all_ranks = lambda x: [x]; f = train.hold(sys.argv[1], 0); "
+         "print('held', flush=True); input()", tmp_path],
+        cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == "held\n"
+    args = ("--model", small, "--data", clips, "--out", tmp_path, "--frames", 2, "--train", "to_q", "--steps", 1)
+    with pytest.raises(SystemExit, match="another run writes to"):
+        train_here(*args)
+    assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+    other.kill()
+    other.communicate()
+    train_here(*args)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(times, small, clips, tmp_path):
+    file = tmp_path / "clips.py"
+    file.write_text("import os, signal\n" + clips.read_text().replace(
+        "W, H =", f"[os.kill(os.getpid(), signal.SIGINT) for _ in range({times} * (n == 2))]; W, H ="))
+    ends = pytest.raises(KeyboardInterrupt) if times == 2 else contextlib.nullcontext()
+    with ends:
+        train_here("--model", small, "--data", file, "--out", tmp_path, "--frames", 2, "--train", "to_q")
+    assert (tmp_path / "state-00000003").exists() == (times == 1)
+
+
+def test_processes_of_srun_that_do_not_know_of_each_other_are_refused(small, clips, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(SystemExit, match="srun started"):
+        train_here("--model", small, "--data", clips, "--out", tmp_path)
+
+
 @pytest.mark.parametrize("args, words", [
     ("--nonsense", "unrecognized"), ("--size 100x100", "multiples of 64"),
     ("--size 64", "WIDTHxHEIGHT"), ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"),
     ("--motion much", "must be a number"), ("--data missing", "missing"),
     ("--sample-image missing.png", "missing.png"), ("--loss l2", "invalid choice"),
     ("--train nothing", "names no parameter"), ("--train (", "no regular expression"),
-    ("--deepspeed_config {stage}", "ZeRO-2")])
+    ("--deepspeed_config missing.json", "missing.json")])
 def test_train_refuses_in_one_line(args, words, small, clips, tmp_path, capsys):
-    (tmp_path / "stage").write_text('{"zero_optimization": {"stage": 3}}')
-    args = args.format(stage=tmp_path / "stage").split()
-    with pytest.raises((SystemExit, data.MediaError, AssertionError)) as e:
-        train_here("--model", small, "--data", clips, "--out", tmp_path / "run", *args)
+    with pytest.raises((SystemExit, data.MediaError)) as e:
+        train_here("--model", small, "--data", clips, "--out", tmp_path / "run", *args.split())
     assert words in capsys.readouterr().err + str(e.value)
     assert getattr(e.value, "code", 1) not in (0, None)
     assert not list(tmp_path.glob("run/state-*"))

@@ -40,16 +40,16 @@ A run folder (--out) holds
                                 reads it too. Where more is trained: a whole model, model-<step>
     log.csv                     loss, loss by noise level, gradient norm, lr, seconds, memory
     progress.png                a row per sample, frames 0, T/8, ... T-1; sample-<step>.mp4
-    run.json                    settings, versions, commit
+    run.json                    of each start: time, settings, versions, commit, ranks
 
 The same command resumes from the newest state. What a step draws (clip, noise level, noise,
 dropout) depends on --seed and the number of the video alone, so a run that was killed resumes
 bit-identically (on CUDA: with --deterministic). Another number of ranks continues too: the sharded
 state is cut anew, and no video is seen twice. When a save fails, the run warns and goes on.
 
-To stop early and lose nothing, send SIGTERM or SIGUSR1 to one training process (rank 0 prints its
-id) or to all: the ranks agree, save and leave. `deepspeed` itself does not pass a signal on;
-torchrun passes SIGTERM on and kills after 30 s. Several nodes without a hostfile:
+To stop early and lose nothing, press Ctrl-C once, or send SIGTERM or SIGUSR1 to one training
+process (rank 0 prints its id) or to all: the ranks agree, save and leave. `deepspeed` itself does
+not pass a signal on; it and torchrun kill 30 s after a Ctrl-C. Several nodes without a hostfile:
 
     torchrun --nnodes 2 --node_rank K --nproc_per_node 8 --master_addr HOST --master_port 29500 \
         train.py --model ... --data ... --out /shared/run
@@ -57,7 +57,7 @@ torchrun passes SIGTERM on and kills after 30 s. Several nodes without a hostfil
 
 import argparse
 import csv
-import hashlib
+import fcntl
 import json
 import math
 import multiprocessing
@@ -69,9 +69,11 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import cache
 from itertools import chain, zip_longest
 
 import numpy as np
@@ -95,7 +97,7 @@ TOY_IMAGE = os.path.join(HERE, "assets", "img.png")
 SIGMA_BINS = (0.7, 2.0, 6.0)  # the loss is logged apart between these: quartiles of EDM's sigmas
 BUCKET = 50_000_000           # gradients that DeepSpeed reduces at once, a tenth of its default
 MAX_SKIPPED = 50              # steps in a row without an update that end a run; float16 needs some
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # --------------------------------------------------------------------------------------------------
 # Settings, a line each: flags and run.json are made from them, see sample.py.
@@ -140,6 +142,7 @@ class Settings:
     accumulate: int = setting(1, integer(1), "passes per step; gradients add up in fp32, with --offload in 16 bits")
     lr: float = setting(1e-5, number(0, 1), "learning rate")
     warmup: int = setting(0, integer(0), "steps over which the learning rate rises from 0")
+    cooldown: int = setting(0, integer(0), "last steps, over which the learning rate falls to 0")
     weight_decay: float = setting(0.01, number(0), "on matrices and convolutions")
     clip: float = setting(1.0, number(0), "limit of the gradient norm, 0: none")
     ema: float = setting(0.9999, number(0, 1), "decay of the average, after its warm-up")
@@ -164,8 +167,8 @@ class Settings:
 
 # These may differ when a run is resumed. Everything else must be as it was.
 MAY_CHANGE = {
-    "model", "extension", "data", "out", "steps", "lr", "warmup", "weight_decay", "clip",
-    "accumulate", "deepspeed_config", "checkpoint", "workers", "timeout", "deterministic",
+    "model", "extension", "data", "out", "steps", "lr", "warmup", "cooldown", "weight_decay",
+    "clip", "accumulate", "deepspeed_config", "checkpoint", "workers", "timeout", "deterministic",
     "save_every", "weights_every", "log_every", "sample_every", "sample_image"}
 
 
@@ -192,12 +195,6 @@ def parse(argv=None):
         s = replace(s, dtype=dtype_of_run(s.out) or s.dtype or best_dtype())
     if s.sample_image:
         data.read_image(s.sample_image)  # fail now, not at the first sample
-    if s.deepspeed_config:
-        try:
-            with open(s.deepspeed_config) as f:
-                json.load(f)
-        except (OSError, ValueError) as e:
-            p.error(f"--deepspeed_config {s.deepspeed_config}: not readable as JSON ({e})")
     return s
 
 
@@ -206,7 +203,7 @@ def dtype_of_run(out):
     if not os.path.isdir(out) or not saved_states(out):
         return None
     with open(os.path.join(out, "run.json")) as f:
-        return json.load(f)["settings"]["dtype"]
+        return json.load(f)[0]["settings"]["dtype"]
 
 
 def best_dtype():
@@ -313,7 +310,10 @@ def parameter_groups(trained, s):
 
 def make_optimizer(groups, s):
     """The optimiser that DeepSpeed shards: any of torch's interface that works element by element.
-    With --offload it must be one of DeepSpeed's for the CPU, which are compiled on first use."""
+    With --offload it must be one of DeepSpeed's for the CPU, which are compiled on first use.
+
+    ZeRO-2 makes a flat tensor of each group, so torch.optim.Muon, which needs matrices, cannot
+    work. MuonWithAuxAdam of deepspeed.runtime.zero.muon.muon_optimizer does, with --clip 0."""
     options = dict(lr=s.lr, betas=(0.9, 0.999), eps=1e-8)
     if s.offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -321,44 +321,86 @@ def make_optimizer(groups, s):
     return torch.optim.AdamW(groups, **options)
 
 
-def deepspeed_config(s, elements):
-    """DeepSpeed's settings: ours, and those of --deepspeed_config merged over them. elements: how
-    many numbers are trained."""
-    pinned = torch.cuda.is_available()
+def deepspeed_config(s):
+    """DeepSpeed's settings: ours, and those of --deepspeed_config merged over them. Exits with a
+    line if DeepSpeed or this file cannot use them."""
     config = {
         "train_micro_batch_size_per_gpu": s.batch,
         "gradient_accumulation_steps": s.accumulate,
         "gradient_clipping": s.clip,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": 2,
-            "round_robin_gradients": False,
-            "reduce_bucket_size": min(BUCKET, elements),  # DeepSpeed allocates all of it
-        },
+        "zero_optimization": {"stage": 2, "round_robin_gradients": False, "reduce_bucket_size": BUCKET},
+        "bf16": {"enabled": s.dtype == "bfloat16"},
+        "fp16": {"enabled": s.dtype == "float16", "min_loss_scale": 1},
     }
-    if s.dtype == "bfloat16":
-        config["bf16"] = {"enabled": True}
-    if s.dtype == "float16":
-        config["fp16"] = {"enabled": True, "min_loss_scale": 1}
     if s.offload:
+        pinned = torch.cuda.is_available()
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     else:  # with --offload DeepSpeed would keep these sums on the GPU, 4 bytes per parameter
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if s.deepspeed_config:
-        with open(s.deepspeed_config) as f:
-            config = merge(config, json.load(f))
-    zero = config["zero_optimization"]
-    assert zero["stage"] == 2 and not zero["round_robin_gradients"], "Shards is written for ZeRO-2"
-    same = config["gradient_accumulation_steps"] == s.accumulate
-    assert same and config["train_micro_batch_size_per_gpu"] == s.batch, "use --accumulate, --batch"
+        try:
+            with open(s.deepspeed_config) as f:
+                config = merge(config, json.load(f))
+            check_config(s, config)
+        except Exception as e:  # DeepSpeed raises many kinds; pydantic's have several lines
+            why = " ".join(str(e).split(" [type=")[0].split())
+            sys.exit(f"train.py: --deepspeed_config {s.deepspeed_config}: {why}")
     return config
 
 
-def merge(ours, theirs):
+def merge(ours, theirs, name="the file"):
+    """Settings with theirs in place of ours. "auto" means ours, or else DeepSpeed's default."""
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{name} must be an object in braces")
     for key, value in theirs.items():
-        both = isinstance(value, dict) and isinstance(ours.get(key), dict)
-        ours[key] = merge(ours[key], value) if both else value
+        if isinstance(value, dict) or (isinstance(ours.get(key), dict) and value != "auto"):
+            ours[key] = merge(ours.get(key, {}), value, key)
+        elif value != "auto":
+            ours[key] = value
     return ours
+
+
+def check_config(s, config):
+    """Raises an error of any kind for what DeepSpeed does not know and what cannot work here."""
+    from deepspeed.runtime import lr_schedules
+    from deepspeed.runtime.config import DeepSpeedConfig
+    known = set()
+
+    class Config(dict):  # DeepSpeed asks for each key that it knows, and checks few of the values
+        def get(self, key, default=None):
+            known.add(key)
+            value = super().get(key, default)
+            if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
+                raise ValueError(f"{key} must be a number, true or false")
+            return value
+        __getitem__ = get
+
+    if "optimizer" in config:
+        raise ValueError("take its optimizer out: make_optimizer() in train.py makes the optimiser")
+    DeepSpeedConfig(Config(config))
+    if not known.issuperset(config):
+        raise ValueError(f"DeepSpeed does not know {', '.join(config.keys() - known)}")
+    zero = config["zero_optimization"]
+    for name, theirs, ours in (
+            ("the ZeRO stage", zero["stage"], 2),  # for which Shards is written
+            ("round_robin_gradients", zero["round_robin_gradients"], False),
+            ("--batch", config["train_micro_batch_size_per_gpu"], s.batch),
+            ("--accumulate", config["gradient_accumulation_steps"], s.accumulate),
+            ("--dtype bfloat16", config["bf16"]["enabled"], s.dtype == "bfloat16"),
+            ("--dtype float16", config["fp16"]["enabled"], s.dtype == "float16")):
+        if theirs != ours:
+            raise ValueError(f"{name} is {ours} here, but {theirs} in the file")
+    if "scheduler" in config:
+        if s.warmup or s.cooldown:
+            raise ValueError("its scheduler and --warmup or --cooldown would both set the rate: give "
+                             "--warmup 0 --cooldown 0 (a model's file may set them), or take it out")
+        kind, kinds = config["scheduler"].get("type"), lr_schedules.VALID_LR_SCHEDULES
+        if kind not in kinds:
+            raise ValueError(f"its scheduler must be one of {', '.join(kinds)}")
+        params = config["scheduler"].setdefault("params", {})  # a list has an entry per group
+        one = {key: value[0] if isinstance(value, list) else value for key, value in params.items()}
+        getattr(lr_schedules, kind)(torch.optim.AdamW([torch.zeros(1)], lr=s.lr), **one)
 
 
 class Shards:
@@ -370,8 +412,6 @@ class Shards:
     zeros at the end) cut into equal parts, one per rank; the fp32 master of our part is
     single_partition_of_fp32_groups. This is no documented API, hence the pinned minor version.
     """
-    ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
     def __init__(self, engine, decay):
         self.engine, self.zero = engine, engine.optimizer
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -385,8 +425,7 @@ class Shards:
                 [[name_of[id(p)], list(p.shape), offset] for p, offset in zip(group, offsets)])
         for master, flat in zip(self.masters, self.zero.bit16_groups_flat):
             assert master.dtype == torch.float32 and master.numel() * self.world == flat.numel()
-        self.average = [m.detach().clone() for m in self.masters]
-        self.updates = 0
+        self.updates = 0  # of the average, which start_from() makes
 
     def pieces(self, rank):
         """Where a rank's parts and parameters overlap: (group, slice of the part, name, shape,
@@ -454,7 +493,6 @@ class Shards:
             "numbers": numbers,
             "updates": self.updates,
             "loss_scaler": {k: v for k, v in scaler.items() if type(v) in (bool, int, float)},
-            "engine": {key: getattr(self.engine, key) for key in self.ENGINE_COUNTERS},
             "scheduler": scheduler.state_dict() if scheduler else None,
         }
 
@@ -492,12 +530,10 @@ class Shards:
         self.updates = saved["updates"]
         for key, value in saved["loss_scaler"].items():
             setattr(self.zero.loss_scaler, key, value)
-        for key, value in saved["engine"].items():
-            setattr(self.engine, key, value)
-        passes = self.engine.gradient_accumulation_steps()  # which may be others than before
-        self.engine.micro_steps = self.engine.global_steps * passes
-        if self.engine.lr_scheduler and saved["scheduler"]:
-            self.engine.lr_scheduler.load_state_dict(saved["scheduler"])
+        scheduler = self.engine.lr_scheduler
+        if scheduler and saved["scheduler"]:
+            scheduler.load_state_dict(saved["scheduler"])
+            scheduler.step(scheduler.last_batch_iteration)  # sets the rates of the groups anew
         self.zero.update_lp_params()  # the model's weights, from the masters
 
 
@@ -576,7 +612,7 @@ def save_state(out, shards, position):
 
     def finish():
         if shards.rank == 0:
-            about = position | {"shards": saved, "ranks": shards.world}
+            about = position | {"shards": saved, "ranks": shards.world, "threads": threads}
             write(os.path.join(part, "state.json"), json.dumps(about))
             sync(part)
             if os.path.exists(final):  # damaged, or the run would not come to this step
@@ -589,36 +625,34 @@ def save_state(out, shards, position):
 
     on_all_ranks(begin)
     saved = on_all_ranks(shards.save, os.path.join(part, f"rank-{shards.rank}.safetensors"))
+    threads = of_all_ranks(torch.get_num_threads())
     on_all_ranks(finish)
 
 
-def read_state(folder):
-    """-> (its state.json, the paths of its ranks' files). Raises OSError if something is missing or
-    cut off."""
-    try:
-        with open(os.path.join(folder, "state.json")) as f:
-            info = json.load(f)
-        ranks = range(info["ranks"])
-        paths = [os.path.join(folder, f"rank-{rank}.safetensors") for rank in ranks]
+def read_state(out):
+    """-> (folder, its state.json, the paths of its ranks' files) of the newest state; None of a new
+    run. Exits with a line if something is missing or cut off. Every rank must call it."""
+    folders = of_all_ranks(saved_states(out))[0]  # a shared disk may show other ranks older ones
+    if not folders:
+        return None
+
+    newest, before = folders[-1], f"go on from {folders[-2]}" if folders[1:] else "begin anew"
+
+    def read():
+        try:
+            with open(os.path.join(newest, "state.json")) as f:
+                info = json.load(f)
+        except ValueError as e:
+            raise OSError(f"state.json: {e}") from e
+        paths = [os.path.join(newest, f"rank-{r}.safetensors") for r in range(info["ranks"])]
         for path in paths:
             safe_open(path, "pt")  # compares the length of the file with what its header says
-    except (ValueError, KeyError, SafetensorError) as e:
-        raise OSError(f"{type(e).__name__}: {e}") from e
-    return info, paths
+        return newest, info, paths
 
-
-def newest_state(out, say):
-    """-> (folder, state.json, paths) of the newest state that can be read; None of a new run."""
-    candidates = [saved_states(out)]
-    dist.broadcast_object_list(candidates)  # all ranks look at those of rank 0
-    for folder in reversed(candidates[0]):
-        try:
-            return folder, *on_all_ranks(read_state, folder)
-        except OSError as e:
-            say(f"warning: {folder} cannot be read ({e}); the state before it is used")
-    if candidates[0]:
-        sys.exit(f"train.py: no state in {out} can be read: remove its state-* to begin anew")
-    return None
+    try:
+        return on_all_ranks(read)
+    except OSError as e:
+        sys.exit(f"train.py: {newest} cannot be read ({e}): remove it to {before}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -632,13 +666,11 @@ class Log:
                "frames_per_second", "peak_memory_GB"]
 
     def __init__(self, out, step):
-        self.path = os.path.join(out, "log.csv")
-        rows = [",".join(self.COLUMNS)]
+        self.path, rows = os.path.join(out, "log.csv"), []
         if os.path.exists(self.path):
             with open(self.path) as f:
-                old = f.read().splitlines()[1:]
-            rows += [row for row in old if int(row.split(",")[0]) <= step]
-        write(self.path, "\n".join(rows) + "\n")
+                rows = [row for row in f.readlines()[1:] if int(row.split(",")[0]) <= step]
+        write(self.path, "".join([",".join(self.COLUMNS) + "\n", *rows]))
 
     def row(self, step, videos, sums, grad_norm, lr, seconds_per_step, frames_per_second, device):
         """sums: see add_losses()"""
@@ -704,6 +736,9 @@ class Run:
 
 def join_ranks(s):
     """Find the other ranks; without a launcher there are none. -> rank, world, device"""
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
+        sys.exit("train.py: srun started processes that do not know of each other: have it start "
+                 "torchrun, once per node, and torchrun this file")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -731,9 +766,25 @@ def join_ranks(s):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def hold(out, rank):
+    """Keep other runs out of a run folder, as long as the file that this returns is open. Its lock
+    ends with this process, however that ends."""
+    file, free = None, True
+    if rank == 0:
+        os.makedirs(out, exist_ok=True)
+        file = open(os.path.join(out, "lock"), "w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:  # of other kinds where the file system has no locks
+            free = not isinstance(e, BlockingIOError)
+    if not all(of_all_ranks(free)):
+        sys.exit(f"train.py: another run writes to {out}: stop it, or give another --out")
+    return file
+
+
 def open_clips(s, rank):
-    """-> the dataset, and its first item, checked. Rank 0 comes first: it builds the index of a
-    folder of videos, which the other ranks then find."""
+    """-> the dataset, which checks its items, and the first one. Rank 0 comes first: it builds the
+    index of a folder of videos, which the other ranks then find."""
     options = dict(stride=s.stride, fps=s.fps, motion=s.motion, skip_static=s.skip_static)
     if rank > 0:
         dist.barrier()
@@ -742,28 +793,32 @@ def open_clips(s, rank):
     if rank == 0:
         dist.barrier()
     config = exsvd.open_model(s.model)[1][0]
-    item = dataset[0]
-    data.check_item(item, s.frames, s.size, config.context_dim, config.ids)
-    return dataset, item
+    dataset = data.Checked(dataset, s.frames, s.size, config.context_dim, config.ids)
+    return dataset, dataset[0]
 
 
 def begin(s, rank, world, device):
     """All that comes before the first step -> Run"""
-    os.makedirs(s.out, exist_ok=True)
+    config = deepspeed_config(s)
     dataset, item = open_clips(s, rank)
     if "latents" in item and s.train == "all":
         sys.exit(f"train.py: {s.data} holds CLIP embeddings, but training CLIP needs the videos")
     torch.manual_seed(s.seed)  # of what a modified extend() draws
     svd = load_networks(s, "video" in item, device)
-    last_layer = svd.unet.conv_out.weight.float().numpy().tobytes()
-    fixed = {key: value for key, value in asdict(s).items() if key not in MAY_CHANGE}
-    fixed["model_id"] = hashlib.blake2b(last_layer, digest_size=8).hexdigest()
-    fixed = json.loads(json.dumps(fixed))  # as it will be read again: tuples become lists
     module, trained, values = prepare(s, svd)
+    fixed = {key: value for key, value in asdict(s).items() if key not in MAY_CHANGE}
+    fixed |= {"architecture": exsvd.ARCHITECTURE, "ids": svd.unet.config.ids}
+    for name in ("unet", "vae", "clip"):
+        if getattr(svd, name) is not None:
+            fixed[f"frozen weights of {name}"] = checksum_of_frozen(getattr(svd, name))
+    fixed = json.loads(json.dumps(fixed))  # as it will be read again: tuples become lists
 
     import deepspeed
-    config = deepspeed_config(s, sum(p.numel() for p in trained.values()))
+    zero, elements = config["zero_optimization"], sum(p.numel() for p in trained.values())
+    zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], elements)  # all of it is allocated
     optimizer = make_optimizer(parameter_groups(trained, s), s)
+    if isinstance(optimizer, torch.optim.Muon):
+        sys.exit("train.py: torch's Muon needs matrices; ZeRO-2 flattens groups: see make_optimizer")
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if s.dtype == "float16":  # or DeepSpeed raises before MAX_SKIPPED steps
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -781,8 +836,6 @@ def begin(s, rank, world, device):
     if svd.extension == {}:
         run.say(f"warning: {s.extension[-1]} has none of our metadata. If it is ExVideo's release, "
                 "it was tuned on latents scaled by 0.13025, and training here moves it to 0.18215")
-    if rank == 0 and not saved_states(s.out):
-        write_run_json(s, config)
     return run
 
 
@@ -792,17 +845,35 @@ def count(parameters):
     return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n / 1e3:,.1f} thousand"
 
 
-def write_run_json(s, config):
-    """Settings, versions and commit: what a run was made by."""
+def checksum_of_frozen(network):
+    """Of the parameters that are not trained."""
+    checksum = 0
+    for p in network.parameters():
+        if not p.requires_grad:
+            checksum = zlib.crc32(p.detach().cpu().flatten().view(torch.uint8).numpy(), checksum)
+    return checksum
+
+
+@cache  # what runs is the commit at the start
+def commit():
+    """That of this file, with -dirty if files differ from it; None without git."""
+    git = shutil.which("git")
+    command = [git, "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return git and subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def add_to_run_json(run, step):
+    """Add this start to run.json. A new run has no others."""
     import deepspeed
-    git, commit = shutil.which("git"), None
-    if git:
-        command = [git, "-C", HERE, "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    path, starts = os.path.join(run.s.out, "run.json"), []
+    if step > 0 and os.path.exists(path):
+        with open(path) as f:
+            starts = json.load(f)
     python = sys.version.split()[0]
     versions = {"python": python, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
-    about = {"settings": asdict(s), "deepspeed": config, "commit": commit, "versions": versions}
-    write(os.path.join(s.out, "run.json"), json.dumps(about, indent=1))
+    start = {"time": time.strftime("%F %T %z"), "step": step, "ranks": run.world, "commit": commit(),
+             "settings": asdict(run.s), "deepspeed": run.shards.engine.config, "versions": versions}
+    write(path, json.dumps([*starts, start], indent=1))
 
 
 def resume(run):
@@ -810,20 +881,23 @@ def resume(run):
     last row of log.csv, see add_losses()"""
     s, shards, fixed = run.s, run.shards, run.fixed
     sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=run.device)
-    newest = newest_state(s.out, run.say)
+    newest = read_state(s.out)
     if newest is None:
         return 0, 0, sums
     folder, info, paths = newest
-    changed = [f"{key} {value} (now {fixed.get(key)})" for key, value in info["settings"].items()
-               if fixed.get(key) != value]
+    changed = [f"{key} {value} (now {fixed[key]})" for key, value in info["settings"].items()
+               if fixed.get(key, value) != value]  # latents have no VAE
     difference = shards.difference(info["shards"])
     if changed:
         difference = f"was made with {', '.join(changed)}"
     if difference:
-        advice = " with --extension to start from its weights" if changed else ""
-        sys.exit(f"train.py: {folder} {difference}: use what it was made with, or another --out"
-                 f"{advice}")
+        sys.exit(f"train.py: {folder} {difference}: use what it was made with, or another --out "
+                 "(and --extension to start from its weights)")
     shards.load(paths, info["shards"])
+    if len(info["threads"]) == run.world and run.device.type == "cpu":
+        torch.set_num_threads(info["threads"][run.rank])  # their number changes the last bits
+    engine = shards.engine  # which counts for its own lines and curves
+    engine.global_steps, engine.global_samples = info["step"], info["videos"]
     if run.rank == 0:
         sums += torch.tensor(info["sums"], device=run.device)
     run.say(f"resumed from {folder}: step {info['step']}, {info['videos']} videos seen")
@@ -847,7 +921,7 @@ def videos_of(rank, world, batch, videos):
 
 
 def ignore_signals(_):
-    for stop in STOP_SIGNALS:  # in the readers, which launchers signal too
+    for stop in STOP_SIGNALS:  # in the readers, which launchers and terminals signal too
         signal.signal(stop, signal.SIG_IGN)
 
 
@@ -993,20 +1067,20 @@ def take_sample(run, step, videos, start):
     dist.barrier()
 
 
-def save_weights(run, path, average):
+def save_weights(run, path, average, **about):
     """Write the live module with the average in place of what is trained, in float16. For rank 0.
 
     average: {name: fp32 tensor}, see Shards.gather_average(). Of a whole model, what is not trained
-    has been rounded to --dtype."""
+    has been rounded to --dtype. about: goes into the file's metadata."""
     unet, weights = run.module.unet, run.untrained | average
     defaults = {"sample": own_sampling(run)}
+    about |= {"settings": run.fixed, "data": run.s.data, "commit": commit()}
     if run.is_extension:
         weights = {name.removeprefix("unet."): t for name, t in weights.items()}
-        exsvd.save_extension(path, unet, weights, torch.float16, run.s.extension or (),
-                             defaults=defaults, settings=run.fixed)
+        exsvd.save_extension(path, unet, weights, torch.float16, run.s.extension or (), defaults=defaults, **about)
     else:
         defaults = run.svd.meta.get("defaults", {}) | defaults
-        exsvd.save_model(path, unet, *run.decoders(), torch.float16, weights, defaults=defaults, settings=run.fixed)
+        exsvd.save_model(path, unet, *run.decoders(), torch.float16, weights, defaults=defaults, **about)
 
 
 def try_saving(run):
@@ -1025,31 +1099,48 @@ def try_saving(run):
     dist.barrier()
 
 
-def save(run, step, videos, sums, with_weights):
-    """Weights and state of a step. Every rank must call it. Raises OSError on all alike."""
+def save(run, about, sums, with_weights):
+    """Weights and state of a step. Every rank must call it. Raises OSError on all alike. about:
+    {"step", "videos", "lr", "loss"}, the loss as last logged."""
     total = sum_over_ranks(sums).tolist()
     if with_weights:  # before the state: a run that resumes from it does not write them again
         average = run.shards.gather_average()
         name = "exvideo" if run.is_extension else "model"
-        path = os.path.join(run.s.out, f"{name}-{step:06d}.safetensors")
-        on_all_ranks(lambda: None if run.rank > 0 else save_weights(run, path, average))
-        run.say(f"step {step}: saved {path}")
+        path = os.path.join(run.s.out, f"{name}-{about['step']:06d}.safetensors")
+        on_all_ranks(lambda: None if run.rank > 0 else save_weights(run, path, average, **about))
+        run.say(f"step {about['step']}: saved {path}")
     clips = getattr(run.dataset, "id", "")
-    position = {"step": step, "videos": videos, "sums": total, "settings": run.fixed, "data": clips}
-    save_state(run.s.out, run.shards, position)
+    save_state(run.s.out, run.shards, about | {"sums": total, "settings": run.fixed, "data": clips})
 
 
 # --------------------------------------------------------------------------------------------------
 # The loop
 
 
+def rate(s, step):
+    """The learning rate of a step (0 is the first), as a fraction of --lr."""
+    return min(1, (step + 1) / max(1, s.warmup), (s.steps - step) / max(1, s.cooldown))
+
+
+def not_finite(seen):
+    """Of a step that was not applied: "loss" and the clips whose loss is not finite; if all are,
+    "gradients" and all clips. Every rank must call it. seen: (names, losses) of its passes"""
+    losses = [pair for names, loss in seen for pair in zip(names, loss.tolist())]
+    losses = list(chain(*of_all_ranks(losses)))
+    bad = [name for name, loss in losses if not math.isfinite(loss)]
+    return "loss" if bad else "gradients", ", ".join(bad or [name for name, _ in losses])
+
+
 def main(argv=None):
     s = parse(argv)
     rank, world, device = join_ranks(s)
+    lock = hold(s.out, rank)  # noqa: F841, see there
     run = begin(s, rank, world, device)
     shards, engine = run.shards, run.shards.engine
     learning_rates = [group["lr"] for group in engine.optimizer.param_groups]
     step, videos, sums = resume(run)
+    if rank == 0:
+        add_to_run_json(run, step)
     try_saving(run)
     loader = iter(torch.utils.data.DataLoader(
         run.dataset, batch_sampler=videos_of(rank, world, s.batch, videos), num_workers=s.workers,
@@ -1061,18 +1152,24 @@ def main(argv=None):
         shutil.rmtree(os.path.join(s.out, "progress"), ignore_errors=True)  # left without states
         take_sample(run, step, videos, start)
     stop = []
+
+    def note(received, _):
+        stop.append(received)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
     for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, lambda received, _: stop.append(received))
+        signal.signal(stop_signal, note)
     run.say(f"rank 0 is process {os.getpid()}: send SIGTERM to it, or another rank, to stop early")
 
     bar = tqdm(total=s.steps, initial=step, desc="training", unit="step", disable=rank > 0)
     skipped = 0  # steps in a row that were not applied, since gradients were not finite
-    logged, began = step, time.perf_counter()
+    logged, began, mean = step, time.perf_counter(), None
     while step < s.steps:
         # 1. forward and backward, --accumulate times
-        if s.warmup:
+        if engine.lr_scheduler is None:  # else that sets the rate, when a step ends
             for group, lr in zip(engine.optimizer.param_groups, learning_rates):
-                group["lr"] = lr * min(1, (step + 1) / s.warmup)
+                group["lr"] = lr * rate(s, step)
+        lr, seen = engine.optimizer.param_groups[0]["lr"], []
         for _ in range(s.accumulate):
             item = next(loader)
             x, cond, ctx, ids = inputs(run, item)
@@ -1083,6 +1180,7 @@ def main(argv=None):
             engine.backward(loss.mean())
             engine.step()  # reduces gradients; updates on the last of --accumulate calls
             add_losses(sums, loss.detach(), sigma)
+            seen.append((item["name"], loss.detach()))
             videos += world * s.batch
         step += 1
         bar.update()
@@ -1091,8 +1189,12 @@ def main(argv=None):
         skipped = 0 if engine.was_step_applied() else skipped + 1
         if skipped == 0:
             shards.update_average()
-        if skipped == MAX_SKIPPED:
-            sys.exit(f"train.py: no finite gradients in {skipped} steps, on {item['name']}")
+        else:
+            what, names = not_finite(seen)
+            if what == "loss" or s.dtype != "float16":  # which skips steps to find its loss scale
+                run.say(f"warning: step {step} is left out: no finite {what} on {names}")
+            if skipped == MAX_SKIPPED:
+                sys.exit(f"train.py: no finite gradients in {skipped} steps, on {names}")
 
         # 3. log, sample, save; leave together
         leaving = step == s.steps or any(of_all_ranks(bool(stop)))
@@ -1101,7 +1203,7 @@ def main(argv=None):
             if rank == 0:
                 n = step - logged
                 speed = n * s.accumulate * world * s.batch * s.frames / seconds
-                lr, norm = engine.optimizer.param_groups[0]["lr"], engine.get_global_grad_norm()
+                norm = engine.get_global_grad_norm()
                 try:
                     log.row(step, videos, total, norm, lr, seconds / n, speed, device)
                 except OSError as e:
@@ -1115,8 +1217,9 @@ def main(argv=None):
             take_sample(run, step, videos, start)
         with_weights = step % s.weights_every == 0 or leaving
         if step % s.save_every == 0 or with_weights:
+            about = {"step": step, "videos": videos, "lr": lr, "loss": mean}
             try:
-                save(run, step, videos, sums, with_weights)
+                save(run, about, sums, with_weights)
             except OSError as e:
                 if leaving:
                     sys.exit(f"train.py: step {step} could not be saved ({e}). Make room: the same "
@@ -1134,6 +1237,8 @@ if __name__ == "__main__":
         main()
     except (exsvd.WeightsError, data.MediaError) as e:
         sys.exit(f"train.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped")
     except RuntimeError as e:
         if not sample.is_out_of_memory(e):
             raise
