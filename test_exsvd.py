@@ -3617,9 +3617,9 @@ WARMUP_LR = {"scheduler": {"type": "WarmupLR"}}
     ({"zero_optimization": {"buckets": 1}}, "buckets Extra inputs"), ({"bf16": True}, "bf16 must be an object"),
     ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size Input should be a valid integer"),
     ({"gradient_clipping": "big"}, "gradient_clipping must be a number"), ({"train_batch_size": 7}, "7 != 1"),
-    ({"zero_optimization": {"stage": 3}}, "the ZeRO stage is 2 here, but 3"),
-    ({"gradient_accumulation_steps": 4}, "--accumulate is 1 here, but 4"),
-    ({"bf16": {"enabled": True}}, "--dtype bfloat16 is False here"),
+    ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage must be 2: "),
+    ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps must be 1: "),
+    ({"bf16": {"enabled": True}}, "bf16.enabled must be False"),
     ({"scheduler": {"type": "StepLR"}}, "must be one of LRRangeTest, .*WarmupLR"),
     ({"scheduler": {"type": "WarmupDecayLR"}}, "'total_num_steps'"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "1"}}}, "must be a positive integer")])

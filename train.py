@@ -48,8 +48,8 @@ bit-identically (on CUDA: with --deterministic). Another number of ranks continu
 state is cut anew, and no video is seen twice. When a save fails, the run warns and goes on.
 
 To stop early and lose nothing, press Ctrl-C once, or send SIGTERM or SIGUSR1 to one training
-process (rank 0 prints its id) or to all: the ranks agree, save and leave. `deepspeed` itself does
-not pass a signal on; it and torchrun kill 30 s after a Ctrl-C. Several nodes without a hostfile:
+process (rank 0 prints its id) or to all: the ranks agree, save and leave. `deepspeed` passes only
+Ctrl-C on, torchrun SIGTERM too; both kill 30 s later. Several nodes without a hostfile:
 
     torchrun --nnodes 2 --node_rank K --nproc_per_node 8 --master_addr HOST --master_port 29500 \
         train.py --model ... --data ... --out /shared/run
@@ -73,7 +73,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, reduce
 from itertools import chain, zip_longest
 
 import numpy as np
@@ -381,16 +381,12 @@ def check_config(s, config):
     DeepSpeedConfig(Config(config))
     if not known.issuperset(config):
         raise ValueError(f"DeepSpeed does not know {', '.join(config.keys() - known)}")
-    zero = config["zero_optimization"]
-    for name, theirs, ours in (
-            ("the ZeRO stage", zero["stage"], 2),  # for which Shards is written
-            ("round_robin_gradients", zero["round_robin_gradients"], False),
-            ("--batch", config["train_micro_batch_size_per_gpu"], s.batch),
-            ("--accumulate", config["gradient_accumulation_steps"], s.accumulate),
-            ("--dtype bfloat16", config["bf16"]["enabled"], s.dtype == "bfloat16"),
-            ("--dtype float16", config["fp16"]["enabled"], s.dtype == "float16")):
-        if theirs != ours:
-            raise ValueError(f"{name} is {ours} here, but {theirs} in the file")
+    own = deepspeed_config(replace(s, deepspeed_config=None))
+    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16.enabled",
+                 "fp16.enabled", "zero_optimization.stage", "zero_optimization.round_robin_gradients"):
+        theirs, ours = (reduce(dict.get, name.split("."), settings) for settings in (config, own))
+        if theirs != ours:  # Shards is written for ZeRO-2
+            raise ValueError(f"{name} must be {ours}: see --batch, --accumulate, --dtype, Shards")
     if "scheduler" in config:
         if s.warmup or s.cooldown:
             raise ValueError("its scheduler and --warmup or --cooldown would both set the rate: give "
@@ -589,7 +585,7 @@ def on_all_ranks(f, *args):
     result = problem = None
     try:
         result = f(*args)
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, json.JSONDecodeError) as e:
         problem = e
     for message in of_all_ranks(problem and str(problem)):
         if message:
@@ -639,11 +635,8 @@ def read_state(out):
     newest, before = folders[-1], f"go on from {folders[-2]}" if folders[1:] else "begin anew"
 
     def read():
-        try:
-            with open(os.path.join(newest, "state.json")) as f:
-                info = json.load(f)
-        except ValueError as e:
-            raise OSError(f"state.json: {e}") from e
+        with open(os.path.join(newest, "state.json")) as f:
+            info = json.load(f)
         paths = [os.path.join(newest, f"rank-{r}.safetensors") for r in range(info["ranks"])]
         for path in paths:
             safe_open(path, "pt")  # compares the length of the file with what its header says
