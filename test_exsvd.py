@@ -3680,7 +3680,7 @@ def test_a_lora_over_a_frozen_release(small, extensions, clips, lora, pictures, 
         return latents_of(tmp_path / "x.mp4")
 
     assert not torch.equal(sampled(release, str(path)), sampled(release))
-    with pytest.raises(exsvd.WeightsError, match="was trained over e.safetensors: give that file"):
+    with pytest.raises(exsvd.WeightsError, match="was trained over e.safetensors: give that extension"):
         exsvd.load(small, path)
     monkeypatch.setattr(lora, "RANK", 4)
     with pytest.raises(SystemExit, match=r"\.A', \[8, 16\].* where this run has .*\[4, 16\]"):
