@@ -13,8 +13,8 @@
 
 T is the number of frames; H and W are in pixels; a size is (W, H). The functions that read return
 uint8 RGB, channels last: (H, W, 3) or (T, H, W, 3). fit_image turns a frame into what the model
-takes: float32 (3, H, W) in [-1, 1]. Pillow reads pictures, FFmpeg (through PyAV) reads videos.
-Colour profiles of pictures are applied; those of videos, and HDR transfer curves, are not.
+takes: float32 (3, H, W) in [-1, 1]. Pillow reads pictures, FFmpeg (through PyAV) reads videos. HDR
+and wide gamuts become SDR; colour profiles of pictures are applied, those in videos are not.
 """
 import argparse
 import bisect
@@ -30,8 +30,10 @@ import math
 import numbers
 import operator
 import os
+import re
 import sys
 import tempfile
+import threading
 import types
 import warnings
 import zlib
@@ -80,14 +82,25 @@ def unreadable(path, reason):
     return MediaError(f"{path}: cannot be read: {reason}")
 
 
+def unusable(path, reason, options="-crf 16"):
+    """The MediaError of a video that is readable but cannot be used. options: of ffmpeg's."""
+    command = f'ffmpeg -i "{os.path.basename(path)}" {options} out.mp4'
+    return MediaError(f"{path}: {reason}; encode it again, for example with {command}")
+
+
 # --------------------------------------------------------------------------------------------------
 # 1. Reading
 
 PICTURES = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PNG PPM QOI TIFF WEBP".split()  # else FFmpeg
-# Bilinear, accurate rounding, full chroma (PyAV has names for these flags from version 18 on).
-# Without them swscale repeats chroma samples, and coloured edges come out wrong.
-EXACT = 0x2 | 0x40000 | 0x2000
-UNTAGGED = 2  # FFmpeg's number for a colour space that the file does not name
+with contextlib.suppress(ImportError):
+    import pillow_heif  # optional: HEIC, which iPhones save
+    pillow_heif.register_heif_opener()
+    PICTURES.append("HEIF")
+# Accurate rounding, full chroma (PyAV has names for these flags from version 18 on). Without them
+# swscale repeats chroma samples, and coloured edges come out wrong.
+EXACT = 0x40000 | 0x2000
+BT709, UNTAGGED = 1, 2  # FFmpeg's numbers of colour spaces, transfer curves and primaries
+HDR, WIDE = (16, 18), (9, 11, 12)  # curves of PQ and HLG; primaries of BT.2020, DCI and Display P3
 
 
 def _open_picture(path):
@@ -98,35 +111,42 @@ def _open_picture(path):
         return ImageOps.exif_transpose(picture)
     except UnidentifiedImageError:
         return None
+    except Image.DecompressionBombError as e:
+        raise unreadable(path, "it has more than 179 megapixels; shrink it first") from e
     except Exception as e:  # a damaged file can make Pillow raise anything
         raise unreadable(path, e) from e
 
 
-def _srgb(picture, profile):
-    """A picture in sRGB, as RGB. profile: ICC, as bytes; one that does not fit is ignored."""
-    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(picture, io.BytesIO(profile), srgb, outputMode="RGB")
-    return picture.convert("RGB")
-
-
-def _picture_pixels(picture):
+def _picture_pixels(path, picture):
     """A Pillow image in sRGB, on white: uint8 (H, W, 3)."""
     profile = picture.info.get("icc_profile", b"")
     if picture.mode[0] in "IF":  # grey of more than 8 bits, which convert() would clip
         grey = np.asarray(picture) * (255.0 if picture.mode == "F" else 1 / 257)
         picture = Image.fromarray(np.rint(np.nan_to_num(grey).clip(0, 255)).astype(np.uint8))
-    image = _srgb(picture if picture.mode in ("CMYK", "L") else picture.convert("RGB"), profile)
+    image = picture if picture.mode in ("CMYK", "L") else picture.convert("RGB")
+    try:
+        srgb = ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # none, or it does not fit
+        image = image.convert("RGB")
     if picture.has_transparency_data:
         page = Image.new("RGB", image.size, "white")
         page.paste(image, None, picture.convert("RGBA").getchannel("A"))
         image = page
+    with open(path, "rb") as file:  # AVIF, HEIC and PNG name HDR by numbers that Pillow ignores
+        named = re.search(rb"colrnclx\0(.)\0(.)|cICP(.)(.)", file.read(2**16), re.DOTALL)
+    if named and not profile:
+        frame = av.VideoFrame.from_image(image)
+        frame.color_primaries, frame.color_trc = (x[0] for x in named.groups() if x)
+        return _as_shown(path, frame)
     return torch.from_numpy(np.array(image))
 
 
 @contextlib.contextmanager
 def _container(path):
     """The PyAV container of a file. An error of FFmpeg within the `with` block is a MediaError."""
+    if "\0" in str(path):
+        raise unreadable(path, "no file name holds a NUL character")
     try:
         with open(path, "rb") as file:
             # FFmpeg gets the content alone, since it would interpret a name such as a%03d.png. The
@@ -134,6 +154,9 @@ def _container(path):
             content = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
             options = {"protocol_whitelist": "none"}
             with av.open(content, options=options, metadata_errors="replace") as container:
+                if _tags(container).get("major_brand", "")[:3] in ("hei", "hev", "mif", "msf"):
+                    # of a picture in tiles FFmpeg gives one
+                    raise unreadable(path, "HEIC needs another package: pip install pillow-heif")
                 yield container
     except (OSError, av.FFmpegError) as e:
         raise unreadable(path, e) from e
@@ -161,7 +184,8 @@ def _decode(path, seek=None):
     """Yields (PyAV frame, stream) for the frames of a video in the order in which they are shown,
     from the start or from the key frame at or before the time stamp `seek`.
 
-    Frames that are damaged are left out. Raises MediaError, also if a whole video is."""
+    Frames that are damaged are left out. Raises MediaError, also if a whole video is, or if it is
+    interlaced."""
     decoded = False
     with _container(path) as container:
         stream = container.streams.best("video")
@@ -174,33 +198,64 @@ def _decode(path, seek=None):
             except (av.FFmpegError, ValueError):
                 continue
             for frame in frames:
-                if not frame.is_corrupt:
-                    decoded = True
-                    yield frame, stream
+                if frame.is_corrupt:
+                    continue
+                if frame.interlaced_frame:
+                    reason = "interlaced: its frames show two moments"
+                    raise unusable(path, reason, "-vf bwdif=0 -crf 16")
+                decoded = True
+                yield frame, stream
     if not decoded and seek is None:
         raise unreadable(path, "none of its frames can be decoded")
 
 
-def _convert(path, frame, form, **options):
-    """The pixels of a PyAV frame in another format: uint8 (H, W, C)."""
-    # This reformatter is our own, since that of a frame has threads. A forked worker of a
-    # DataLoader that frees such a frame hangs.
+_hdr = threading.local()  # keeps a scaler per thread, since the tables for HDR take two seconds
+
+
+def _convert(path, frame, form, scaler=None, **options):
+    """A PyAV frame in another format."""
+    # One thread: a forked worker of a DataLoader that frees a scaler with threads hangs.
     try:
-        return VideoReformatter().reformat(frame, format=form, **options).to_ndarray()
+        scaler = scaler or VideoReformatter()
+        return scaler.reformat(frame, format=form, threads=1, **options)
     except (av.FFmpegError, ValueError) as e:
         raise unreadable(path, e) from e
 
 
-def _frame_pixels(path, frame):
-    """A PyAV frame on white, rotated as its container says: uint8 (H, W, 3)."""
+def _as_shown(path, frame, stream=None, size=None):
+    """A PyAV frame as players show it: uint8 (H, W, 3), on white, in SDR (203 nits are white), with
+    the shape of pixels and the orientation that stream and frame name. size: (W, H), which it is
+    scaled to cover (bicubic) and cropped to about the centre."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # A pixel at (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
+    turned = abs(b) > abs(a)
+    down, across = (b, c) if turned else (d, a)
+    aspect = stream and stream.sample_aspect_ratio or 1
+    W, H = frame.width * max(aspect, 1), frame.height * max(1 / aspect, 1)
+    w, h = (round(W), round(H)) if size is None else size[::-1] if turned else size
+    scale = max(w / W, h / H)
+    W, H = max(w, round(W * scale)), max(h, round(H * scale))
     # As players do: untagged video of 720 lines and more is BT.709, the rest BT.601.
-    hd = frame.colorspace == UNTAGGED and frame.height >= 720
-    matrix = Colorspace.ITU709 if hd else None
-    x = _convert(path, frame, "rgba", interpolation=EXACT, src_colorspace=matrix)  # (H, W, 4)
-    x, alpha = x[..., :3], x[..., 3:]
-    if alpha.min() < 255:
-        x = np.rint(255 - (255 - x) * (alpha / np.float32(255))).astype(np.uint8)
-    return torch.from_numpy(np.rot90(x, frame.rotation // 90).copy())  # counterclockwise
+    hd = frame.colorspace == UNTAGGED and frame.height >= 720 and not frame.format.is_rgb
+    how = {"interpolation": Interpolation.BICUBIC | EXACT | 0x4000,  # also full chroma of RGB
+           "src_colorspace": Colorspace.ITU709 if hd else None}
+    curve, primaries = frame.color_trc, frame.color_primaries
+    if frame.format.has_palette or any(x.is_alpha for x in frame.format.components):
+        x = _convert(path, frame, "rgba", **how).to_ndarray()
+        x = 255 - (255 - x[..., :3]) * (x[..., 3:] / np.float32(255))
+        frame = av.VideoFrame.from_ndarray(np.rint(x).astype(np.uint8), "rgb24")
+        frame.color_trc, frame.color_primaries = curve, primaries
+    wide = curve in HDR or primaries in WIDE
+    frame = _convert(path, frame, "gbrp16le" if wide else "gbrp", width=W, height=H, **how)
+    if wide:
+        scaler = _hdr.__dict__.setdefault("scaler", VideoReformatter())
+        frame = _convert(path, frame, "gbrp", scaler, dst_color_primaries=BT709,
+                         dst_color_trc=BT709 if curve in HDR else curve)
+    top, left = (H - h) // 2, (W - w) // 2
+    x = frame.to_ndarray()[top:top + h, left:left + w]
+    x = x.swapaxes(0, 1) if turned else x
+    return torch.from_numpy(x[::-1 if down < 0 else 1, ::-1 if across < 0 else 1].copy())
 
 
 def read_image(path):
@@ -212,16 +267,16 @@ def read_image(path):
     else:
         picture = _open_picture(path)
     if picture is not None:
-        return _picture_pixels(picture)
-    frame, _ = next(_decode(path))
-    return _frame_pixels(path, frame)
+        return _picture_pixels(path, picture)
+    return next(video_frames(path))[0]
 
 
-def video_frames(path):
+def video_frames(path, size=None):
     """Yields the frames of a video or an animation: (uint8 (H, W, 3), its time in seconds or None,
-    the frame rate that the file declares or None). Raises MediaError."""
+    the frame rate that the file declares or None). size: (W, H), which frames are scaled to cover
+    and cropped to. Raises MediaError."""
     for frame, stream in _decode(path):
-        yield _frame_pixels(path, frame), frame.time, stream.average_rate
+        yield _as_shown(path, frame, stream, size), frame.time, stream.average_rate
 
 
 def frame_rate(times, declared=None):
@@ -245,18 +300,16 @@ def read_settings(path):
         return json.loads(_tags(container).get("comment", "null"))
 
 
-def fit_image(img, width, height, aspect=1):
+def fit_image(img, width, height):
     """uint8 (H, W, 3), or float (3, H, W) in [-1, 1], -> float32 (3, height, width) in [-1, 1]:
-    scaled to cover that size, then centre cropped. Antialiased bicubic, undistorted. aspect: width
-    of a pixel over its height."""
+    scaled to cover that size, then centre cropped. Antialiased bicubic, undistorted."""
     if img.dtype == torch.uint8:
         img = to_float(img.permute(2, 0, 1))
     elif img.shape[1:] == (height, width):
         return img
     _, H, W = img.shape
-    scale = max(width / (W * aspect), height / H) * (1 + 1e-9)  # rounding must not lose a pixel
-    factors = (float(scale), float(scale * aspect))
-    img = F.interpolate(img[None], scale_factor=factors, mode="bicubic", antialias=True)
+    scale = max(width / W, height / H) * (1 + 1e-9)  # rounding must not lose a pixel
+    img = F.interpolate(img[None], scale_factor=scale, mode="bicubic", antialias=True)
     y, x = (img.shape[2] - height) // 2, (img.shape[3] - width) // 2
     img = img[0, :, y:y + height, x:x + width]
     return img.clamp(-1, 1).contiguous()  # bicubic overshoots at edges
@@ -370,7 +423,8 @@ class VideoWriter:
             x = np.pad(x, ((0, H % 2), (0, W % 2), (0, 0)), "edge")  # chroma has half the size
             frame = av.VideoFrame.from_ndarray(x, "rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709,
-                                   dst_color_range=ColorRange.MPEG, interpolation=EXACT)
+                                   dst_color_range=ColorRange.MPEG,
+                                   interpolation=Interpolation.BILINEAR | EXACT)
         if not self.container:
             self._start(frame)
         frame.pts, frame.time_base = round(self.count / self.fps / self.tick), self.tick
@@ -493,7 +547,7 @@ def draw_conditions(seed, names, size):
 # shown. Headers are not used: they count damaged, hidden and missing frames. A shot is what lies
 # between two hard cuts; clips never cross one.
 
-INDEX = ".exsvd-index-5.jsonl"  # the number changes with the format
+INDEX = ".exsvd-index-6.jsonl"  # the number changes with the format
 SUFFIXES = set(".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf"
                " .ogv .ts .vob .webm .wmv .y4m".split())  # in folders; a list may name any file
 COLUMNS = ("path", "video", "file")  # where the path is in a .csv or .json list
@@ -502,15 +556,14 @@ csv.field_size_limit(2**31 - 1)  # captions may be long
 
 def _read_list(source):
     """The paths that a list holds, as they stand there."""
-    kind = source.suffix.lower()
-    if kind not in (".txt", ".csv", ".json"):
+    readers = {".txt": lambda f: f.read().split("\n"), ".json": json.load,
+               ".csv": lambda f: list(csv.DictReader(f))}
+    reader = readers.get(source.suffix.lower())
+    if reader is None:
         raise unreadable(source, "there is no such folder, and it is no .txt, .csv or .json list")
     try:
         with open(source, encoding="utf-8-sig", newline="") as f:  # -sig drops a byte order mark
-            if kind == ".csv":
-                rows = list(csv.DictReader(f))
-            else:
-                rows = json.load(f) if kind == ".json" else f.read().split("\n")
+            rows = reader(f)
     except (OSError, ValueError, csv.Error) as e:
         raise unreadable(source, e) from e
     if not isinstance(rows, list):
@@ -530,14 +583,20 @@ def _read_list(source):
 def list_files(source):
     """The files of a set of videos: {name: path}, sorted. Raises MediaError.
 
-    source: a folder, searched recursively; a .txt list, a path per line; a .csv list with a column
-    named path, video or file; or a .json list of paths, or of objects with such a key. A name is
-    the path relative to the folder, or to the folder of the list."""
+    source: a folder, searched recursively and through links; a .txt list, a path per line; a .csv
+    list with a column named path, video or file; or a .json list of paths, or of objects with such
+    a key. A name is the path relative to the folder, or to the folder of the list."""
     source = Path(source)
     root = os.path.abspath(source if source.is_dir() else source.parent)
     if source.is_dir():
-        found = [p for p in Path(root).rglob("*") if p.suffix.lower() in SUFFIXES]
-        paths = [str(p) for p in found if p.is_file() and not p.name.startswith(".")]
+        paths, seen = [], set()
+        for folder, folders, names in os.walk(root, followlinks=True):
+            new = os.path.realpath(folder) not in seen  # links may lead around in a circle
+            seen.add(os.path.realpath(folder))
+            folders[:] = sorted(folders) if new else []
+            paths += [os.path.join(folder, name) for name in names if new and name[0] != "."
+                      and os.path.splitext(name)[1].lower() in SUFFIXES]
+        paths = filter(os.path.isfile, paths)
     else:
         paths = _read_list(source)
     files = {}
@@ -576,22 +635,20 @@ def scan(path):
         for frame, stream in _decode(path):
             if stamps and stamps[-1] is not None and frame.pts == stamps[-1]:
                 continue  # two frames at one time: the second is never shown
-            x = _convert(path, frame, "rgb24", **THUMBNAIL) / np.float32(255)
+            x = _convert(path, frame, "rgb24", **THUMBNAIL).to_ndarray() / np.float32(255)
             distances = [float(np.abs(x - y).mean()) for y in recent]
             lags.append(distances + [math.inf] * (3 - len(recent)))
             recent.appendleft(x)
             stamps.append(frame.pts)
             base = stream.time_base
+        steps = np.diff([0 if stamp is None else stamp for stamp in stamps])
+        back = np.flatnonzero(steps < 0)
+        if None in stamps or len(back) > max(1, len(steps) / 20):  # a bare stream; AVI, B-frames
+            raise unusable(path, "no time stamps: its frames do not say when they are shown")
+        if len(back):
+            raise unusable(path, f"clock jumps back: after frame {back[0]}, as in joined files")
     except MediaError as e:
         return {"error": str(e).removeprefix(f"{one_line(path)}: ")}
-    file = one_line(os.path.basename(path))
-    advice = f'encode it again, for example with ffmpeg -i "{file}" -crf 16 out.mp4'
-    steps = np.diff([0 if stamp is None else stamp for stamp in stamps])
-    back = np.flatnonzero(steps < 0)
-    if None in stamps or len(back) > max(1, len(steps) / 20):  # a bare stream; AVI with B-frames
-        return {"error": f"no time stamps: its frames do not say when they are shown; {advice}"}
-    if len(back):
-        return {"error": f"clock jumps back: after frame {back[0]}, as in joined files; {advice}"}
     lags = np.array(lags)
     cuts = find_cuts(lags)
     changes = []  # how much the thumbnails of each shot change per frame
@@ -747,8 +804,7 @@ def _numbered(path, entry, size, wanted=None, seek=None):
             continue
         before, pixels = number, None
         if wanted is None or number in wanted:
-            img = _frame_pixels(path, frame)
-            pixels = to_uint8(fit_image(img, *size, stream.sample_aspect_ratio or 1))
+            pixels = _as_shown(path, frame, stream, size).permute(2, 0, 1)
         yield number, pixels
 
 
@@ -787,10 +843,10 @@ class Clips:
 
     def __post_init__(self):
         self.size = W, H = list(self.size)  # a list, as in JSON
-        positive = min(self.frames, self.stride, self.fps or 1, self.start_every, W, H) > 0
-        if not positive or W % 64 or H % 64:
+        least = min(self.frames, self.stride, self.fps or 1, self.start_every, W, H)
+        if least < 1 or W % 64 or H % 64:
             raise MediaError(f"frames {self.frames}, stride {self.stride}, fps {self.fps}, size "
-                             f"{W}x{H}: must be positive, sizes multiples of 64")
+                             f"{W}x{H}: must be at least 1, sizes multiples of 64")
         self.index = self._open()  # {name: what scan() found}
         self.usable, self.left_out = {}, {}  # {name: ranges of first frames}, {name: why not}
         for name, entry in self.index.items():
@@ -807,19 +863,29 @@ class Clips:
         return build_index(self.source, self.files)
 
     def _find_clips(self, name, entry):
-        every = np.arange(entry["frames"])
-        last = self._picks(_times(entry), every, self.frames - 1)  # of a clip that starts there
-        shots = list(itertools.pairwise([0, *entry["cuts"], entry["frames"]]))
-        starts = [range(a, a + np.count_nonzero(last[a:b] < b), self.start_every) for a, b in shots]
-        moving = [s for s, change in zip(starts, entry["change"]) if change >= self.skip_static]
-        if any(moving):
-            self.usable[name] = moving
-        elif any(starts):
+        times, every = _times(entry), np.arange(entry["frames"])
+        ends = [*entry["cuts"], entry["frames"]]
+        shots = np.diff([0, *ends])  # their lengths
+        last = self._picks(times, every, self.frames - 1)  # of a clip that starts there
+        fits = fast = every[last < np.repeat(ends, shots)]
+        if np.diff(times).max(initial=0) * (self.fps or self.stride) > 1:
+            pause = 2.001 if self.fps else 1.001  # seconds; 0.001 for rounding
+            for k in range(1, self.frames):  # no frame may come twice, or after a pause
+                a, b = times[self._picks(times, fast, np.array([[k - 1], [k]]))]
+                fast = fast[(a < b) & (b - a < pause)]
+        moving = np.repeat(np.array(entry["change"]) >= self.skip_static, shots)  # (N,)
+        use = fast[moving[fast]]
+        if len(use):
+            runs = [x.tolist() for x in np.split(use, np.flatnonzero(np.diff(use) > 1) + 1)]
+            self.usable[name] = [range(x[0], x[-1] + 1, self.start_every) for x in runs]
+        elif len(fast):
             most = max(entry["change"])
             self.left_out[name] = f"static: frames differ by {most}, {self.skip_static} needed"
+        elif len(fits):
+            self.left_out[name] = (f"too slow: {frame_rate(times):.3g} frames per second; "
+                                   f"{self.fps or self.stride:g} needed, without pauses")
         else:
-            longest = max(b - a for a, b in shots)
-            self.left_out[name] = f"too short: {entry['frames']} frames, {longest} without a cut"
+            self.left_out[name] = f"too short: {len(every)} frames, {max(shots)} without a cut"
 
     def _picks(self, times, start, k):
         """The number of frame k = 0, 1, ... of a clip; N or more past the end of the file.

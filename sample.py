@@ -840,9 +840,9 @@ def decode_again(a, given, model, device):
     print(f"{out}: {s.frames} frames at {s.fps:g} fps, {peak_memory(device)} at the peak")
 
 
-# A video to refine: unscaled latents (n,4,h,w) on the CPU, its first frame, uint8 (H,W,3), as it is
-# seen.
-Video = namedtuple("Video", "latents fps first")
+# A video to refine: unscaled latents (n,4,h,w) on the CPU, the time of each in seconds, (n,), its
+# first frame, uint8 (H,W,3), as it is seen.
+Video = namedtuple("Video", "latents times fps first")
 
 
 @torch.inference_mode()
@@ -857,23 +857,28 @@ def open_video(path, size, vae, device):
         shown = adjust(latents, s, keyframes)
         with on_device(device, vae):
             first = decoded_frame(vae, shown.to(device), 0, s.decode_chunk)
-        return Video(shown[0] / exsvd.VAE_SCALE, s.fps, to_pixels(first[None])[0])
-    latents, times, first = [], [], None
+        times = torch.arange(s.frames) / s.fps
+        return Video(shown[0] / exsvd.VAE_SCALE, times, s.fps, to_pixels(first[None])[0])
+    latents, times, first = [], [], data.read_image(path)
+    H, W = first.shape[:2]
+    size = size or data.default_size(W, H, W * H)
     with on_device(device, vae), tqdm(desc="encoding", unit="frame") as bar:
-        for frame, seconds, declared in data.video_frames(path):  # one by one, to save memory
-            if first is None:
-                H, W = frame.shape[:2]
-                first, size = frame, size or data.default_size(W, H, W * H)
-            frame = data.fit_image(frame, *size)[None].to(device)
+        for frame, seconds, declared in data.video_frames(path, size):  # one by one: less memory
+            frame = data.to_float(frame.permute(2, 0, 1)[None].to(device))
             latents.append(vae.encode(frame)[0].float().cpu())
             times.append(seconds)
             bar.update()
-    return Video(torch.stack(latents), data.frame_rate(times, declared), first)
+    fps = data.frame_rate(times, declared)
+    if None in times or times != sorted(times):  # a bare stream
+        times = [i / fps for i in range(len(times))]
+    return Video(torch.stack(latents), torch.tensor(times, dtype=torch.float64), fps, first)
 
 
-def resampled(latents, frames):
-    """Latents (n,4,h,w) of evenly spaced frames: (1,frames,4,h,w)."""
-    return latents[torch.linspace(0, len(latents) - 1, frames).round().long()][None]
+def resampled(video, frames):
+    """Latents of a Video at evenly spaced times, each of the frame nearest in time:
+    (1,frames,4,h,w)."""
+    at = torch.linspace(video.times[0], video.times[-1], frames, dtype=video.times.dtype)
+    return video.latents[torch.bucketize(at, (video.times[1:] + video.times[:-1]) / 2)][None]
 
 
 def load(a, given, model, extension, device):
@@ -904,7 +909,7 @@ def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
         return data.fit_image(picture, *s.size)
 
     begin = time.perf_counter()
-    start = None if video is None else resampled(video.latents, s.frames)
+    start = None if video is None else resampled(video, s.frames)
     latents = make_latents(svd, fit(img), s, device, start, None if end is None else fit(end),
                            {number: fit(frame) for number, frame in keyframes.items()})
     sampled = time.perf_counter()

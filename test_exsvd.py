@@ -1462,9 +1462,56 @@ def test_unreadable_files_raise_one_line(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_picture_too_large_for_pillow_says_so(tmp_path):
+    (tmp_path / "x.png").write_bytes(png_head(20000, 10000, 8) + file_of(corners(), "PNG")[33:])
+    with pytest.raises(data.MediaError, match="more than 179 megapixels; shrink it"):
+        data.read_image(tmp_path / "x.png")
+
+
+def test_heic_is_read_whole_or_refused_with_the_line_to_install(tmp_path, reads, monkeypatch):
+    pytest.importorskip("pillow_heif")
+    heic = file_of(corners(), "HEIF", quality=95, chroma=444)
+    reads(heic, corners(), 8)
+    monkeypatch.setattr(data, "PICTURES", [x for x in data.PICTURES if x != "HEIF"])
+    with pytest.raises(data.MediaError, match="pip install pillow-heif"):
+        data.read_image(tmp_path / "x")
+
+
+def pq(nits):
+    """The code value in [0, 1] of SMPTE ST 2084."""
+    y = (nits / 10000) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+
+
+@pytest.mark.parametrize("curve, white, quarter, grey", [
+    (16, pq(203), pq(50.75), 143), (18, 0.75, 0.5, 143), (14, 1, 0.5, 127)], ids=["PQ", "HLG", "SDR"])
+def test_hdr_and_bt2020_become_sdr(tmp_path, reads, curve, white, quarter, grey):
+    """White of 203 nits, a quarter of its light, and (of SDR) BT.709's red in BT.2020."""
+    red = np.array([0.6274, 0.0691, 0.0164]) ** (1 / 2.4)
+    codes = np.stack([[white] * 3, [quarter] * 3, red]).repeat(16, 0)[None].repeat(32, 0)
+    want = np.array([[255] * 3, [grey] * 3, [255, 0, 0]]).repeat(16, 0)[None].repeat(32, 0)
+    frame = av.VideoFrame.from_ndarray(np.rint(65535 * codes).astype(np.uint16), "rgb48le")
+    with av.open(str(tmp_path / "v.mkv"), "w") as c:
+        s = c.add_stream("ffv1", rate=5)
+        s.width, s.height, s.pix_fmt = 48, 32, "yuv444p10le"
+        s.codec_context.color_trc, s.codec_context.color_primaries = curve, 9
+        s.codec_context.colorspace, s.codec_context.color_range = 9, 1
+        frame = frame.reformat(format=s.pix_fmt, dst_colorspace=9, dst_color_range=1)
+        c.mux([*s.encode(frame), *s.encode(None)])
+    error = np.abs(data.read_image(tmp_path / "v.mkv").numpy() - want)
+    assert error[:, :32].max() <= 4
+    assert curve != 14 or error[:, 32:].max() < 30, "off by 84 where it is not converted"
+    if curve == 16:
+        codes, want = np.rint(255 * codes)[:, :32].astype(np.uint8), want[:, :32]
+        avif, png = file_of(codes, "AVIF"), file_of(codes, "PNG")
+        at = avif.index(b"colrnclx") + 8
+        reads(avif[:at] + bytes([0, 9, 0, curve]) + avif[at + 4:], want, 4)
+        reads(png[:33] + png_chunk(b"cICP", bytes([9, curve, 0, 1])) + png[33:], want, 4)
+
+
 def test_only_errors_of_the_library_are_called_damage(tmp_path, monkeypatch):
     data.write_png(tmp_path / "x.png", corners())
-    monkeypatch.setattr(data, "_picture_pixels", lambda picture: undefined_name)  # noqa: F821
+    monkeypatch.setattr(data, "_picture_pixels", lambda *_: undefined_name)  # noqa: F821
     with pytest.raises(NameError):
         data.read_image(tmp_path / "x.png")
 
@@ -1475,7 +1522,8 @@ def test_only_errors_of_the_library_are_called_damage(tmp_path, monkeypatch):
     (720, 64, "yuv420p", (1.7927, 0.2132, 0.5329, 2.1124))])  # BT.709, as in players
 def test_colours_of_untagged_videos_are_exact(tmp_path, H, W, form, coefficients):
     rng = np.random.default_rng(0)
-    planes = [rng.integers(100, 160, (H // k, W // k)) for k in (1, 2, 2)]
+    planes = [rng.integers(100, 160, (H, W)),  # and chroma that every interpolation gives alike
+              *(np.linspace(100, 160, n * m).reshape(n, m).round() for n, m in [(H // 2, W // 2)] * 2)]
     packed = np.concatenate([p.flatten() for p in planes]).reshape(-1, W)
     packed = 4 * packed.astype(np.uint16) if "10" in form else packed.astype(np.uint8)
     with av.open(str(tmp_path / "x.mkv"), "w") as c:
@@ -1640,9 +1688,9 @@ CODEC_OPTIONS = {"libx264": {"crf": "12"}, "libx265": {"x265-params": "log-level
                  "libvpx-vp9": {"cpu-used": "8", "crf": "10", "b": "0"}}
 
 
-def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, aspect=None,
+def write_video(path, frames, codec="libx264", rate=30, times=None, aspect=None,
                 **options):
-    """frames uint8 (T, H, W, 3); times in ms; rotation in degrees."""
+    """frames uint8 (T, H, W, 3); times in ms."""
     base = Fraction(1, rate) if times is None else Fraction(1, 1000)
     with av.open(str(path), "w") as c:
         s = c.add_stream(codec, rate=rate, options=CODEC_OPTIONS.get(codec, {}) | options)
@@ -1651,8 +1699,6 @@ def write_video(path, frames, codec="libx264", rate=30, times=None, rotation=0, 
         s.codec_context.gop_size, s.codec_context.time_base = 12, base
         if codec.startswith(("mpeg", "mjpeg")):
             s.codec_context.qmin = s.codec_context.qmax = 2
-        if rotation:
-            s.set_display_rotation(rotation)
         if aspect:
             s.codec_context.sample_aspect_ratio = aspect
         for x, time_stamp in zip(frames, times or itertools.count()):
@@ -1747,21 +1793,48 @@ def first_frame(path):
     return data.read_clip(path, data.scan(path), [0], (64, 64))[0]
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_rotated_videos_come_out_upright(tmp_path, degrees):
+@pytest.mark.parametrize("aspect", [1, 2, Fraction(1, 2)], ids=str)
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_videos_are_read_as_they_are_shown(tmp_path, degrees, mirrored, aspect):
+    """Pixels that are not square in a container that turns and mirrors, in every path."""
     x = np.broadcast_to(corners(64, 64), (4, 64, 64, 3))
-    upright = first_frame(write_video(tmp_path / "0.mp4", x))
-    path = write_video(tmp_path / "turned.mp4", x, rotation=degrees)
-    for image in (data.read_image(path).permute(2, 0, 1), first_frame(path)):
-        assert (image.int() - upright.rot90(degrees // 90, (1, 2)).int()).abs().max() < 20
+    path = write_video(tmp_path / "x.mp4", x, aspect=Fraction(aspect))
+    right, down = {0: (1, 1j), 90: (-1j, 1), 180: (-1, -1j), 270: (1j, -1)}[degrees]
+    right = -right if mirrored else right  # where a step to the right leads, as x + iy
+    plain, matrix = (struct.pack(">9i", *(int(65536 * n) for n in (
+        x.real, x.imag, 0, y.real, y.imag, 0, 0, 0, 2**14))) for x, y in ((1, 1j), (right, down)))
+    raw = path.read_bytes()
+    at = raw.index(plain, raw.index(b"tkhd"))
+    path.write_bytes(raw[:at] + matrix + raw[at + 36:])
+    want = x[0].repeat(max(1, aspect), 1).repeat(max(1, 1 / Fraction(aspect)), 0)
+    want = np.rot90(want[:, ::-1] if mirrored else want, degrees // 90)
+    assert data.read_image(path).shape == want.shape
+    image, (frame, _, _) = data.read_image(path), next(data.video_frames(path, (64, 64)))
+    assert (image - torch.from_numpy(want.astype(float))).abs().mean() < 4
+    H, W = (n // 2 for n in want.shape[:2])
+    square = want[H - min(H, W):H + min(H, W), W - min(H, W):W + min(H, W)]
+    square = data.to_uint8(data.fit_image(torch.from_numpy(square.copy()), 64, 64)).int()
+    for clip in (frame.permute(2, 0, 1), first_frame(path)):
+        assert (clip.int() - square).abs().float().mean() < 4
 
 
-def test_pixels_that_are_not_square(tmp_path):
-    bar = np.full((4, 64, 64, 3), 230, np.uint8)
-    bar[:, :, 20:24] = 0  # shown 128 wide, the sides cropped
-    wide = first_frame(write_video(tmp_path / "wide.mp4", bar, aspect=Fraction(2)))
-    dark = (wide.float().mean((0, 1)) < 128).nonzero().flatten()
-    assert dark.tolist() == list(range(8, 16))
+def test_frames_are_scaled_to_cover_like_pictures(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (12, 36, 1), np.uint8).repeat(3, 2)
+    x = np.asarray(Image.fromarray(x).resize((288, 96), Image.Resampling.BICUBIC))  # 8-pixel noise
+    path = write_video(tmp_path / "x.mkv", x[None], "ffv1")
+    for size in ((64, 64), (32, 32), (144, 48), (192, 192)):
+        clip = data.read_clip(path, data.scan(path), [0], size)[0].int()
+        want = data.to_uint8(data.fit_image(data.read_image(path), *size)).int()
+        assert (clip - want).abs().float().mean() < 1 and (clip - want).abs().max() <= 10
+
+
+def test_interlaced_video_is_refused_with_the_command_that_helps(tmp_path):
+    path = write_video(tmp_path / "x.mpg", scene(0, 8), "mpeg2video", flags="+ildct+ilme", top="1")
+    words = r"interlaced: .* ffmpeg -i \"x.mpg\" -vf bwdif=0"
+    assert re.match(words, data.scan(path)["error"])
+    with pytest.raises(data.MediaError, match=words):
+        data.read_image(path)
 
 
 def test_clips_lie_between_hard_cuts_and_fast_motion_is_no_cut(tmp_path):
@@ -1780,6 +1853,40 @@ def test_clips_lie_between_hard_cuts_and_fast_motion_is_no_cut(tmp_path):
     assert dataset.starts("cut.mp4") == starts
     drawn = [dataset._draw(n) for n in range(3000)]
     assert {row for name, row in drawn if name == "cut.mp4"} == set(range(len(starts)))
+
+
+STEPS = {  # of the times of frames in ms, and settings with which no clip of 8 frames is left
+    "frames slower than one a second": ([1500] * 20, {}),
+    "a pause of a minute": (([40] * 6 + [60000]) * 3, {}),
+    "a stride of more than a second": ([40] * 400, {"stride": 30}),
+    "--fps above the file's own rate": ([100] * 40, {"fps": 12.0}),
+    "--fps above it in part": (([20] * 6 + [100]) * 4, {"fps": 25.0})}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_clips_that_are_too_slow_are_left_out(tmp_path, name):
+    steps, settings = STEPS[name]
+    times = np.cumsum([0] + steps).tolist()
+    frames = np.broadcast_to(scene(0, 1, 16), (len(times), 16, 16, 3))
+    write_video(tmp_path / "slow.mkv", frames, "ffv1", times=times)
+    write_video(tmp_path / "rate.mkv", np.repeat(frames[:1], 300, 0), "ffv1", rate=25)
+    dataset = data.Clips(tmp_path, 8, (16, 16), **settings)
+    assert dataset.left_out["slow.mkv"].startswith("too slow: ")
+    assert ("rate.mkv" in dataset.names) == ("stride" not in settings)
+
+
+def test_a_clip_does_not_span_a_pause(tmp_path):
+    times = np.cumsum([0] + [40] * 20 + [5000] + [40] * 20).tolist()
+    frames = np.broadcast_to(scene(0, 1, 16), (42, 16, 16, 3))
+    write_video(tmp_path / "v.mkv", frames, "ffv1", times=times)
+    for settings in ({}, {"fps": 25.0}):
+        dataset = data.Clips(tmp_path, 8, (16, 16), **settings)
+        assert dataset.starts("v.mkv") == [*range(14), *range(21, 35)]
+
+
+def test_a_rate_below_one_frame_per_second_is_refused(tmp_path):
+    with pytest.raises(data.MediaError, match="fps 0.5, .* must be at least 1"):
+        data.Clips(tmp_path, 8, (64, 64), fps=0.5)
 
 
 def test_a_duplicate_time_stamp_costs_one_frame(tmp_path):
@@ -1913,10 +2020,20 @@ def test_bad_lists_say_what_is_wrong(tmp_path, name):
 
 
 def test_names_that_cannot_be_opened_are_left_out(mixed):
-    names = ["good.mp4", "two\nlines.mp4", "no \udcff.mp4"]
+    names = ["good.mp4", "two\nlines.mp4", "no \udcff.mp4", "nul \0.mp4"]
     (mixed / "odd.json").write_text(json.dumps(names))
     dataset = open_clips(mixed / "odd.json")
-    assert dataset.names == ["good.mp4"] and len(dataset.left_out) == 2
+    assert dataset.names == ["good.mp4"] and len(dataset.left_out) == 3
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(mixed, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write_video(tmp_path / "elsewhere" / "x.mp4", scene(0, 8))
+    for link, folder in (("there", tmp_path / "elsewhere"), ("deep/up", mixed), ("self", mixed)):
+        (mixed / link).symlink_to(folder, target_is_directory=True)
+    (tmp_path / "elsewhere" / "back").symlink_to(mixed, target_is_directory=True)
+    names = list(data.list_files(mixed))
+    assert "there/x.mp4" in names and len(names) == 9
 
 
 def test_items_depend_on_seed_and_number_alone(mixed):
@@ -2930,6 +3047,16 @@ def test_a_video_is_refined_from_where_the_strength_says(
     assert torch.equal(condition.call_args.args[1], fitted(pictures[1]))
     with pytest.raises(data.MediaError, match="latents are of 64x64"):
         sample.open_video(source, (128, 128), small_vae, torch.device("cpu"))
+
+
+def test_a_video_to_refine_is_resampled_by_time():
+    latents, times = torch.arange(20.0).view(20, 1, 1, 1), [i / 5 for i in range(10)]
+    times += [2 + i / 50 for i in range(10)]  # 200 ms each, then 20 ms
+    video = sample.Video(latents, torch.tensor(times), 9.2, None)
+    found = sample.resampled(video, 12)[0].flatten().int().tolist()
+    assert found == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 19]
+    even = sample.Video(latents, torch.arange(20) / 5, 5, None)
+    assert torch.equal(sample.resampled(even, 20)[0], latents)
 
 
 def test_a_name_that_is_too_long_fails_before_the_work(make, tmp_path, monkeypatch):
