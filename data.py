@@ -47,7 +47,8 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import (
+    ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter)
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from tqdm import tqdm
@@ -96,11 +97,11 @@ with contextlib.suppress(ImportError):
     import pillow_heif  # optional: HEIC, which iPhones save
     pillow_heif.register_heif_opener()
     PICTURES.append("HEIF")
-# Accurate rounding, full chroma (PyAV has names for these flags from version 18 on). Without them
-# swscale repeats chroma samples, and coloured edges come out wrong.
-EXACT = 0x40000 | 0x2000
-BT709, UNTAGGED = 1, 2  # FFmpeg's numbers of colour spaces, transfer curves and primaries
-HDR, WIDE = (16, 18), (9, 11, 12)  # curves of PQ and HLG; primaries of BT.2020, DCI and Display P3
+# Without these flags swscale repeats chroma samples, and coloured edges come out wrong.
+EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+UNTAGGED = 2  # FFmpeg's number for a colour space that the file does not name
+HDR = ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67  # PQ and HLG
+WIDE = ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432  # the others are P3
 
 
 def _open_picture(path):
@@ -155,8 +156,8 @@ def _container(path):
             options = {"protocol_whitelist": "none"}
             with av.open(content, options=options, metadata_errors="replace") as container:
                 if _tags(container).get("major_brand", "")[:3] in ("hei", "hev", "mif", "msf"):
-                    # of a picture in tiles FFmpeg gives one
-                    raise unreadable(path, "HEIC needs another package: pip install pillow-heif")
+                    raise unreadable(path, "a HEIC picture, no video, or damaged" if "HEIF" in PICTURES
+                                     else "HEIC pictures need a package: pip install pillow-heif")
                 yield container
     except (OSError, av.FFmpegError) as e:
         raise unreadable(path, e) from e
@@ -198,13 +199,11 @@ def _decode(path, seek=None):
             except (av.FFmpegError, ValueError):
                 continue
             for frame in frames:
-                if frame.is_corrupt:
-                    continue
                 if frame.interlaced_frame:
-                    reason = "interlaced: its frames show two moments"
-                    raise unusable(path, reason, "-vf bwdif=0 -crf 16")
-                decoded = True
-                yield frame, stream
+                    raise unusable(path, "interlaced: two moments per frame", "-vf bwdif=0 -crf 16")
+                if not frame.is_corrupt:
+                    decoded = True
+                    yield frame, stream
     if not decoded and seek is None:
         raise unreadable(path, "none of its frames can be decoded")
 
@@ -238,7 +237,7 @@ def _as_shown(path, frame, stream=None, size=None):
     W, H = max(w, round(W * scale)), max(h, round(H * scale))
     # As players do: untagged video of 720 lines and more is BT.709, the rest BT.601.
     hd = frame.colorspace == UNTAGGED and frame.height >= 720 and not frame.format.is_rgb
-    how = {"interpolation": Interpolation.BICUBIC | EXACT | 0x4000,  # also full chroma of RGB
+    how = {"interpolation": Interpolation.BICUBIC | EXACT | Interpolation.FULL_CHR_H_INP,
            "src_colorspace": Colorspace.ITU709 if hd else None}
     curve, primaries = frame.color_trc, frame.color_primaries
     if frame.format.has_palette or any(x.is_alpha for x in frame.format.components):
@@ -250,8 +249,8 @@ def _as_shown(path, frame, stream=None, size=None):
     frame = _convert(path, frame, "gbrp16le" if wide else "gbrp", width=W, height=H, **how)
     if wide:
         scaler = _hdr.__dict__.setdefault("scaler", VideoReformatter())
-        frame = _convert(path, frame, "gbrp", scaler, dst_color_primaries=BT709,
-                         dst_color_trc=BT709 if curve in HDR else curve)
+        frame = _convert(path, frame, "gbrp", scaler, dst_color_primaries=ColorPrimaries.BT709,
+                         dst_color_trc=ColorTrc.BT709 if curve in HDR else curve)
     top, left = (H - h) // 2, (W - w) // 2
     x = frame.to_ndarray()[top:top + h, left:left + w]
     x = x.swapaxes(0, 1) if turned else x
@@ -651,9 +650,9 @@ def scan(path):
         return {"error": str(e).removeprefix(f"{one_line(path)}: ")}
     lags = np.array(lags)
     cuts = find_cuts(lags)
-    changes = []  # how much the thumbnails of each shot change per frame
-    for a, b in itertools.pairwise([0, *cuts, len(stamps)]):
-        changes.append(round(float(lags[a + 1:b, 0].mean()), 6) if b > a + 1 else 0.0)
+    # How much the thumbnails of each shot change per frame.
+    changes = [round(float(lags[a + 1:b, 0].mean()), 6) if b > a + 1 else 0.0
+               for a, b in itertools.pairwise([0, *cuts, len(stamps)])]
     return {"frames": len(stamps), "cuts": cuts, "change": changes,
             "base": [base.numerator, base.denominator], "start": stamps[0],
             "steps": [[k, len(list(run))] for k, run in itertools.groupby(steps.tolist())]}
@@ -797,15 +796,13 @@ def _numbered(path, entry, size, wanted=None, seek=None):
     number_of = {stamp: i for i, stamp in enumerate(_stamps(entry).tolist())}
     before = -1
     for frame, stream in _decode(path, seek):
-        number = number_of.get(frame.pts)
+        number = number_of.get(frame.pts, -1)
         # After a seek, a damaged frame that the index does not have may be decoded all the same.
         # Of two frames with one time stamp only the first counts.
-        if number is None or number <= before:
+        if number <= before:
             continue
-        before, pixels = number, None
-        if wanted is None or number in wanted:
-            pixels = _as_shown(path, frame, stream, size).permute(2, 0, 1)
-        yield number, pixels
+        before, use = number, wanted is None or number in wanted
+        yield number, _as_shown(path, frame, stream, size).permute(2, 0, 1) if use else None
 
 
 def read_clip(path, entry, numbers, size):

@@ -1472,6 +1472,7 @@ def test_heic_is_read_whole_or_refused_with_the_line_to_install(tmp_path, reads,
     pytest.importorskip("pillow_heif")
     heic = file_of(corners(), "HEIF", quality=95, chroma=444)
     reads(heic, corners(), 8)
+    assert data.scan(tmp_path / "x")["error"].endswith("a HEIC picture, no video, or damaged")
     monkeypatch.setattr(data, "PICTURES", [x for x in data.PICTURES if x != "HEIF"])
     with pytest.raises(data.MediaError, match="pip install pillow-heif"):
         data.read_image(tmp_path / "x")
@@ -1831,7 +1832,7 @@ def test_frames_are_scaled_to_cover_like_pictures(tmp_path):
 
 def test_interlaced_video_is_refused_with_the_command_that_helps(tmp_path):
     path = write_video(tmp_path / "x.mpg", scene(0, 8), "mpeg2video", flags="+ildct+ilme", top="1")
-    words = r"interlaced: .* ffmpeg -i \"x.mpg\" -vf bwdif=0"
+    words = r".*interlaced: .* ffmpeg -i \"x.mpg\" -vf bwdif=0"
     assert re.match(words, data.scan(path)["error"])
     with pytest.raises(data.MediaError, match=words):
         data.read_image(path)
