@@ -25,6 +25,7 @@ Stable Video Diffusion (Blattmann et al. 2023, arXiv:2311.15127). Diffusion: EDM
 Stability-AI/generative-models, diffusers 0.42 and DiffSynth-Studio 1.1.9.
 """
 
+import glob
 import hashlib
 import json
 import math
@@ -1170,80 +1171,83 @@ class Resident:
 class Stream(Resident):
     """For small cards: keeps in CPU memory what a pass does not need yet. Inference only.
 
-    Use it by unet.stream = Stream(unet, device). The device holds the weights of two blocks: the
-    one that computes, and the next, which is copied meanwhile. Skips of at least `large` bytes are
-    moved to CPU memory at once, and come back while the block before theirs computes. On CUDA the
-    copies run in a stream of their own and from pinned memory. The output is bit-identical.
+    Use it by unet.stream = Stream(unet, device). The weights of a block are one flat buffer, copied
+    at once. The device holds two of them: that of the block that computes, and the next, which is
+    copied meanwhile. Skips of at least `large` bytes are moved to CPU memory at once, and come back
+    while the block before theirs computes. On CUDA the copies run in a stream of their own and from
+    pinned memory. The output is bit-identical.
     """
 
     def __init__(self, unet, device, large=2**26):
         self.device, self.large = torch.device(device), large
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        waiting = set()
-        for block in (*unet.down, *unet.mid, *unet.up):
-            waiting.update(p for _, _, p in self.weights(block))
-        for module in unet.modules():
+        blocks, self.home, shelf = [*unet.down, *unet.mid, *unet.up], {}, torch.empty(0)
+        needs = [sum(size for *_, size in self.weights(block)) for block in blocks]
+        most = 2 ** (sum(needs) // 4).bit_length()  # PyTorch rounds pinned memory to powers of two
+        for i, (block, need) in enumerate(zip(blocks, needs)):
+            if need > len(shelf):  # several blocks share one
+                shelf = torch.empty(max(need, min(most, sum(needs[i:]))), dtype=torch.uint8,
+                                    pin_memory=self.side is not None)
+            self.home[block], shelf = shelf[:need], shelf[need:]
+            self.set_weights(block, self.home[block], fill=True)
+        streamed = {module for block in blocks for module, *_ in self.weights(block)}
+        for module in set(unet.modules()) - streamed:
             for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, self.copy(p, "cpu" if p in waiting else self.device))
+                setattr(module, name, nn.Parameter(p.to(self.device), p.requires_grad))
 
     def weights(self, block):
-        """[(module, name, parameter)] of a block without its conv, which the next block runs."""
-        found = []
-        for part in (block.res, block.attn):
-            for module in part.modules() if part is not None else ():
-                found += [(module, name, p) for name, p in module.named_parameters(recurse=False)]
-        return found
+        """[(module, name, parameter, its bytes in a buffer)] of a block without its conv, which the
+        next block runs. A buffer aligns its tensors as PyTorch aligns tensors on a GPU."""
+        modules = [m for part in (block.res, block.attn) if part is not None for m in part.modules()]
+        return [(m, name, p, math.ceil(p.nbytes / 512) * 512)
+                for m in modules for name, p in m.named_parameters(recurse=False)]
 
     @torch.inference_mode(False)  # or requires_grad is lost, on which torch.matmul's kernel depends
-    def copy(self, t, device):
-        pinned = self.side is not None and device == "cpu"  # else the copy would block
-        copy = torch.empty_like(t, device=device, pin_memory=pinned)
-        copy.copy_(t.detach(), non_blocking=True)
-        return nn.Parameter(copy, t.requires_grad) if isinstance(t, nn.Parameter) else copy
+    def set_weights(self, block, buffer, fill=False):
+        """Makes a block's parameters views of a buffer. fill: it gets their values first."""
+        for module, name, p, size in self.weights(block):
+            view, buffer = buffer[:p.nbytes].view(p.dtype).view(p.shape), buffer[size:]
+            if fill:
+                view.copy_(p.detach())
+            setattr(module, name, nn.Parameter(view, p.requires_grad))
 
-    @contextmanager
     def aside(self):
-        """Copies in here run beside the computation, after all that was queued so far."""
-        if self.side is None:
-            yield
-        else:
+        """A context for copies beside the computation, after all that was queued so far."""
+        if self.side is not None:
             self.side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.side):
-                yield
+        return torch.cuda.stream(self.side)  # which does nothing with None
 
     def put(self, skip):
         if skip.nbytes < self.large:
             return skip
         with self.aside():
-            waiting = self.copy(skip, "cpu")
+            waiting = skip.to("cpu", non_blocking=True, copy=True)  # which pins it
         if self.side is not None:
             skip.record_stream(self.side)  # its memory is not used again before it is copied
         return waiting
 
     def visit(self, blocks, skips=()):
         """Yields the blocks, each with its weights and the last of the skips on the device."""
-        fetched, arrived = self.fetch(blocks[0], skips, -1)
+        buffer, arrived = self.fetch(blocks[0], skips, -1)
         for block, following in zip(blocks, [*blocks[1:], None]):
-            at_home = self.weights(block)
-            for (module, name, _), t in zip(at_home, fetched):
-                setattr(module, name, t)
+            self.set_weights(block, buffer)
             if arrived is not None:
                 torch.cuda.current_stream(self.device).wait_event(arrived)
             if following is not None:
-                fetched, arrived = self.fetch(following, skips, -2)
+                buffer, arrived = self.fetch(following, skips, -2)
             try:
                 yield block
             finally:
-                for module, name, p in at_home:
-                    setattr(module, name, p)
+                self.set_weights(block, self.home[block])
 
+    @torch.inference_mode(False)
     def fetch(self, block, skips, i):
-        """Begins to copy a block's weights and skips[i] to the device: (copies, final event)."""
+        """Begins to copy a block's buffer and skips[i] to the device: (the copy, final event)."""
         with self.aside():
-            copies = [self.copy(p, self.device) for _, _, p in self.weights(block)]
+            buffer = self.home[block].to(self.device, non_blocking=True, copy=True)
             if len(skips) >= -i and skips[i].nbytes >= self.large:
-                skips[i] = self.copy(skips[i], self.device)
-            return copies, None if self.side is None else self.side.record_event()
+                skips[i] = skips[i].to(self.device, non_blocking=True, copy=True)
+            return buffer, None if self.side is None else self.side.record_event()
 
 
 def compile_blocks(unet):
@@ -1586,6 +1590,8 @@ def open_network(path, stem, part, default):
             hint = "a diffusers folder of SVD has one"
             if os.path.isfile(os.path.join(folder, os.path.basename(stem) + ".safetensors")):
                 hint = "it holds a UNet alone: give it as --unet beside --model"
+            if glob.glob(glob.escape(os.path.join(folder, stem)) + "*.index*.json"):
+                hint = "it is split into several files: save it with a larger max_shard_size"
             raise WeightsError(f"{folder}: no {stem}.safetensors (or .fp16.safetensors); {hint}")
         config = os.path.join(os.path.dirname(path), "config.json")
         if part == "unet" and os.path.exists(config):
@@ -1722,7 +1728,7 @@ def save(path, tensors, meta):
     note = {"exsvd": json.dumps(meta)}  # a single key: safetensors writes several in random order
     try:
         save_file(tensors, partial_path, metadata=note)
-        with open(partial_path, "rb") as f:
+        with open(partial_path, "rb+") as f:  # Windows refuses it for a file opened to read
             os.fsync(f.fileno())  # a crash of the machine must not leave an empty file
         os.chmod(partial_path, 0o644)  # safetensors makes files that only their owner can read
         os.replace(partial_path, path)

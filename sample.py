@@ -10,17 +10,17 @@
     python sample.py photo.jpg --unet animatelcm_svd.safetensors --sampler lcm --steps 4 --cfg 1 1.2
     python sample.py --decode-only out/photo.latents.safetensors   # decode saved latents again
 
-In this order: the settings, the samplers, the conditioning, sampling, decoding, the command. The
-image is encoded by CLIP and the VAE, a sampler removes the noise level by level, the latents
-are saved, then decoded in overlapping chunks and streamed to a video file. Arithmetic on latents is
-float32. To use several GPUs, start one process for each, with CUDA_VISIBLE_DEVICES and its own part
-of the images.
+In this order: the samplers, the settings, the conditioning, sampling, decoding, memory, the
+command. The image is encoded by CLIP and the VAE, a sampler removes the noise level by level, the
+latents are saved, then decoded in overlapping chunks and streamed to a video file. Arithmetic on
+latents is float32. On eight GPUs, torchrun --nproc_per_node 8 sample.py ... shares out the videos.
 
 Stability's own script also adds an invisible watermark and runs a safety filter. This one does
 neither.
 """
 
 import argparse
+import hashlib
 import itertools
 import math
 import os
@@ -31,6 +31,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -276,7 +277,7 @@ class Settings:
     fps: float = setting(30.0, number(1, 1000), "frames per second, of the conditioning and of the file")
     motion: float = setting(127.0, number(0), "amount of motion: 0 to 255 for SVD, 0 to 127 for ExVideo's release")
     aug: float = setting(0.02, number(0), "noise added to the image, which frees the motion from it")
-    seed: int = setting(0, integer(0, 2**63 - 1), "of all noise, which is drawn on the CPU: the same on every device")
+    seed: int = setting(0, integer(0, 2**32 - 1), "of all noise, which is drawn on the CPU: the same on every device")
     strength: float = setting(0.5, number(0.01, 1), "with --video: how much is made anew; 1 is everything")
     decode_chunk: int = setting(16, integer(1), "frames decoded at once; fewer need less memory")
     match_stats: bool = setting(False, bool, "give the latents of every frame the mean and deviation of the video")
@@ -478,7 +479,7 @@ def adjust(z, s, given=()):
     if s.match_stats:
         mean = z.mean(dim=(2, 3, 4), keepdim=True)
         std = z.std(dim=(2, 3, 4), keepdim=True)
-        matched = (z - mean) / std * z.std() + z.mean()
+        matched = (z - mean) / std.clamp(min=1e-6) * z.std() + z.mean()  # a frame may be uniform
         given = [number for number in given if number < z.shape[1]]
         matched[:, given] = z[:, given]
         z = matched
@@ -522,27 +523,26 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
     passes = len(parts) * sampler.passes(len(sigmas) - 1)
     with tqdm(total=passes, desc="sampling", unit="pass") as bar:
         for start, stop in parts:
-            noise = draw()
+            noise, own_latents = draw(), None
+            if start > 0:  # on its own first frame as a viewer sees it; without noise, whatever s.aug
+                shown = adjust(z[:, :made], s, keyframes)
+                img = decoded_frame(svd.vae, shown, start, s.decode_chunk)
+                own_latents = shown[:, start:start + 1] / exsvd.VAE_SCALE
             with on_device(device, svd.clip, svd.vae):
-                if start == 0:
-                    for number, frame in keyframes.items():
-                        z[:, number] = svd.vae.encode(frame[None].to(device)) * s.encode_scale
-                        known[number] = 1
-                    denoise = conditioned(img)
-                else:  # on its own first frame as a viewer sees it; without noise, whatever s.aug
-                    shown = adjust(z[:, :made], s, keyframes)
-                    img = decoded_frame(svd.vae, shown, start, s.decode_chunk)
-                    denoise = conditioned(img, shown[:, start:start + 1] / exsvd.VAE_SCALE)
+                for number, frame in keyframes.items() if start == 0 else ():
+                    z[:, number] = svd.vae.encode(frame[None].to(device)) * s.encode_scale
+                    known[number] = 1
+                denoise = conditioned(img, own_latents)
                 if end is not None and stop == s.frames:
                     denoise = time_reversal_fusion(denoise, conditioned(end), length)
             weight = known[start:stop].clone()
             ramp = torch.linspace(1, 0, max(0, made - start) + 1)[:-1]  # falls to 0: see rounds()
             weight[:len(ramp)] = torch.maximum(weight[:len(ramp)], ramp)
-            if weight.any():
+            if start > 0 or keyframes:
                 denoise = with_known_frames(denoise, z[:, start:stop].clone(), weight)
 
             def counted(x, sigma):
-                D = denoise(x, sigma)
+                D = with_smaller_slices(svd.unet, denoise, x, sigma)
                 bar.update()
                 return D
 
@@ -621,7 +621,8 @@ def decoded_frame(vae, z, number, chunk):
     """One frame (3,H,W) of scaled latents (1,T,4,h,w), decoded with its neighbours."""
     first = max(0, number - chunk // 2)
     nearby = z[:, first:first + chunk] / exsvd.VAE_SCALE
-    return torch.cat(list(decode(vae, nearby, chunk)))[number - first].clamp(-1, 1)
+    with on_device(z.device, vae.decoder):
+        return torch.cat(list(decode(vae, nearby, chunk)))[number - first].clamp(-1, 1)
 
 
 @torch.inference_mode()
@@ -651,37 +652,101 @@ def to_pixels(frames):
     return data.to_uint8(frames.clamp(-1, 1)).permute(0, 2, 3, 1)
 
 
+def check_finite(x, message):
+    if not x.isfinite().all():
+        raise FloatingPointError(message)
+
+
 @torch.inference_mode()
 def write_video(vae, latents, s, out, keyframes=()):
     """Scaled latents (1,T,4,h,w) to a video file, chunk by chunk. Raises FloatingPointError if
     frames are not finite."""
     z = adjust(latents, s, keyframes) / exsvd.VAE_SCALE
-    with (on_device(latents.device, vae), data.VideoWriter(out, s.fps, asdict(s)) as video,
+    with (on_device(latents.device, vae.decoder), data.VideoWriter(out, s.fps, asdict(s)) as video,
           tqdm(total=z.shape[1], desc="decoding", unit="frame") as bar):
         for frames in decode(vae, z, s.decode_chunk):
-            if not frames.isfinite().all():
-                raise FloatingPointError(
-                    f"{out}: the frames are not finite in {s.dtype}: decode the saved latents with "
-                    f"--decode-only {latents_path(out)} --dtype float32")
+            check_finite(frames, f"{out}: the frames are not finite in {s.dtype}: decode the saved latents "
+                                 f"with --decode-only {latents_path(out)} --dtype float32")
             video.write(to_pixels(frames))
             bar.update(len(frames))
 
 
+# --------------------------------------------------------------------------------------------------
+# Memory of a GPU: which networks live there, how the UNet cuts its work, what happens if it is full
+
+SLICES = 4 * exsvd.Slices.size, exsvd.Slices.size, exsvd.Slices.size // 4  # of UNet.slice_size
+
+
+def fit(svd, s, free):
+    """-> (whether all three networks can stay in `free` bytes, UNet.slice_size for them).
+
+    The constants are those of bench/compare.py. Slices come before weights: a pass in large ones is
+    faster, and moving the weights takes a second or two per video. What is cut is rounded in
+    another way (statistics of norms, and kernels that are chosen by shape), so that the last bits
+    of a video depend on the slices.
+    """
+    unet, others = (sum(p.nbytes for m in networks for p in m.parameters())
+                    for networks in ([svd.unet], [svd.vae, svd.clip]))
+    itemsize, pixels = svd.unet.conv_out.weight.itemsize, math.prod(s.size)
+    n = round_length(svd.unet, s) * pixels // 64 * svd.unet.config.channels[0]
+
+    def sampling(slice_size):
+        return itemsize * (6 * n + 10 * min(n, slice_size or n))
+
+    decoding = itemsize * 2 * svd.vae.config.channels[0] * (s.decode_chunk + 1) * pixels
+    slices = [None, *SLICES[:2]]
+    size = next((size for size in slices if unet + sampling(size) <= free), SLICES[1])
+    return unet + others + max(sampling(size), decoding) <= free, size
+
+
+def with_smaller_slices(unet, denoise, x, sigma):
+    """denoise(x, sigma), again in smaller slices when memory is full. Nothing is drawn in there, so
+    the video stays the same but for its rounding, see fit()."""
+    while True:
+        try:
+            return denoise(x, sigma)
+        except RuntimeError as e:
+            smaller = [size for size in SLICES if unet.slice_size is None or size < unet.slice_size]
+            if not is_out_of_memory(e) or not smaller:
+                raise
+        # out here the exception no longer keeps the attempt's tensors alive
+        unet.slice_size = smaller[0]
+        print(f"out of memory: sampling goes on in slices of {smaller[0]:,} elements", file=sys.stderr)
+        if x.is_cuda:
+            torch.cuda.empty_cache()
+
+
+def settle(svd, s, device):
+    """Before a video: moves the networks to the GPU, or from it where only one at a time fits, for
+    which on_device() then fetches them. Nothing to decide on a CPU, nor with --offload."""
+    if device.type != "cuda" or svd.unet.stream is not None:
+        return
+    # all that PyTorch holds is ours; a tenth is for what it does not count, and for fragments
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    together, svd.unet.slice_size = fit(svd, s, 0.9 * free)
+    for network in (svd.unet, svd.vae, svd.clip):
+        network.to(device if together else "cpu")
+
+
 @contextmanager
-def on_device(device, *networks):
-    """Moves networks to the device, and back afterwards. Does nothing if they are there already."""
-    networks = [n for n in networks if getattr(n, "stream", None) is None]  # it moves itself
-    homes = [next(network.parameters()).device for network in networks]
-    with torch.inference_mode(False):  # parameters moved in inference mode can't be trained again
-        for network in networks:
-            network.to(device)
+def on_device(device, *modules):
+    """Within it, modules are on a device: with copies of their parameters where these live
+    elsewhere."""
+    modules = [m for m in modules if getattr(m, "stream", None) is None]  # it moves itself
+    at_home = []
     try:
+        with torch.inference_mode(False):  # what is made in inference mode can't be trained again
+            for module in itertools.chain(*(m.modules() for m in modules)):
+                for name, p in list(module.named_parameters(recurse=False)):
+                    there = p.to(device)
+                    if there is not p:
+                        at_home.append((module, name, p))
+                        setattr(module, name, torch.nn.Parameter(there, p.requires_grad))
         yield
     finally:
-        with torch.inference_mode(False):
-            for network, home in zip(networks, homes):
-                network.to(home)
-        if device.type == "cuda" and homes and homes[0].type == "cpu":
+        for module, name, p in at_home:
+            setattr(module, name, p)
+        if device.type == "cuda" and at_home:
             torch.cuda.empty_cache()  # the next network may not fit the blocks that stay reserved
 
 
@@ -726,7 +791,7 @@ def parse(argv):
     add("--overwrite", action="store_true", help="of several videos, make again those that exist")
     cuda = torch.cuda.is_available()
     add("--device", default="cuda" if cuda else "cpu", help="[cuda if there is one, else cpu]")
-    add("--offload", action="store_true", help="for small GPUs: networks wait in CPU memory")
+    add("--offload", action="store_true", help="for small GPUs: the UNet's weights come block by block")
     add("--compile", action="store_true", help="torch.compile; the first step takes minutes")
     add_flags(p.add_argument_group("settings"), Settings)
     a = p.parse_args(argv)
@@ -748,7 +813,8 @@ def parse(argv):
     a.jobs = jobs_of(a, given.get("seed", Settings.seed))
     outs = [out for _, _, out in a.jobs]
     if len(set(outs)) < len(outs):
-        p.error("two images would be written to the same file: put {name} into --out")
+        p.error("two images would be written to the same file: put {name} into --out; images of one "
+                "name need a command and an --out each")
     read = [*a.images, *(path for _, path in a.keyframe), a.video, a.end, a.decode_only]
     read = {Path(path).resolve() for path in read if path}
     for out in outs:
@@ -775,7 +841,7 @@ def jobs_of(a, first_seed):
 def default_model(a):
     """--model and --extension where they are not given; one line says so when it is the toy."""
     if a.model:
-        return a.model, a.extension
+        return toy_files(a.extension) if os.path.abspath(a.model) == toy_files()[0] else (a.model, a.extension)
     model, *extensions = (os.path.join(HERE, "weights", name) for name in
                           ("svd_xt.safetensors", "exvideo.safetensors", "model.fp16.safetensors"))
     if os.path.exists(model):
@@ -829,9 +895,25 @@ def saved_latents(path):
     return latents, s, file.meta.get("keyframes", [])
 
 
-def decode_again(a, given, model, device):
-    """--decode-only: a video from the latents that an earlier run saved."""
+def vae_id(model):
+    """What tells a model's VAE from others: a hash of its last convolution as the file has it, since
+    --dtype rounds what is loaded."""
+    tensors, digest = exsvd.open_model(model)[0]["vae"], hashlib.blake2b(digest_size=8)
+    for name in sorted(tensors.names):
+        if name.endswith("decoder.conv_out.weight"):
+            digest.update(tensors.get(name).float().numpy())
+    return digest.hexdigest()
+
+
+def decode_again(a, given, device):
+    """--decode-only: a video from the latents that an earlier run saved, by the VAE of its model."""
     latents, s, keyframes = saved_latents(a.decode_only)
+    made_by = exsvd.Tensors(a.decode_only).meta
+    model = a.model or str(made_by.get("model") or default_model(a)[0])
+    if not a.model and "vae" in made_by and not (
+            os.path.exists(model) and vae_id(model) == made_by["vae"]):
+        raise exsvd.WeightsError(f"{a.decode_only}: was made with {model}, which is not there or has "
+                                 "another VAE now: say with --model which one is to decode")
     dtype = given.get("dtype") or str(exsvd.best_dtype(device)).removeprefix("torch.")
     s = replace(s, **(given | {"dtype": dtype, "frames": s.frames, "size": s.size}))
     [(_, _, out)] = a.jobs
@@ -886,7 +968,8 @@ def load(a, given, model, extension, device):
     meta = exsvd.open_model(model)[0]["unet"].meta
     wanted = (defaults_in_file(Settings, meta, "sample", model) | given).get("dtype")
     dtype = getattr(torch, wanted) if wanted else exsvd.best_dtype(device)
-    svd = exsvd.load(model, extension, dtype, "cpu" if a.offload else device, unet=a.unet)
+    home = "cpu" if a.offload or device.type == "cuda" else device  # of CUDA, see settle()
+    svd = exsvd.load(model, extension, dtype, home, unet=a.unet)
     s = settings_for(svd, given, model, extension and extension[-1])
     if a.offload:
         svd.unet.stream = exsvd.Stream(svd.unet, device)
@@ -899,9 +982,9 @@ def load(a, given, model, extension, device):
     return svd
 
 
-def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
-    """One image (H,W,3), uint8, to a video file, and its latents to a file beside it. The rest as
-    in make_latents().
+def make_video(svd, img, s, device, out, made_by, video=None, end=None, keyframes={}):
+    """One image (H,W,3), uint8, to a video file, and its latents to a file beside it, whose metadata
+    holds made_by. The rest as in make_latents().
 
     Raises FloatingPointError if the latents or the frames are not finite.
     """
@@ -909,13 +992,13 @@ def make_video(svd, img, s, device, out, video=None, end=None, keyframes={}):
         return data.fit_image(picture, *s.size)
 
     begin = time.perf_counter()
+    settle(svd, s, device)
     start = None if video is None else resampled(video, s.frames)
     latents = make_latents(svd, fit(img), s, device, start, None if end is None else fit(end),
                            {number: fit(frame) for number, frame in keyframes.items()})
     sampled = time.perf_counter()
-    if not latents.isfinite().all():
-        raise FloatingPointError(f"{out}: the latents are not finite: try another --dtype")
-    meta = {"settings": asdict(s), "keyframes": list(keyframes)}
+    check_finite(latents, f"{out}: the latents are not finite: try another --dtype")
+    meta = made_by | {"settings": asdict(s), "keyframes": list(keyframes)}
     exsvd.save(latents_path(out), {"latents": latents}, meta)  # should decoding fail
     print(f"{latents_path(out)}: latents, to decode again with --decode-only")
     write_video(svd.vae, latents, s, out, keyframes)
@@ -954,15 +1037,24 @@ def main(argv=None):
     """The command. Raises WeightsError, MediaError, FloatingPointError and OSError for what the
     caller can mend."""
     a, given = parse(argv)
+    batch = len(a.jobs) > 1
+    # under torchrun each process makes its share of the videos, on a GPU of its own
+    rank, world, card = (int(os.environ.get(*variable)) for variable in
+                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    a.jobs = a.jobs[rank::world]
     for _, _, out in a.jobs:
         check_writable(out, given.get("fps", 1))
     device = torch.device(a.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", card if device.index is None else device.index)
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), idle_cores()))
-    model, extension = default_model(a)
     if a.decode_only:
-        decode_again(a, given, model, device)
+        for _ in a.jobs:
+            decode_again(a, given, device)
         return
+    model, extension = default_model(a)
 
     # fail on unreadable files before the networks are loaded
     if a.video and a.video.endswith(".safetensors"):
@@ -973,7 +1065,7 @@ def main(argv=None):
             raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE")
     end = data.read_image(a.end) if a.end else None
     keyframes = {number: data.read_image(path) for number, path in a.keyframe}
-    batch, svd, video, failed = len(a.jobs) > 1, None, None, []
+    svd, video, failed = None, None, []
     for image, seed, out in a.jobs:
         if batch and os.path.exists(out) and not a.overwrite:
             print(f"{out}: exists and is skipped (--overwrite makes it again)")
@@ -982,18 +1074,23 @@ def main(argv=None):
             img = data.read_image(image) if a.images else None
             if svd is None:
                 svd = load(a, given, model, extension, device)
+                made_by = {"model": model, "vae": vae_id(model)}
             if a.video and video is None:
                 video = open_video(a.video, given.get("size"), svd.vae, device)
             if img is None:
                 img = video.first
             ready = complete(svd, given | {"seed": seed}, img.shape[1::-1], video, keyframes)
             check_writable(out, ready.fps)  # a video to refine may be too fast for a GIF
-            make_video(svd, img, ready, device, out, video, end, keyframes)
-        except (data.MediaError, FloatingPointError) as e:
-            if not batch:
+            make_video(svd, img, ready, device, out, made_by, video, end, keyframes)
+        except (data.MediaError, FloatingPointError, RuntimeError) as e:
+            full = is_out_of_memory(e)
+            if not batch or (isinstance(e, RuntimeError) and not full):
                 raise
-            print(f"sample.py: {e}", file=sys.stderr)  # the others are made all the same
+            # the others are made all the same
+            print(f"sample.py: {OUT_OF_MEMORY if full else e}", file=sys.stderr)
             failed.append(out)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends all processes when one has failed, so
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # they wait here
     if failed:
         names = ", ".join(failed)
         raise data.MediaError(f"{len(failed)} of {len(a.jobs)} videos were not made: {names}")
@@ -1001,7 +1098,7 @@ def main(argv=None):
 
 OUT_OF_MEMORY = """out of memory. While sampling, from what costs least to what costs most:
     --dtype float16     half of what --dtype float32 takes
-    --offload           only the network at work is on the device: some seconds more per video
+    --offload           weights are on the device only while they work: some seconds more per video
     --frames 64         fewer frames: a shorter video
     --size 512x320      fewer pixels: less detail
 While decoding, which went down to one frame at a time by itself: --decode-only FILE (no UNet in
@@ -1010,6 +1107,8 @@ memory), or --size."""
 
 def command(argv=None):
     """main(), for a shell: what the user can fix is one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):  # a name that cannot be printed must not cost a video
+        stream.reconfigure(errors="backslashreplace")
     # as an exception, which removes temporary files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("sample.py: terminated"))
     try:

@@ -18,6 +18,7 @@ Runtime: see README.md.
 import argparse
 import contextlib
 import csv
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -675,6 +676,15 @@ def test_streaming_changes_no_bit():
     same(unet, state)
 
 
+def test_streaming_needs_the_weights_once():
+    with compare.LiveBytes([]) as live:
+        unet = make_unet(**TWO_LEVELS | {"channels": (64, 128)})
+        live.peak = live.live
+        unet.stream = exsvd.Stream(unet, "cpu")
+    weights = compare.weight_bytes(unet)
+    assert live.live < 1.25 * weights and live.peak < 1.6 * weights
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["sampling with Stream", "training"])
 def test_another_device(training):
     """Under FakeTensorMode "meta" is a device like any other, on which nothing need exist: mixed
@@ -1274,6 +1284,11 @@ def test_folders_that_are_not_whole(tmp_path, files):
             exsvd.load(tmp_path / "x")
     shutil.copy(files.folder / "unet/config.json", tmp_path / "x/unet/config.json")
     os.remove(tmp_path / "x/vae/diffusion_pytorch_model.safetensors")
+    index = tmp_path / "x/vae/diffusion_pytorch_model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(exsvd.WeightsError, match="split into several files: .*max_shard_size"):
+        exsvd.load(tmp_path / "x")
+    index.unlink()
     (tmp_path / "x/vae/diffusion_pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(exsvd.WeightsError, match="no vae/diffusion_pytorch_model.safetensors"):
         exsvd.load(tmp_path / "x")
@@ -1323,6 +1338,13 @@ def test_files_name_their_ids(tmp_path, files, monkeypatch):
         code_with("zoom")
         with pytest.raises(exsvd.WeightsError, match="conditioned on fps, motion, aug, pan, but.*zoom"):
             exsvd.load(*given, device="meta")
+
+
+def test_a_saved_file_is_synced_as_windows_wants_it(tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda fd: modes.append(fcntl.fcntl(fd, fcntl.F_GETFL)))
+    exsvd.save(tmp_path / "x.safetensors", {"x": torch.zeros(1)}, {})
+    assert [mode & os.O_ACCMODE for mode in modes] == [os.O_RDWR]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2462,6 +2484,8 @@ def test_adjust_matches_frames_and_raises_contrast():
     given = sample.adjust(z, s, [2, 9])
     assert torch.equal(given[:, 2], z[:, 2] * 1.2) and torch.equal(given[:, 3:], out[:, 3:])
     assert torch.equal(sample.adjust(z, sample.Settings()), z)
+    z[:, 1] = 3
+    assert sample.adjust(z, s).isfinite().all(), "a frame without variance"
 
 
 def test_the_defaults_of_a_model_come_in_order():
@@ -2766,26 +2790,90 @@ def test_noise_of_one_mean_stays_standard_normal(make, monkeypatch):
     assert abs(noise.std() - 1) < 0.05 and not torch.allclose(noise[:, 0], noise[:, 1])
 
 
-def test_offload_has_one_stage_on_the_device_and_changes_nothing(make, monkeypatch):
-    moves, to = [], torch.nn.Module.to
+def test_offload_changes_nothing(make):
+    assert make(name="plain.mp4").read_bytes() == make("--offload", name="offload.mp4").read_bytes()
 
-    def spy(self, where):
-        moves.append((type(self).__name__, str(where)))
-        return to(self, where)
 
-    monkeypatch.setattr(torch.nn.Module, "to", spy)
-    plain, offloaded = make(name="plain.mp4"), make("--offload", name="offload.mp4")
-    assert plain.read_bytes() == offloaded.read_bytes()
-    stages = [["ImageEncoder", "VAE"], ["UNet"], ["VAE"]]
-    there_and_back = [(name, "cpu") for stage in stages for name in stage * 2]
-    without_unet = [move for move in there_and_back if move[0] != "UNet"]  # its Stream moves it
-    assert moves == there_and_back + without_unet
+def test_networks_take_turns_on_the_device(monkeypatch):
+    """In two rounds with a key frame, and without a read of values. Under FakeTensorMode "meta" is
+    a device like any other, and mixed devices fail."""
+    there, stages = torch.device("meta"), []
 
-    moves.clear()
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append(str(where)))
-    with sample.on_device(torch.device("meta"), torch.nn.Linear(2, 2)):
-        assert moves == ["meta"]
-    assert moves == ["meta", "cpu"], "home is where it was"
+    def parts():
+        found = {"unet": svd.unet.conv_out, "clip": svd.clip.ln_post, "encoder": svd.vae.quant_conv,
+                 "decoder": svd.vae.decoder.conv_in}
+        return {name for name, module in found.items() if module.weight.device == there}
+
+    def spy(network, method, name):
+        original = getattr(network, method)
+
+        def run(*inputs):
+            stages.append((name, parts()))
+            return original(*inputs)
+
+        monkeypatch.setattr(network, method, run)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        svd = exsvd.SVD(exsvd.UNet(replace(UNET, **TWO_LEVELS)), exsvd.VAE(VAE),
+                        exsvd.ImageEncoder(CLIP), {}, None)
+        for network, method, name in ((svd.unet, "forward", "unet"), (svd.clip, "forward", "clip"),
+                                      (svd.vae, "encode", "encode"), (svd.vae, "decode", "decode")):
+            spy(network, method, name)
+        s = sample.Settings(frames=6, size=(128, 64), steps=1, cfg=(1, 1), native=4, overlap=2,
+                            schedule="karras", decode_chunk=2)
+        img = torch.empty(3, 64, 128)
+        z = sample.make_latents(svd, img, s, there, keyframes={1: img})
+        monkeypatch.setattr(sample, "check_finite", Mock())
+        monkeypatch.setattr(data, "VideoWriter", Mock(return_value=contextlib.nullcontext(Mock())))
+        sample.write_video(svd.vae, z, s, "a.mp4")
+    vision = {"clip", "encoder", "decoder"}
+    first, frame = [("encode", vision), ("clip", vision), ("encode", vision)], ("decode", {"decoder"})
+    assert stages[:4] == [*first, ("unet", {"unet"})]
+    later = [stage for stage in stages[4:] if stage != frame]
+    assert later == [*first[1:], ("unet", {"unet"})] and stages[-1] == frame
+    assert z.device == there and not parts()
+
+
+def test_what_stays_on_a_card():
+    """Half-precision networks of full size, and what a pass of them takes as it is counted."""
+    options, size = argparse.Namespace(device="cpu", diffsynth=None), exsvd.Slices.size
+    with torch.device("meta"):
+        svd = exsvd.SVD(exsvd.extend(exsvd.UNet(), 128).half(), exsvd.VAE().half(),
+                        exsvd.ImageEncoder().half(), {}, {})
+    weights = compare.weight_bytes(svd.unet)
+    s = sample.Settings(frames=128, native=25)
+    for free, expected in ((22e9, (True, None)), (8e9, (True, 4 * size)), (7e9, (False, 4 * size)),
+                           (6e9, (False, size)), (1e9, (False, size))):
+        assert sample.fit(svd, s, free) == expected
+    with compare.computing(), patch.object(sample, "SLICES", (size // 2, size // 4)):
+        unet, run = compare.build("ours", options, device="cpu")
+        for unet.slice_size, less in ((None, size // 2), (size // 2, size // 4)):
+            with compare.LiveBytes(unet.parameters()) as live:
+                compare.one_pass(run, (16, 32, 32))
+            small = replace(s, frames=16, size=(256, 256))
+            assert sample.fit(svd, small, weights + live.peak)[1] == less
+            assert sample.fit(svd, small, weights + 1.15 * live.peak)[1] == unet.slice_size
+
+
+def test_out_of_memory_takes_smaller_slices_and_draws_nothing_twice(make, monkeypatch, capsys):
+    flags = "--steps", 4, "--cfg", 2, 2
+    whole, denoise, calls, sizes = latents_of(make(*flags)), exsvd.denoise, itertools.count(), []
+
+    def full(unet, *inputs):
+        sizes.append(unet.slice_size)
+        if next(calls) in fail_at:
+            raise torch.OutOfMemoryError("injected")
+        return denoise(unet, *inputs)
+
+    monkeypatch.setattr(exsvd, "denoise", full)
+    fail_at = {3}  # the second pass of the second step, of which both are repeated
+    assert torch.equal(latents_of(make(*flags, name="b.mp4")), whole)
+    n = exsvd.Slices.size
+    assert sizes == [n] * 4 + [n // 4] * 6
+    assert "sampling goes on in slices of 1,310,720" in capsys.readouterr().err
+    calls, fail_at = itertools.count(), {0, 1}
+    with pytest.raises(torch.OutOfMemoryError):
+        make(*flags, name="c.mp4")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -2796,6 +2884,7 @@ def test_offload_really_moves(make, small):
     weight = svd.unet.conv_out.weight
     assert not weight.is_cuda and not weight.is_inference()
     make("--offload", "--device", "cuda")
+    make("--device", "cuda", name="resident.mp4")
 
 
 def test_frames_beyond_the_native_length(small, pictures, capsys):
@@ -2870,6 +2959,23 @@ def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):
     assert again.read_bytes() == whole.read_bytes()
 
 
+def test_latents_are_decoded_by_the_vae_that_they_were_made_for(make, small, tmp_path):
+    model = shutil.copy(small, tmp_path / "own.safetensors")
+    video = make("--model", model)
+    flags = ["--decode-only", sample.latents_path(str(video)), "--dtype", "float32", "--out",
+             str(tmp_path / "again.mp4")]
+    sample.main(flags)
+    assert (tmp_path / "again.mp4").read_bytes() == video.read_bytes()
+    svd = exsvd.load(model)
+    exsvd.save_model(model, svd.unet, randomize(svd.vae, seed=9), svd.clip)
+    for _ in ("another", "none"):
+        with pytest.raises(exsvd.WeightsError, match="own.safetensors, which is not there or has "):
+            sample.main(flags)
+        sample.main([*flags, "--model", small])
+        assert (tmp_path / "again.mp4").read_bytes() == video.read_bytes()
+        os.remove(model) if os.path.exists(model) else None
+
+
 ZEROS, NO_LATENTS = torch.zeros(1, 2, 4, 8, 8), "no latents saved by sample.py"
 SAVED = asdict(sample.Settings(frames=2, size=(64, 64), dtype="float32"))
 
@@ -2917,6 +3023,9 @@ def test_default_model(tmp_path, monkeypatch, capsys):
     assert chosen() == ("assets/toy.safetensors", ["assets/toy-exvideo.safetensors"])
     assert "using the toy" in capsys.readouterr().err
     assert chosen(model=tmp_path / "m") == ("m", [])
+    monkeypatch.chdir(tmp_path)
+    assert chosen(model="assets/toy.safetensors") == chosen(), "given relatively, it is the toy, too"
+    capsys.readouterr()
     (tmp_path / "weights").mkdir()
     expected = []
     for name in ("svd_xt", "model.fp16", "exvideo"):  # the last is our own, and comes first
@@ -2928,26 +3037,30 @@ def test_default_model(tmp_path, monkeypatch, capsys):
 
 
 def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
-    """Seeds, a bad image, latents that overflow, what exists already; one load of the model."""
+    """Seeds, a bad image, latents that overflow, a full memory, what exists already; one load of
+    the model."""
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
     load, made, make_latents = spied(monkeypatch, exsvd, "load"), [], sample.make_latents
 
     def overflows_first(*args):
         made.append(args)
+        if len(made) == 3:
+            raise torch.OutOfMemoryError("injected")
         return make_latents(*args) * (math.nan if len(made) == 1 else 1)
 
     monkeypatch.setattr(sample, "make_latents", overflows_first)
     flags = "--frames", 2, "--size", "128x64", "--seed", 3, "--seeds", 2
     outs = [tmp_path / f"{name}-{seed}.mp4" for name in ("first", "second") for seed in (3, 4)]
-    failed = "3 of 6 videos were not made: .*first-3.mp4, .*bad-3.mp4, .*bad-4.mp4"
+    failed = "4 of 6 videos were not made: .*first-3.mp4, .*bad-3.mp4, .*bad-4.mp4, .*second-3.mp4"
     with pytest.raises(data.MediaError, match=failed):
         make(*flags, images=(pictures[0], bad, pictures[1]), name="{name}.mp4")
     errors = capsys.readouterr().err
     assert f"sample.py: {bad}: " in errors
     assert f"sample.py: {outs[0]}: the latents are not" in errors
-    assert sorted(tmp_path.glob("*.mp4")) == outs[1:] and load.call_count == 1
-    make(*flags, name="{name}.mp4")
+    assert "sample.py: out of memory" in errors
+    assert sorted(tmp_path.glob("*.mp4")) == [outs[1], outs[3]] and load.call_count == 1
+    make(*flags, images=pictures, name="{name}.mp4")
     assert "first-4.mp4: exists and is skipped" in capsys.readouterr().out
     assert sorted(tmp_path.glob("*.mp4")) == outs and len({o.read_bytes() for o in outs}) == 4
     assert data.read_video(outs[0])[0].shape == (2, 64, 128, 3)
@@ -2955,6 +3068,17 @@ def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
     count = len(made)
     make(*flags, "--overwrite", name="{name}.mp4")
     assert len(made) == count + 2
+
+
+def test_torchrun_shares_out_the_videos(small, pictures, tmp_path):
+    """A process that has failed waits for the others, or torchrun would end them."""
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               "sample.py", bad, *pictures, "--model", small, "--out", f"{tmp_path}/{{name}}.mp4"]
+    done = subprocess.run([*map(str, command)], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode and "1 of 2 videos were not made" in done.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["first.mp4", "second.mp4"]
 
 
 def test_longer_than_the_table_in_rounds(make, extensions, monkeypatch):
@@ -3085,7 +3209,7 @@ OVERWRITTEN = "would overwrite what is read"
         ("--size 64x64x64", "WIDTHxHEIGHT"), ("--eta 2", "at most 1"),
         ("--strength 0", "at least 0.01"), ("--frames 0", "at least 1"),
         ("--frames 1.5", "a whole number"), ("--fps nan", "at least 1"),
-        ("--cfg nan 1", "at least 0"), (f"--seed {10**30}", "at most"),
+        ("--cfg nan 1", "at least 0"), (f"--seed {2**32}", "at most"),
         ("--sampler eular", "invalid choice"), ("--keyframe c.png", "NUMBER=IMAGE"),
         ("--end missing.png", "missing.png"), ("--end a.mp4 --out a.mp4", OVERWRITTEN),
         ("--video missing.mp4", "missing.mp4"), ("{picture} --video missing.mp4", "one video"),
@@ -3110,6 +3234,14 @@ def test_bad_input_is_one_line_and_a_failure(
     last = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err
     assert exit.value.code not in (0, None) and words in last.strip().splitlines()[-1]
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("out/*"))
+
+
+def test_what_cannot_be_printed_costs_nothing(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sample, "main", lambda argv: print("caf\udce9 \xe9", flush=True))
+    sample.command([])
+    assert terminal.buffer.getvalue() == b"caf\\udce9 \\xe9\n"
 
 
 def test_the_script_runs_where_deepspeed_is_not_installed(small, pictures, tmp_path):
@@ -3941,9 +4073,11 @@ def test_train_exits_with_a_line(tmp_path, monkeypatch):
         runpy.run_path(train.__file__, run_name="__main__")
 
 
-def test_the_toy_is_the_default():
+def test_the_toy_is_the_default(monkeypatch):
+    monkeypatch.chdir(HERE)
     s = train.parse([])
     assert s.data == train.TOY_CLIPS and s.out == "runs/toy"
+    assert s == train.parse(["--model", "assets/toy.safetensors"])
     assert s.frames == 40 and s.size == (128, 128)
     s = train.parse(["--model", train.TOY, "--data", "x", "--lr", "3e-4"])
     assert s.data == "x" and s.lr == 3e-4

@@ -182,7 +182,7 @@ def parse(argv=None):
     given = vars(p.parse_args(argv))
     del given["local_rank"]
 
-    model = given.get("model", TOY)
+    model = TOY if os.path.abspath(given.get("model", TOY)) == TOY else given["model"]
     meta = exsvd.open_model(model)[0]["unet"].meta
     in_file = sample.defaults_in_file(Settings, meta, "train", model)
     s = Settings(**(in_file | given | {"model": model}))
