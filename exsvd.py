@@ -1171,34 +1171,30 @@ class Resident:
 class Stream(Resident):
     """For small cards: keeps in CPU memory what a pass does not need yet. Inference only.
 
-    Use it by unet.stream = Stream(unet, device). The weights of a block are one flat buffer, copied
-    at once. The device holds two of them: that of the block that computes, and the next, which is
-    copied meanwhile. Skips of at least `large` bytes are moved to CPU memory at once, and come back
-    while the block before theirs computes. On CUDA the copies run in a stream of their own and from
-    pinned memory. The output is bit-identical.
+    Use it by unet.stream = Stream(unet, device). The device holds the weights of two blocks, a flat
+    buffer each: of the one that computes, and of the next, which is copied meanwhile. Skips of at
+    least `large` bytes wait in CPU memory, too. On CUDA the copies run in a stream of their own and
+    from pinned memory. The output is bit-identical.
     """
 
     def __init__(self, unet, device, large=2**26):
         self.device, self.large = torch.device(device), large
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        blocks, self.home, shelf = [*unet.down, *unet.mid, *unet.up], {}, torch.empty(0)
+        blocks, self.home, shelf = [*unet.down, *unet.mid, *unet.up], {}, ()
         needs = [sum(size for *_, size in self.weights(block)) for block in blocks]
         most = 2 ** (sum(needs) // 4).bit_length()  # PyTorch rounds pinned memory to powers of two
         for i, (block, need) in enumerate(zip(blocks, needs)):
             if need > len(shelf):  # several blocks share one
-                shelf = torch.empty(max(need, min(most, sum(needs[i:]))), dtype=torch.uint8,
-                                    pin_memory=self.side is not None)
+                shelf = torch.empty(max(need, min(most, sum(needs[i:]))), dtype=torch.uint8, pin_memory=bool(self.side))
             self.home[block], shelf = shelf[:need], shelf[need:]
             self.set_weights(block, self.home[block], fill=True)
-        streamed = {module for block in blocks for module, *_ in self.weights(block)}
-        for module in set(unet.modules()) - streamed:
+        for module in set(unet.modules()) - {m for block in blocks for m, *_ in self.weights(block)}:
             for name, p in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(p.to(self.device), p.requires_grad))
 
     def weights(self, block):
-        """[(module, name, parameter, its bytes in a buffer)] of a block without its conv, which the
-        next block runs. A buffer aligns its tensors as PyTorch aligns tensors on a GPU."""
-        modules = [m for part in (block.res, block.attn) if part is not None for m in part.modules()]
+        """[(module, name, parameter, aligned bytes)] of a block without conv, which the next runs."""
+        modules = (m for part in (block.res, block.attn) if part for m in part.modules())
         return [(m, name, p, math.ceil(p.nbytes / 512) * 512)
                 for m in modules for name, p in m.named_parameters(recurse=False)]
 
@@ -1244,10 +1240,10 @@ class Stream(Resident):
     def fetch(self, block, skips, i):
         """Begins to copy a block's buffer and skips[i] to the device: (the copy, final event)."""
         with self.aside():
-            buffer = self.home[block].to(self.device, non_blocking=True, copy=True)
             if len(skips) >= -i and skips[i].nbytes >= self.large:
                 skips[i] = skips[i].to(self.device, non_blocking=True, copy=True)
-            return buffer, None if self.side is None else self.side.record_event()
+            buffer = self.home[block].to(self.device, non_blocking=True, copy=True)
+            return buffer, self.side and self.side.record_event()
 
 
 def compile_blocks(unet):

@@ -446,9 +446,7 @@ def rounds(frames, length, overlap):
 
     The last round overlaps by as many as it takes. A round is conditioned on its own first frame,
     which the round before has made, since SVD was trained on that. Its overlapping frames are drawn
-    to those of the round before by weights that fall to 0. With weights of 1 on all of them the
-    toy's video jumped by 4.0 of 255 at the join, with falling weights by 1.7; the median between
-    frames is 1.2.
+    to those of the round before by weights that fall to 0: with weights of 1 a join shows more.
     """
     starts = [0]
     while starts[-1] + length < frames:
@@ -541,8 +539,18 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
             if start > 0 or keyframes:
                 denoise = with_known_frames(denoise, z[:, start:stop].clone(), weight)
 
-            def counted(x, sigma):
-                D = with_smaller_slices(svd.unet, denoise, x, sigma)
+            def counted(x, sigma):  # draws nothing, so that it can be repeated
+                D = None
+                try:
+                    D = denoise(x, sigma)
+                except RuntimeError as e:
+                    smaller = [n for n in SLICES if n < (svd.unet.slice_size or math.inf)]
+                    if not is_out_of_memory(e) or not smaller:
+                        raise
+                if D is None:  # out here the exception no longer keeps the attempt's tensors alive
+                    svd.unet.slice_size = smaller[0]
+                    free_memory(f"sampling goes on in slices of {smaller[0]:,} elements")
+                    return counted(x, sigma)
                 bar.update()
                 return D
 
@@ -567,6 +575,11 @@ def is_out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
+def free_memory(what_follows):
+    print(f"out of memory: {what_follows}", file=sys.stderr)
+    torch.cuda.empty_cache()  # does nothing without CUDA
+
+
 def decode(vae, z, chunk):
     """Decode in time: unscaled latents (1,T,4,h,w) -> yields float32 (n,3,8h,8w) on the CPU, T
     frames in all.
@@ -587,9 +600,7 @@ def decode(vae, z, chunk):
                 raise
         if frames is None:  # out here the exception no longer keeps the attempt's tensors alive
             chunk //= 2
-            print(f"out of memory: decoding goes on with chunks of {chunk} frames", file=sys.stderr)
-            if z.is_cuda:
-                torch.cuda.empty_cache()
+            free_memory(f"decoding goes on with chunks of {chunk} frames")
             if tail is not None and chunk <= len(tail):  # too short to blend with the larger one
                 yield tail
                 start, tail = start + len(tail), None
@@ -665,8 +676,8 @@ def write_video(vae, latents, s, out, keyframes=()):
     with (on_device(latents.device, vae.decoder), data.VideoWriter(out, s.fps, asdict(s)) as video,
           tqdm(total=z.shape[1], desc="decoding", unit="frame") as bar):
         for frames in decode(vae, z, s.decode_chunk):
-            check_finite(frames, f"{out}: the frames are not finite in {s.dtype}: decode the saved latents "
-                                 f"with --decode-only {latents_path(out)} --dtype float32")
+            check_finite(frames, f"{out}: the frames are not finite in {s.dtype}: decode the saved "
+                         f"latents with --decode-only {latents_path(out)} --dtype float32")
             video.write(to_pixels(frames))
             bar.update(len(frames))
 
@@ -677,61 +688,35 @@ def write_video(vae, latents, s, out, keyframes=()):
 SLICES = 4 * exsvd.Slices.size, exsvd.Slices.size, exsvd.Slices.size // 4  # of UNet.slice_size
 
 
-def fit(svd, s, free):
-    """-> (whether all three networks can stay in `free` bytes, UNet.slice_size for them).
+def what_fits(svd, s, free):
+    """-> (whether all three networks can stay in `free` bytes of a GPU, UNet.slice_size for them).
 
-    The constants are those of bench/compare.py. Slices come before weights: a pass in large ones is
-    faster, and moving the weights takes a second or two per video. What is cut is rounded in
-    another way (statistics of norms, and kernels that are chosen by shape), so that the last bits
-    of a video depend on the slices.
+    Larger slices, or none, are faster (the factors are those of bench/compare.py). They change how
+    results are rounded: statistics of norms, and kernels that a library chooses by shape.
     """
-    unet, others = (sum(p.nbytes for m in networks for p in m.parameters())
-                    for networks in ([svd.unet], [svd.vae, svd.clip]))
+    unet, vae, clip = (sum(p.nbytes for p in m.parameters()) for m in (svd.unet, svd.vae, svd.clip))
     itemsize, pixels = svd.unet.conv_out.weight.itemsize, math.prod(s.size)
     n = round_length(svd.unet, s) * pixels // 64 * svd.unet.config.channels[0]
-
-    def sampling(slice_size):
-        return itemsize * (6 * n + 10 * min(n, slice_size or n))
-
+    needs = {size: itemsize * (6 * n + 10 * min(n, size or n)) for size in (None, *SLICES[:2])}
+    size = next((size for size, need in needs.items() if unet + need <= free), SLICES[1])
     decoding = itemsize * 2 * svd.vae.config.channels[0] * (s.decode_chunk + 1) * pixels
-    slices = [None, *SLICES[:2]]
-    size = next((size for size in slices if unet + sampling(size) <= free), SLICES[1])
-    return unet + others + max(sampling(size), decoding) <= free, size
-
-
-def with_smaller_slices(unet, denoise, x, sigma):
-    """denoise(x, sigma), again in smaller slices when memory is full. Nothing is drawn in there, so
-    the video stays the same but for its rounding, see fit()."""
-    while True:
-        try:
-            return denoise(x, sigma)
-        except RuntimeError as e:
-            smaller = [size for size in SLICES if unet.slice_size is None or size < unet.slice_size]
-            if not is_out_of_memory(e) or not smaller:
-                raise
-        # out here the exception no longer keeps the attempt's tensors alive
-        unet.slice_size = smaller[0]
-        print(f"out of memory: sampling goes on in slices of {smaller[0]:,} elements", file=sys.stderr)
-        if x.is_cuda:
-            torch.cuda.empty_cache()
+    return unet + vae + clip + max(needs[size], decoding) <= free, size
 
 
 def settle(svd, s, device):
-    """Before a video: moves the networks to the GPU, or from it where only one at a time fits, for
-    which on_device() then fetches them. Nothing to decide on a CPU, nor with --offload."""
-    if device.type != "cuda" or svd.unet.stream is not None:
-        return
-    # all that PyTorch holds is ours; a tenth is for what it does not count, and for fragments
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    together, svd.unet.slice_size = fit(svd, s, 0.9 * free)
-    for network in (svd.unet, svd.vae, svd.clip):
-        network.to(device if together else "cpu")
+    """Before a video on a GPU: networks that cannot stay there stay in CPU memory, from where
+    on_device() lends them."""
+    if device.type == "cuda" and svd.unet.stream is None:
+        # what PyTorch holds is ours; a tenth is for what it does not count, and for fragments
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        stay, svd.unet.slice_size = what_fits(svd, s, 0.9 * free)
+        for network in (svd.unet, svd.vae, svd.clip):
+            network.to(device if stay else "cpu")
 
 
 @contextmanager
 def on_device(device, *modules):
-    """Within it, modules are on a device: with copies of their parameters where these live
-    elsewhere."""
+    """Lends modules to a device: parameters that live elsewhere are replaced by copies for a while."""
     modules = [m for m in modules if getattr(m, "stream", None) is None]  # it moves itself
     at_home = []
     try:
@@ -789,16 +774,14 @@ def parse(argv):
                       "out/{name}-refined.mp4]")
     add("--seeds", type=integer(1), default=1, metavar="N", help="videos of each image [1]")
     add("--overwrite", action="store_true", help="of several videos, make again those that exist")
-    cuda = torch.cuda.is_available()
-    add("--device", default="cuda" if cuda else "cpu", help="[cuda if there is one, else cpu]")
+    card = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    add("--device", default=card, help="[cuda if there is one, else cpu]")
     add("--offload", action="store_true", help="for small GPUs: the UNet's weights come block by block")
     add("--compile", action="store_true", help="torch.compile; the first step takes minutes")
     add_flags(p.add_argument_group("settings"), Settings)
     a = p.parse_args(argv)
     given = {f.name: getattr(a, f.name) for f in fields(Settings) if hasattr(a, f.name)}
-    for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = tuple(value)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
     if bool(a.images or a.video) == bool(a.decode_only):
         p.error("give at least one image first, such as assets/img.png, or --decode-only FILE")
@@ -833,15 +816,17 @@ def jobs_of(a, first_seed):
     jobs = []
     for image in a.images or [a.video or a.decode_only]:
         name = os.path.splitext(os.path.basename(image.rstrip(os.sep)))[0].removesuffix(".latents")
-        for seed in range(first_seed, first_seed + a.seeds):
+        for seed in (n % 2**32 for n in range(first_seed, first_seed + a.seeds)):
             jobs.append((image, seed, out.replace("{name}", name).replace("{seed}", str(seed))))
     return jobs
 
 
 def default_model(a):
     """--model and --extension where they are not given; one line says so when it is the toy."""
+    if a.model and os.path.abspath(a.model) != toy_files()[0]:
+        return a.model, a.extension
     if a.model:
-        return toy_files(a.extension) if os.path.abspath(a.model) == toy_files()[0] else (a.model, a.extension)
+        return toy_files(a.extension)
     model, *extensions = (os.path.join(HERE, "weights", name) for name in
                           ("svd_xt.safetensors", "exvideo.safetensors", "model.fp16.safetensors"))
     if os.path.exists(model):
@@ -1039,15 +1024,10 @@ def main(argv=None):
     a, given = parse(argv)
     batch = len(a.jobs) > 1
     # under torchrun each process makes its share of the videos, on a GPU of its own
-    rank, world, card = (int(os.environ.get(*variable)) for variable in
-                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    a.jobs = a.jobs[rank::world]
+    a.jobs = a.jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
     for _, _, out in a.jobs:
         check_writable(out, given.get("fps", 1))
     device = torch.device(a.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", card if device.index is None else device.index)
-        torch.cuda.set_device(device)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), idle_cores()))
     if a.decode_only:

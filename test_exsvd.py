@@ -2844,15 +2844,30 @@ def test_what_stays_on_a_card():
     s = sample.Settings(frames=128, native=25)
     for free, expected in ((22e9, (True, None)), (8e9, (True, 4 * size)), (7e9, (False, 4 * size)),
                            (6e9, (False, size)), (1e9, (False, size))):
-        assert sample.fit(svd, s, free) == expected
+        assert sample.what_fits(svd, s, free) == expected
     with compare.computing(), patch.object(sample, "SLICES", (size // 2, size // 4)):
         unet, run = compare.build("ours", options, device="cpu")
         for unet.slice_size, less in ((None, size // 2), (size // 2, size // 4)):
             with compare.LiveBytes(unet.parameters()) as live:
                 compare.one_pass(run, (16, 32, 32))
             small = replace(s, frames=16, size=(256, 256))
-            assert sample.fit(svd, small, weights + live.peak)[1] == less
-            assert sample.fit(svd, small, weights + 1.15 * live.peak)[1] == unet.slice_size
+            assert sample.what_fits(svd, small, weights + live.peak)[1] == less
+            assert sample.what_fits(svd, small, weights + 1.15 * live.peak)[1] == unet.slice_size
+
+
+@pytest.mark.parametrize("gigabytes, home", [(30, "cuda:1"), (1e-3, "cpu")])
+def test_networks_settle_where_they_fit(small, monkeypatch, gigabytes, home):
+    svd, device = exsvd.load(small), torch.device("cuda:1")
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda network, where: moved.append(str(where)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 1e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    sample.settle(svd, sample.Settings(frames=8, native=8, size=(64, 64)), device)
+    assert moved == [home] * 3
+    assert svd.unet.slice_size == (exsvd.Slices.size if home == "cpu" else None)
+    svd.unet.stream = exsvd.Stream(svd.unet, "cpu")
+    sample.settle(svd, sample.Settings(), device)
+    assert len(moved) == 3, "with --offload nothing settles"
 
 
 def test_out_of_memory_takes_smaller_slices_and_draws_nothing_twice(make, monkeypatch, capsys):
