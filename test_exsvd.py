@@ -3432,13 +3432,13 @@ def one_rank(small, videos, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(small, videos, tmp_path_factory):
+def two_ranks(small, videos, clips, tmp_path_factory):
     """-> a run that saved and left on a signal to every process, readers too, as a terminal, Slurm
     and DeepSpeed's launcher send it; and what it printed"""
     out = tmp_path_factory.mktemp("two_ranks")
     p = launch("--model", small, "--data", videos, "--out", out, *OPTIONS, "--workers", 1,
-               "--steps", 10000, ranks=2)
-    while not (out / "log.csv").exists() or len(log_of(out)) < 3:
+               "--steps", 10000, "--val", clips, ranks=2)
+    while not (out / "log.csv").exists() or len(log_of(out)) < 4:
         assert p.poll() is None, p.communicate()[0]
         time.sleep(0.05)
     os.killpg(p.pid, signal.SIGTERM)
@@ -3457,7 +3457,7 @@ def trained_parameters(unet):
 
 
 def test_two_ranks_train_on_real_videos_until_a_signal(two_ranks):
-    out, rows, steps = two_ranks.out, log_of(two_ranks.out), range(1, two_ranks.step + 1)
+    out, rows, steps = two_ranks.out, log_of(two_ranks.out)[1:], range(1, two_ranks.step + 1)
     assert [int(r["step"]) for r in rows] == [*steps]
     assert [int(r["videos"]) for r in rows] == [2 * n for n in steps]
     assert all(0 < float(r["loss"]) < 10 and float(r["grad_norm"]) > 0 for r in rows)
@@ -3520,6 +3520,36 @@ def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(sm
     for name, p in trained.items():
         exempt = p.ndim == 1 or "frame_table" in name or "frame_conv" in name
         assert decay[id(p)] == (0 if exempt else 0.5), name
+
+
+def test_validation_is_the_loss_of_the_average_and_changes_no_bit(
+        small, videos, clips, one_rank, two_ranks, tmp_path, capsys):
+    train_here("--model", small, "--data", videos, "--out", tmp_path, *OPTIONS,
+               "--log-every", 3, "--val", clips, "--val-every", 4)
+    assert same_state(one_rank.out, tmp_path)
+    first, three, last = log_of(tmp_path)
+    assert first["step"] == "0" and not first["loss"] and three["loss"] and not three["val_loss"]
+    assert f"step 4: validation loss {float(last['val_loss']):.4f}" in capsys.readouterr().out
+    shared = float(log_of(two_ranks.out)[0]["val_loss"])  # each rank has half of the clips
+    assert float(first["val_loss"]) == pytest.approx(shared, rel=1e-4)
+    svd = exsvd.load(small, tmp_path / "exvideo-000004.safetensors")
+    dataset, losses = data.open_dataset(clips, 10, (64, 64), train.VAL_SEED), []
+    for n in range(train.VAL_CLIPS):
+        item = dataset[n]
+        video, (aug, image_noise) = data.to_float(item["video"]), data.draw_condition(
+            train.VAL_SEED, item["name"], (64, 64))
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[0], aug, image_noise)
+        z = data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE
+        noise = train.draw(train.Settings(seed=train.VAL_SEED), n, z.shape[1:])[1][None]
+        ids = exsvd.unet_ids(svd.unet.config.ids, item | {"aug": aug})
+        losses += [exsvd.training_loss(svd.unet, exsvd.LOSSES["edm"], z, torch.tensor([sigma]), noise,
+                                       cond[None, None], ctx[None, None], ids).item()
+                   for sigma in train.VAL_SIGMAS]
+    by_level = np.reshape(losses, (-1, len(train.VAL_SIGMAS))).mean(0)
+    moved = float(first["val_loss"]) - float(last["val_loss"])
+    assert abs(by_level.mean() - float(last["val_loss"])) < 0.01 * abs(moved)  # the file is float16
+    for name, loss in zip(train.Log.VAL[1:], by_level):
+        assert float(last[name]) == pytest.approx(loss, rel=1e-3)
 
 
 KILLED = """
@@ -3706,7 +3736,7 @@ def test_one_clip_is_overfitted_and_samples_and_monitors_show_it(
         small, clips, tmp_path, monkeypatch, capsys):
     """Everything trains, CLIP too, and samples are made with the average of CLIP."""
     one, seen, condition = tmp_path / "one_clip.py", [], sample.condition
-    one.write_text(clips.read_text().replace("n % 4", "0"))
+    one.write_text(clips.read_text().replace("n % 4", "0").replace('"motion": 40.0', '"motion": 0.0'))
 
     def spy(svd, *args):
         seen.append(svd.clip.proj.clone())
@@ -3738,7 +3768,9 @@ def test_one_clip_is_overfitted_and_samples_and_monitors_show_it(
     assert torch.allclose(seen[2], svd.clip.proj, rtol=2**-10, atol=1e-6)
     assert data.read_video(tmp_path / "sample-000040.mp4")[0].shape == (2, 64, 64, 3)
     assert data.read_image(tmp_path / "progress.png").shape == (3 * 64, 2 * 64, 3)
-    assert "brightness" in capsys.readouterr().out, "what the dataset measures"
+    said = capsys.readouterr().out
+    assert "at motion 40 and 8 fps: " in said, "the model's own, though the clip stands still"
+    assert "brightness" in said, "what the dataset measures"
     rows = log_of(tmp_path)
     for column in ("loss", "lr"):
         expected = [(int(r["videos"]), pytest.approx(float(r[column]), abs=1e-5)) for r in rows]
@@ -3764,9 +3796,13 @@ def stand_in_for_wandb(monkeypatch):
 def test_training_from_latents_is_training_from_videos(small, videos, one_rank, tmp_path):
     latents, out = tmp_path / "latents", tmp_path / "run"
     data.encode(small, videos, latents, torch.float32, frames=10, size=(64, 64))
-    train_here("--model", small, "--data", latents, "--out", out, *OPTIONS, "--sample-every", 4)
-    assert [row["loss"] for row in log_of(out)] == [row["loss"] for row in log_of(one_rank.out)]
+    args = ("--model", small, "--data", latents, "--out", out, *OPTIONS, "--sample-every", 4, "--val")
+    train_here(*args, latents)
+    assert [row["loss"] for row in log_of(out)[1:]] == [row["loss"] for row in log_of(one_rank.out)]
     assert data.read_image(out / "progress.png").shape == (2 * 64, 9 * 64, 3)
+    assert 0 < float(log_of(out)[0]["val_loss"]) < 10
+    with pytest.raises(SystemExit, match="--val must be encoded"):
+        train_here(*args, videos)
 
 
 def test_clip_that_is_not_trained_is_in_the_dtype_of_encoded_latents(small, clips, monkeypatch):
@@ -3987,6 +4023,8 @@ def test_draws_depend_on_seed_and_number():
     assert len(different) > 0.999 * len(draws)  # 32-bit seeds may coincide
     again = train.draw(train.Settings(seed=1), 7, (1, 4, 2, 2))
     assert all(torch.equal(a, b) for a, b in zip(again, draws[4002 + 7]))
+    scaled = train.draw(train.Settings(seed=1, sigma_scale=3.0), 7, (1, 4, 2, 2))
+    assert scaled[0] == 3 * again[0] and torch.equal(scaled[1], again[1])
     ln = torch.stack([sigma for sigma, _, _ in draws]).log()
     assert abs(ln.mean() - 0.7) < 0.06 and abs(ln.std() - 1.6) < 0.05  # four standard errors
     dropped = 1 - torch.stack([kept for _, _, kept in draws]).mean()

@@ -38,7 +38,8 @@ A run folder (--out) holds
     state-<step>/               what resuming needs: the last two states
     exvideo-<step>.safetensors  the EMA in float16, for --extension; at 128 frames the official code
                                 reads it too. Where more is trained: a whole model, model-<step>
-    log.csv                     loss, loss by noise level, gradient norm, lr, seconds, memory
+    log.csv                     loss, loss by noise level, gradient norm, lr, seconds, memory; with
+                                --val the loss of the average on held-out clips
     progress.png                a row per sample, frames 0, T/8, ... T-1; sample-<step>.mp4
     run.json                    of each start: time, settings, versions, commit, ranks
 
@@ -97,6 +98,9 @@ TOY_IMAGE = os.path.join(HERE, "assets", "img.png")
 SIGMA_BINS = (0.7, 2.0, 6.0)  # the loss is logged apart between these: quartiles of EDM's sigmas
 BUCKET = 50_000_000           # gradients that DeepSpeed reduces at once, a tenth of its default
 MAX_SKIPPED = 50              # steps in a row without an update that end a run; float16 needs some
+VAL_CLIPS = 8                 # held-out clips of --val, and the noise levels at which they are judged
+VAL_SIGMAS = (0.2, 1.0, 5.0, 25.0)
+VAL_SEED = 1_000_000          # of these clips and their noise, whatever --seed is
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # --------------------------------------------------------------------------------------------------
@@ -147,6 +151,7 @@ class Settings:
     clip: float = setting(1.0, number(0), "limit of the gradient norm, 0: none")
     ema: float = setting(0.9999, number(0, 1), "decay of the average, after its warm-up")
     loss: str = setting("edm", exsvd.LOSSES, "noise levels and weighting")
+    sigma_scale: float = setting(1.0, number(1e-3), "factor on the drawn noise levels; at high ones motion is decided")
     drop: float = setting(0.1, number(0, 1), "share of videos that lose their image, so that guidance keeps working")
     seed: int = setting(0, integer(0), "of all random numbers")
 
@@ -161,6 +166,8 @@ class Settings:
     save_every: int = setting(500, integer(1), "steps between states")
     weights_every: int = setting(5000, integer(1), "steps between weight files")
     log_every: int = setting(10, integer(1), "steps per row of log.csv")
+    val: str = setting(None, str, "held-out clips, as --data: loss of the EMA at fixed noise [none; the toy has some]")
+    val_every: int = setting(500, integer(1), "steps between validations, of which the first is at step 0")
     sample_every: int = setting(0, integer(0), "steps between samples of the EMA, from one image and noise; 0: never")
     sample_image: str = setting(None, str, "sample from this image [the first clip's first frame]")
 
@@ -169,7 +176,7 @@ class Settings:
 MAY_CHANGE = {
     "model", "extension", "data", "out", "steps", "lr", "warmup", "cooldown", "weight_decay",
     "clip", "accumulate", "deepspeed_config", "checkpoint", "workers", "timeout", "deterministic",
-    "save_every", "weights_every", "log_every", "sample_every", "sample_image"}
+    "save_every", "weights_every", "log_every", "val", "val_every", "sample_every", "sample_image"}
 
 
 def parse(argv=None):
@@ -185,12 +192,14 @@ def parse(argv=None):
     model = TOY if os.path.abspath(given.get("model", TOY)) == TOY else given["model"]
     meta = exsvd.open_model(model)[0]["unet"].meta
     in_file = sample.defaults_in_file(Settings, meta, "train", model)
-    s = Settings(**(in_file | given | {"model": model}))
+    toy = {}
     if model == TOY:
-        s = replace(s, data=s.data or TOY_CLIPS, sample_image=s.sample_image or TOY_IMAGE)
+        toy = {"out": "runs/toy", "sample_image": TOY_IMAGE}
+        if "data" not in given:
+            toy |= {"data": TOY_CLIPS, "val": TOY_CLIPS, "val_every": 50}
+    s = Settings(**({"out": "runs/exvideo"} | toy | in_file | given | {"model": model}))
     if s.data is None:
         p.error("--data is needed with --model: a folder of videos, for example")
-    s = replace(s, out=s.out or ("runs/toy" if model == TOY else "runs/exvideo"))
     if "dtype" not in given:
         s = replace(s, dtype=dtype_of_run(s.out) or s.dtype or best_dtype())
     if s.sample_image:
@@ -451,6 +460,21 @@ class Shards:
         torch._foreach_lerp_(self.average, [m.detach() for m in self.masters], 1 - decay)
         self.updates += 1
 
+    @contextmanager
+    def averaged(self):
+        """The model with the average in place of its weights, in evaluation mode; then as it was,
+        bit for bit. Takes no memory. Every rank must enter and leave."""
+        self._exchange()
+        self.engine.module.eval()
+        yield  # an error ends the run: the ranks do not meet again, so nothing is put back
+        self.engine.module.train()
+        self._exchange()
+
+    def _exchange(self):
+        for i, master in enumerate(self.masters):
+            master.data, self.average[i] = self.average[i], master.data
+        self.zero.update_lp_params()  # the model's weights, from the masters
+
     def gather_average(self):
         """The average of all ranks, {name: fp32 tensor on the CPU}, on rank 0 and {} elsewhere.
         Every rank must call it."""
@@ -655,25 +679,30 @@ def read_state(out):
 class Log:
     """log.csv. Resuming drops rows beyond the state: those steps come again."""
     BINS = [f"loss_sigma_{low}_{high}" for low, high in zip((0, *SIGMA_BINS), (*SIGMA_BINS, "inf"))]
+    VAL = ["val_loss", *(f"val_loss_sigma_{sigma:g}" for sigma in VAL_SIGMAS)]
     COLUMNS = ["step", "videos", "loss", *BINS, "grad_norm", "lr", "seconds_per_step",
-               "frames_per_second", "peak_memory_GB"]
+               "frames_per_second", "peak_memory_GB", *VAL]
 
     def __init__(self, out, step):
         self.path, rows = os.path.join(out, "log.csv"), []
-        if os.path.exists(self.path):
+        if step > 0 and os.path.exists(self.path):
             with open(self.path) as f:
                 rows = [row for row in f.readlines()[1:] if int(row.split(",")[0]) <= step]
         write(self.path, "".join([",".join(self.COLUMNS) + "\n", *rows]))
 
-    def row(self, step, videos, sums, grad_norm, lr, seconds_per_step, frames_per_second, device):
-        """sums: see add_losses()"""
+    def row(self, step, videos, sums, grad_norm, lr, seconds_per_step, frames_per_second, device, val):
+        """sums: see add_losses(). val: see validate()"""
         loss = [f"{total / n:.5f}" if n else "" for total, n in zip(*sums.tolist())]
         norm = "" if grad_norm is None else f"{grad_norm:.4f}"
         memory = sample.peak_memory(device).split()[0]
         speed = f"{seconds_per_step:.3f}", f"{frames_per_second:.1f}"
         row = [step, videos, *loss, norm, f"{lr:.3g}", *speed, memory]
+        self.add(dict(zip(self.COLUMNS, row)) | val)
+
+    def add(self, values):
+        """A row of {column: value}; the other columns stay empty."""
         with open(self.path, "a") as f:
-            csv.writer(f, lineterminator="\n").writerow(row)
+            csv.DictWriter(f, self.COLUMNS, lineterminator="\n").writerow(values)
 
 
 def sum_over_ranks(sums):
@@ -923,7 +952,7 @@ def draw(s, n, shape):
     dropped. A function of (seed, n), drawn on the CPU."""
     seed = np.random.SeedSequence([s.seed, n]).generate_state(1)[0]  # torch's takes 32 bits
     generator = torch.Generator().manual_seed(int(seed))
-    sigma = exsvd.LOSSES[s.loss].draw(1, shape[0], generator)[0]
+    sigma = s.sigma_scale * exsvd.LOSSES[s.loss].draw(1, shape[0], generator)[0]
     noise = torch.randn(shape, generator=generator)
     conditioned = (torch.rand((), generator=generator) >= s.drop).float()
     return sigma, noise, conditioned
@@ -956,39 +985,53 @@ def inputs(run, item):
 
 
 # --------------------------------------------------------------------------------------------------
-# Samples and weights along the way
+# Validation, samples and weights along the way
 
 
-@contextmanager
-def weights_replaced(module, weights):
-    """The module with other values, {name: tensor}, in evaluation mode; then as it was."""
-    parameters = dict(module.named_parameters())
-    own = {name: parameters[name].detach().to("cpu", copy=True) for name in weights}
-    for name, t in weights.items():
-        parameters[name].data.copy_(t)
-    module.eval()
-    try:
-        yield
-    finally:
-        for name, t in own.items():
-            parameters[name].data.copy_(t)
-        module.train()
+def hold_out(run):
+    """This rank's share of the first VAL_CLIPS clips of --val, encoded, with their noise: a list of
+    what the model takes, (x, noise, cond, ctx, ids), on the CPU."""
+    s = replace(run.s, data=run.s.val, seed=VAL_SEED)
+    dataset, first = open_clips(s, run.rank)
+    if ("video" in first) != ("video" in run.item):
+        sys.exit("train.py: clips of --val must be encoded if those of --data are, and only then")
+    clips = []
+    for n in range(run.rank, VAL_CLIPS, run.world):
+        item = torch.utils.data.default_collate([dataset[n]])
+        x, *conditions = inputs(replace(run, s=s), item)
+        _, noise, _ = draw(s, n, x.shape[1:])
+        clips.append([t.cpu() for t in (x, noise[None], *conditions)])
+    return clips
+
+
+@torch.no_grad()
+def validate(run, held_out, step, videos):
+    """The loss of the average on the held-out clips of all ranks: {column of log.csv: its text}.
+    Every rank must call it."""
+    sums = torch.zeros(len(VAL_SIGMAS), dtype=torch.float64, device=run.device)
+    kept = torch.ones(1, device=run.device)
+    with run.shards.averaged():
+        for clip in held_out:
+            x, noise, *conditions = (t.to(run.device) for t in clip)
+            for i, sigma in enumerate(VAL_SIGMAS):
+                sums[i] += run.module(x, sigma * kept, noise, *conditions, kept)[0].double()
+    losses = sum_over_ranks(sums) / VAL_CLIPS
+    values = dict(zip(Log.VAL, [losses.mean().item(), *losses.tolist()]))
+    run.monitor({name.replace("_", "/", 1): value for name, value in values.items()}, videos)
+    text = ", ".join(f"{loss:.4f} at {sigma:g}" for loss, sigma in zip(losses.tolist(), VAL_SIGMAS))
+    run.say(f"step {step}: validation loss {losses.mean():.4f}; by noise level {text}")
+    return {name: f"{value:.5f}" for name, value in values.items()}
 
 
 def sample_start(run):
-    """What samples start from: an image (3,H,W) in [-1,1], and settings that the first clip has:
-    those of UNetConfig.ids, or nothing for --sample-image."""
+    """The image that samples start from: (3,H,W) in [-1,1]."""
     if run.s.sample_image:
-        return data.fit_image(data.read_image(run.s.sample_image), *run.s.size), {}
-    item = run.item
-    if "video" in item:
-        img = data.to_float(item["video"][0])
-    else:
-        vae, _ = run.decoders()
-        z = item["latents"][None, :1].to(run.device)
-        img = vae.decode(z)[0, 0].float().clamp(-1, 1).cpu()
-    known = {name: float(item[name]) for name in run.module.unet.config.ids if name in item}
-    return img, known | {"fps": max(1.0, float(item["fps"]))}
+        return data.fit_image(data.read_image(run.s.sample_image), *run.s.size)
+    if "video" in run.item:
+        return data.to_float(run.item["video"][0])
+    vae, _ = run.decoders()
+    z = run.item["latents"][None, :1].to(run.device)
+    return vae.decode(z)[0, 0].float().clamp(-1, 1).cpu()
 
 
 def own_sampling(run):
@@ -1001,14 +1044,14 @@ def own_sampling(run):
 
 
 @torch.no_grad()
-def sample_video(run, img, known):
-    """Frames (T,3,H,W) in [-1,1], and their sample.Settings, as sample.py makes them."""
+def sample_video(run, img):
+    """Frames (T,3,H,W) in [-1,1], and their sample.Settings: the model's own, as in sample.py,
+    whatever the clips are."""
     s = run.s
     vae, clip = run.decoders()
     meta = {"defaults": {"sample": own_sampling(run)}}
     svd = replace(run.svd, unet=run.module.unet, vae=vae, clip=clip, extension=meta)
-    given = known | dict(seed=s.seed, frames=s.frames)
-    settings = sample.settings_for(svd, given, s.model)
+    settings = sample.settings_for(svd, dict(seed=s.seed, frames=s.frames), s.model)
     return sample.generate(svd, img, settings, run.device), settings
 
 
@@ -1040,14 +1083,13 @@ def save_sample(run, step, frames, img, settings):
     return measured
 
 
-def take_sample(run, step, videos, start):
+def take_sample(run, step, videos, img):
     """A video from the average. If disk or memory is full, the run warns and goes on."""
-    average = run.shards.gather_average()
-    if run.rank == 0:
-        img, known = start
+    with run.shards.averaged():
+        if run.rank > 0:
+            return
         try:
-            with weights_replaced(run.module, average):
-                frames, settings = sample_video(run, img, known)
+            frames, settings = sample_video(run, img)
             measured = save_sample(run, step, frames, img, settings)
         except (OSError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and not sample.is_out_of_memory(e):
@@ -1056,8 +1098,8 @@ def take_sample(run, step, videos, start):
         else:
             run.monitor({f"sample/{name}": value for name, value in measured.items()}, videos)
             values = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-            run.say(f"step {step}: sample-{step:06d}.mp4 and a row of progress.png, {values}")
-    dist.barrier()
+            run.say(f"step {step}: sample-{step:06d}.mp4 and a row of progress.png, at motion "
+                    f"{settings.motion:g} and {settings.fps:g} fps: {values}")
 
 
 def save_weights(run, path, average, **about):
@@ -1140,6 +1182,11 @@ def main(argv=None):
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
         multiprocessing_context="fork" if s.workers else None))  # your clips can't be pickled
     log = Log(s.out, step) if rank == 0 else None
+    held_out = hold_out(run) if s.val else None
+    if s.val and step == 0:
+        val = validate(run, held_out, step, videos)
+        if rank == 0:
+            log.add({"step": step, "videos": videos} | val)
     start = sample_start(run) if s.sample_every and rank == 0 else None
     if s.sample_every and step == 0:
         shutil.rmtree(os.path.join(s.out, "progress"), ignore_errors=True)  # left without states
@@ -1189,16 +1236,18 @@ def main(argv=None):
             if skipped == MAX_SKIPPED:
                 sys.exit(f"train.py: no finite gradients in {skipped} steps, on {names}")
 
-        # 3. log, sample, save; leave together
+        # 3. validate, log, sample, save; leave together
         leaving = step == s.steps or any(of_all_ranks(bool(stop)))
-        if step % s.log_every == 0 or step == s.steps:
+        validating = s.val and (step % s.val_every == 0 or step == s.steps)
+        if step % s.log_every == 0 or step == s.steps or validating:
             total, seconds = sum_over_ranks(sums), time.perf_counter() - began
+            val = validate(run, held_out, step, videos) if validating else {}
             if rank == 0:
                 n = step - logged
                 speed = n * s.accumulate * world * s.batch * s.frames / seconds
                 norm = engine.get_global_grad_norm()
                 try:
-                    log.row(step, videos, total, norm, lr, seconds / n, speed, device)
+                    log.row(step, videos, total, norm, lr, seconds / n, speed, device, val)
                 except OSError as e:
                     run.say(f"warning: step {step} is missing in log.csv ({e})")
                 mean = float(total[0, 0] / total[1, 0])
