@@ -224,7 +224,7 @@ def _convert(path, frame, form, scaler=None, **options):
 def _as_shown(path, frame, stream=None, size=None):
     """A PyAV frame as players show it: uint8 (H, W, 3), on white, in SDR (203 nits are white), with
     the shape of pixels and the orientation that stream and frame name. size: (W, H), which it is
-    scaled to cover (bicubic) and cropped to about the centre."""
+    scaled to cover (bicubic) and cropped to about the centre; of several, the nearest in aspect."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     # A pixel at (x, y) is shown at (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
@@ -232,6 +232,8 @@ def _as_shown(path, frame, stream=None, size=None):
     down, across = (b, c) if turned else (d, a)
     aspect = stream and stream.sample_aspect_ratio or 1
     W, H = frame.width * max(aspect, 1), frame.height * max(1 / aspect, 1)
+    if size is not None:
+        size = nearest_size(size, *((H, W) if turned else (W, H)))
     w, h = (round(W), round(H)) if size is None else size[::-1] if turned else size
     scale = max(w / W, h / H)
     W, H = max(w, round(W * scale)), max(h, round(H * scale))
@@ -312,6 +314,16 @@ def fit_image(img, width, height):
     y, x = (img.shape[2] - height) // 2, (img.shape[3] - width) // 2
     img = img[0, :, y:y + height, x:x + width]
     return img.clamp(-1, 1).contiguous()  # bicubic overshoots at edges
+
+
+def sizes_of(size):
+    """One size (W, H), or several of them -> [[W, H], ...]"""
+    return np.reshape(size, (-1, 2)).tolist()
+
+
+def nearest_size(size, width, height):
+    """Of one or several sizes, the one [W, H] whose aspect ratio is nearest to width / height."""
+    return min(sizes_of(size), key=lambda s: abs(math.log(s[0] * height / (s[1] * width))))
 
 
 def to_float(video):
@@ -739,14 +751,19 @@ def build_index(source, files):
 #           return {"video": video, "fps": 8.0, "motion": 127.0, "name": str(path)}
 #
 #   clips = Arrays  # or any function clips(frames, size, seed) -> dataset; size is (W, H)
+#
+# Where train.py has several --size, `size` is a tuple of them, and an item may be of any.
 
 
 def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion"), n=0):
     """Raises MediaError if item n is not as described above: its key, what was found, what is
-    wanted. ctx_dim: the D of the UNet. ids: the numbers that the UNet needs."""
+    wanted. size: one or several. ctx_dim: the D of the UNet. ids: the numbers that it needs."""
     if not isinstance(item, dict):
         raise MediaError(f"dataset[{n}]: found {type(item).__name__}, wanted a dict")
-    W, H = size
+    sizes, scale = sizes_of(size), 8 if "latents" in item else 1
+    shape = getattr(item.get("latents", item.get("video")), "shape", ())
+    found = [side * scale for side in shape[:1:-1]]
+    W, H = found if found in sizes else sizes[0]
     shapes, dtype = {"video": (frames, 3, H, W)}, torch.uint8
     names = [name for name in ids if name != "aug"]  # of a clip of pixels, train.py draws it
     if "latents" in item:
@@ -792,7 +809,8 @@ class Checked:
 
 def _numbered(path, entry, size, wanted=None, seek=None):
     """Yields (number, pixels) for a file's frames, from its start or the key frame at or before
-    the time stamp `seek`. Pixels are uint8 (3, H, W), None for frames that are not in `wanted`."""
+    the time stamp `seek`. Pixels are uint8 (3, H, W), None for frames that are not in `wanted`.
+    size: of several, all frames have the one nearest to the first frame's shape."""
     number_of = {stamp: i for i, stamp in enumerate(_stamps(entry).tolist())}
     before = -1
     for frame, stream in _decode(path, seek):
@@ -801,12 +819,15 @@ def _numbered(path, entry, size, wanted=None, seek=None):
         # Of two frames with one time stamp only the first counts.
         if number <= before:
             continue
-        before, use = number, wanted is None or number in wanted
-        yield number, _as_shown(path, frame, stream, size).permute(2, 0, 1) if use else None
+        before, pixels = number, None
+        if wanted is None or number in wanted:
+            pixels = _as_shown(path, frame, stream, size).permute(2, 0, 1)
+            size = pixels.shape[:0:-1]
+        yield number, pixels
 
 
 def read_clip(path, entry, numbers, size):
-    """Frames of a video by number: uint8 (T, 3, H, W); size (W, H). Raises MediaError."""
+    """Frames of a video by number: uint8 (T, 3, H, W). size: see _numbered(). Raises MediaError."""
     first, last, wanted = int(numbers[0]), int(numbers[-1]), set(map(int, numbers))
     at, second = _stamps(entry)[first], entry["base"][1] / entry["base"][0]
     earlier = max(at - 2 * second, entry["start"])
@@ -830,7 +851,8 @@ class Clips:
     anywhere in it."""
     source: str  # what list_files() takes, or a folder that encode() wrote
     frames: int  # of a clip
-    size: tuple  # (W, H): frames are scaled to cover it and centre cropped
+    size: tuple  # (W, H): frames are scaled to cover it and centre cropped. Of several, a video
+    # takes the one whose aspect ratio is nearest
     seed: int = 0
     stride: int = 1  # take every stride-th frame; or
     fps: float = None  # the frames nearest to each 1/fps
@@ -839,11 +861,13 @@ class Clips:
     start_every: int = 1  # of the frames at which a clip can start, take every so many
 
     def __post_init__(self):
-        self.size = W, H = list(self.size)  # a list, as in JSON
-        least = min(self.frames, self.stride, self.fps or 1, self.start_every, W, H)
-        if least < 1 or W % 64 or H % 64:
+        sizes = sizes_of(self.size)  # lists, as in JSON
+        self.size = sizes if len(sizes) > 1 else sizes[0]
+        sides = list(itertools.chain(*sizes))
+        least = min(self.frames, self.stride, self.fps or 1, self.start_every, *sides)
+        if least < 1 or any(side % 64 for side in sides):
             raise MediaError(f"frames {self.frames}, stride {self.stride}, fps {self.fps}, size "
-                             f"{W}x{H}: must be at least 1, sizes multiples of 64")
+                             f"{self.size}: must be at least 1, sizes multiples of 64")
         self.index = self._open()  # {name: what scan() found}
         self.usable, self.left_out = {}, {}  # {name: ranges of first frames}, {name: why not}
         for name, entry in self.index.items():
@@ -969,16 +993,17 @@ def _from_python(path, frames, size, seed):
     spec.loader.exec_module(module)
     if not hasattr(module, "clips"):
         raise MediaError(f"{path}: defines no clips(frames, size, seed)")
-    return module.clips(frames, tuple(size), seed)
+    sizes = tuple(map(tuple, sizes_of(size)))
+    return module.clips(frames, sizes if len(sizes) > 1 else sizes[0], seed)
 
 
 def open_dataset(source, frames, size, seed=0, model=None, **settings):
     """The dataset of a source, as described above. Raises MediaError, also if it holds no clip.
 
     source: videos (see list_files), a folder that encode() wrote, or a Python file that defines
-    clips(frames, size, seed). size: (W, H). model: the path of one whose VAE and CLIP must have
-    encoded the folder. settings: of Clips; a Python file takes none. If several processes use the
-    same videos, one must open them first: it builds the index that the others find."""
+    clips(frames, size, seed). size: (W, H), or several. model: the path of one whose VAE and CLIP
+    must have encoded the folder. settings: of Clips; a Python file takes none. If several processes
+    use the same videos, one must open them first: it builds the index that the others find."""
     if str(source).endswith(".py") and os.path.isfile(source):
         if settings != {key: getattr(Clips, key) for key in settings}:
             raise MediaError(f"{source}: --stride, --fps, --motion and --skip-static are for "
@@ -1180,7 +1205,8 @@ def main():
     clips = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     flag = clips.add_argument
     flag("--frames", type=integer(1), metavar="N", help="of a clip [what the model says, else 128]")
-    flag("--size", type=frame_size, metavar="WxH", help="[what the model says, else 512x512]")
+    flag("--size", type=frame_size, metavar="WxH", nargs="+", help="one, or several of which a video "
+         "takes the nearest in aspect ratio [what the model says, else 512x512]")
     flag("--stride", type=integer(1), metavar="N", help="take every so many frames [1]")
     flag("--fps", type=number(1e-3), metavar="N", help="take frames at this rate, not by a stride")
     flag("--skip-static", type=number(0, 1), metavar="N",

@@ -216,7 +216,7 @@ def add_flags(parser, cls):
         else:
             options["choices"] = tuple(check)
         if f.default is not None and check is not bool:
-            shown = f.default
+            shown = f.default[0] if options.get("nargs") == "+" else f.default
             if isinstance(shown, tuple):
                 shown = ("x" if check is frame_size else " ").join(map(str, shown))
             options["help"] += f" [{shown}]"
@@ -243,7 +243,9 @@ def defaults_in_file(cls, meta, part, path):
             elif check is bool:
                 good = isinstance(value, bool)
             elif count:
-                good = isinstance(value, list) and len(value) == count
+                if count == "+" and isinstance(value, list) and list not in map(type, value):
+                    value = [value]  # one size
+                good = isinstance(value, list) and count in ("+", len(value))
                 value = tuple(map(check, value)) if good else value
             else:
                 value = check(value)

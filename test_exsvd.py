@@ -2296,6 +2296,31 @@ def test_frames_beyond_the_range_of_float16_are_encoded_in_float32(monkeypatch):
     assert rel(mixed[[0, 2, 3, 4, 6]], half) < 1e-3 and rel(mixed[[1, 5]], exact_too[[1, 5]]) < 1e-5
 
 
+def test_a_video_takes_the_size_nearest_in_aspect_ratio(tmp_path, coder):
+    """From pixels and encoded; of two alike the first."""
+    (tmp_path / "videos").mkdir()
+    shapes = {"wide.mp4": (64, 112), "tall.mp4": (80, 48), "square.mp4": (64, 60)}
+    for name, (H, W) in shapes.items():
+        write_video(tmp_path / "videos" / name, scene(0, 12, 112)[:, :H, :W])
+    write_video(tmp_path / "videos" / "anamorphic.mp4", scene(1, 12), aspect=Fraction(3, 2))
+    wanted = {"wide.mp4": (128, 64), "tall.mp4": (64, 128), "square.mp4": (64, 64), "anamorphic.mp4": (128, 64)}
+    options = OPTIONS_4 | {"size": [(64, 64), (128, 64), (64, 128), (192, 192)]}
+    data.encode(coder, tmp_path / "videos", tmp_path / "out", torch.float32, **options)
+    videos, latents = (data.open_dataset(tmp_path / folder, **options) for folder in ("videos", "out"))
+    vae = exsvd.load(coder, parts=("vae",)).vae
+    for n in range(4):
+        a, b = videos[n], latents[n]
+        for item in (a, b):
+            data.check_item(item, 4, options["size"])
+        assert a["name"] == b["name"] and a["video"].shape[:1:-1] == wanted.pop(a["name"].split("@")[0])
+        assert torch.equal(b["latents"], data.encode_frames(vae, data.to_float(a["video"])))
+    assert not wanted
+    with pytest.raises(data.MediaError, match='"video".*wanted'):
+        data.check_item(videos[0] | {"video": videos[0]["video"][..., :56]}, 4, options["size"])
+    with pytest.raises(data.MediaError, match="was encoded with size"):
+        data.open_dataset(tmp_path / "out", **OPTIONS_4)
+
+
 def test_start_every_keeps_fewer_condition_latents(pair, tmp_path, coder):
     data.encode(coder, pair, tmp_path / "out", start_every=3, **OPTIONS_4)
     assert load_file(tmp_path / "out" / "a.mp4.safetensors")["cond"].shape == (3, 4, 8, 8)
@@ -3814,6 +3839,26 @@ def test_clip_that_is_not_trained_is_in_the_dtype_of_encoded_latents(small, clip
     assert torch.equal(svd.clip.proj, whole.half()) and svd.unet.conv_out.weight.dtype == torch.bfloat16
 
 
+def test_clips_of_several_sizes(small, tmp_path, monkeypatch, capsys):
+    sizes, denoise = set(), exsvd.denoise
+
+    def spy(unet, x, *args):
+        sizes.add(tuple(x.shape[-2:]))
+        return denoise(unet, x, *args)
+
+    args = ("--model", small, "--data", train.TOY_CLIPS, "--out", tmp_path, "--frames", 2, "--size", "128x64")
+    with pytest.raises(ValueError, match="the toy's clips are square"):
+        train_here(*args)
+    monkeypatch.setattr(exsvd, "denoise", spy)
+    train_here(*args[:-1], "128x128", "64x64", "--steps", 3, "--train", "to_q", "--accumulate", 2)
+    assert sizes == {(16, 16), (8, 8)}
+    meta = exsvd.load(tmp_path / "model-000003.safetensors", parts=("unet",)).meta
+    assert meta["defaults"]["sample"]["size"] == [128, 128]
+    with pytest.raises(SystemExit):
+        train_here(*args, "64x64", "--batch", 2)
+    assert "--batch must be 1" in capsys.readouterr().err
+
+
 def test_accumulated_passes_are_one_large_batch(small, clips, tmp_path):
     rows, moments = [], []
     for batch in (2, 1):
@@ -4131,9 +4176,9 @@ def test_the_toy_is_the_default(monkeypatch):
     s = train.parse([])
     assert s.data == train.TOY_CLIPS and s.out == "runs/toy"
     assert s == train.parse(["--model", "assets/toy.safetensors"])
-    assert s.frames == 40 and s.size == (128, 128)
+    assert s.frames == 40 and s.size == ((128, 128),) and (s.val, s.val_every) == (s.data, 50)
     s = train.parse(["--model", train.TOY, "--data", "x", "--lr", "3e-4"])
-    assert s.data == "x" and s.lr == 3e-4
+    assert s.data == "x" and s.lr == 3e-4 and s.val is None
 
 
 # --------------------------------------------------------------------------------------------------

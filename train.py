@@ -135,7 +135,8 @@ class Settings:
     native: int = setting(None, integer(1), "frames of the base: 14 for svd.safetensors [as its file says, or 25]")
     train: str = setting("temporal", pattern, "temporal: the extension; all: UNet and CLIP; or a regex", in_file=False)
     frames: int = setting(128, integer(1), "frames of a clip; a model that knows fewer is extended")
-    size: tuple = setting((512, 512), frame_size, "WIDTHxHEIGHT, multiples of 64")
+    size: tuple = setting(((512, 512),), frame_size, "WIDTHxHEIGHT, multiples of 64; of several a video takes the "
+                          "nearest in aspect ratio", nargs="+")
     stride: int = setting(1, integer(1), "take every k-th frame of a video")
     fps: float = setting(None, number(1e-3), "take frames at this rate instead of a stride")
     motion: str = setting("exvideo", bucket, "exvideo: the release's buckets, 0..127; or one number for all")
@@ -200,6 +201,8 @@ def parse(argv=None):
     s = Settings(**({"out": "runs/exvideo"} | toy | in_file | given | {"model": model}))
     if s.data is None:
         p.error("--data is needed with --model: a folder of videos, for example")
+    if len(s.size) > 1 and s.batch > 1:
+        p.error("--batch must be 1 with several --size: use --accumulate")
     if "dtype" not in given:
         s = replace(s, dtype=dtype_of_run(s.out) or s.dtype or best_dtype())
     if s.sample_image:
@@ -1026,7 +1029,7 @@ def validate(run, held_out, step, videos):
 def sample_start(run):
     """The image that samples start from: (3,H,W) in [-1,1]."""
     if run.s.sample_image:
-        return data.fit_image(data.read_image(run.s.sample_image), *run.s.size)
+        return data.fit_image(data.read_image(run.s.sample_image), *run.s.size[0])
     if "video" in run.item:
         return data.to_float(run.item["video"][0])
     vae, _ = run.decoders()
@@ -1036,11 +1039,11 @@ def sample_start(run):
 
 def own_sampling(run):
     """How what is trained is to be sampled: as the model and extension that it began with, at the
-    size it is trained at."""
+    (first) size it is trained at."""
     sampling = {}
     for meta in (run.svd.meta, run.svd.extension or {}):
         sampling |= meta.get("defaults", {}).get("sample", {})
-    return sampling | {"size": run.s.size}
+    return sampling | {"size": run.s.size[0]}
 
 
 @torch.no_grad()
@@ -1051,7 +1054,8 @@ def sample_video(run, img):
     vae, clip = run.decoders()
     meta = {"defaults": {"sample": own_sampling(run)}}
     svd = replace(run.svd, unet=run.module.unet, vae=vae, clip=clip, extension=meta)
-    settings = sample.settings_for(svd, dict(seed=s.seed, frames=s.frames), s.model)
+    given = dict(seed=s.seed, frames=s.frames, size=tuple(img.shape[:0:-1]))
+    settings = sample.settings_for(svd, given, s.model)
     return sample.generate(svd, img, settings, run.device), settings
 
 

@@ -32,15 +32,16 @@ LARGEST = 1500           # pixels of the largest square that is taken of a photo
 class Clips:
     """Clips of flights, determined by (seed, n). pictures: a folder that half of them fly into.
 
-    The camera starts at a window of 0.7 to 1 of a picture, flies into that window's middle, and
-    stands still in one of eight clips. Short clips come at each of RATES, so that the model learns
+    size: (S, S), or several of them, which come equally often. The camera starts at a window of 0.7
+    to 1 of a picture, flies into that window's middle, and stands still in one of eight clips. Short clips come at each of RATES, so that the model learns
     what the frame rate means. Fast flights are harder to learn, so they come more often.
     """
 
     def __init__(self, frames, size, seed=0, pictures=None):
-        if size[0] != size[1]:
-            raise ValueError(f"the toy's clips are square: {size[0]}x{size[1]}")
-        self.frames, self.size, self.seed, self.pictures = frames, size[0], seed, pictures
+        widths, heights = np.reshape(size, (-1, 2)).T.tolist()
+        if widths != heights:
+            raise ValueError(f"the toy's clips are square: {size}")
+        self.frames, self.sizes, self.seed, self.pictures = frames, widths, seed, pictures
 
     def __getitem__(self, n):
         rng = np.random.default_rng([self.seed, n, 1])
@@ -50,7 +51,8 @@ class Clips:
         offset = torch.from_numpy(rng.uniform(-1, 1, 2) * (1 - start)).float()
         taken = self.pictures and rng.uniform() < 0.5
         image = photograph(self.pictures, rng) if taken else picture(self.seed, n)
-        video = flight(image, start * scales(motion, fps, self.frames), self.size, offset)
+        size = self.sizes[rng.integers(len(self.sizes))]
+        video = flight(image, start * scales(motion, fps, self.frames), size, offset)
         video = ((video + 1) * 127.5).round().to(torch.uint8)  # (T, 3, size, size)
         return dict(video=video, fps=fps, motion=motion, name=f"{self.seed}@{n}")
 
