@@ -4193,7 +4193,7 @@ def test_the_world_is_a_flight_whose_speed_the_bucket_gives():
             item = clips[n]
             assert item["video"].dtype == torch.uint8 and item["video"].shape == (frames, 3, size, size)
             video = item["video"] / 127.5 - 1
-            path = measure.camera_path(video, video[0])
+            path = world.camera_path(video, video[0])
             true = world.scales(item["motion"], item["fps"], frames)
             assert (path - true).abs().max() < 0.03, (n, frames, item["motion"])
             seen.add((frames, item["fps"], item["motion"] == 0))

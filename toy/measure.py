@@ -22,36 +22,6 @@ import sample
 from toy import world
 
 LOW = 4             # pixels of 128: what "low-passed" averages over, in each direction
-FIT = 64            # pixels at which windows are compared
-
-
-def flatten(images):
-    """Images (n,3,h,w) as vectors of length 1 without the mean of each channel: tints do not
-    matter."""
-    x = (images - images.mean((2, 3), keepdim=True)).flatten(1)
-    return x / x.norm(dim=1, keepdim=True).clamp(min=1e-6)
-
-
-def camera_path(video, picture):
-    """The window of the picture that each frame shows, as its scale: 1 is all of it, 0.5 the middle
-    half; float (T,).
-
-    The scale with the highest correlation, tried from 0.5 to 1.1 in steps of 0.01 and refined by a
-    parabola. Only flights into the middle are recognised.
-    """
-    tried = torch.arange(0.5, 1.105, 0.01)
-    frames = flatten(F.interpolate(video, (FIT, FIT), mode="bilinear", antialias=True, align_corners=False))
-    score = frames @ flatten(world.flight(picture, tried, FIT)).T                 # (T, tried)
-    best = score.argmax(1).clamp(1, len(tried) - 2)
-    left, middle, right = (score.gather(1, (best + i)[:, None])[:, 0] for i in (-1, 0, 1))
-    shift = 0.5 * (left - right) / (left - 2 * middle + right).clamp(max=-1e-9)
-    return tried[best] + 0.01 * shift.clamp(-1, 1)
-
-
-def way(path, motion, fps):
-    """Camera path (T,) -> the distance flown at each frame, (T,); 1 is the true flight's at the
-    last frame."""
-    return -path.log() / (motion / 1000 / fps * (len(path) - 1))
 
 
 def psnr(a, b):
@@ -77,7 +47,7 @@ def measure(video, picture, motion, fps):
     T, S = len(video), video.shape[-1]
     scales = world.scales(motion, fps, T)
     truth = world.flight(picture, scales, S)
-    path = way(camera_path(video, picture), motion, fps)
+    path = world.way(world.camera_path(video, picture), motion, fps)
     straight = torch.linspace(0, 1, T)
     return dict(path=path.tolist(), arrival=path[-1].item(), rms=(path - straight).square().mean().sqrt().item(),
                 back=(path.cummax(0).values - path).max().item(),
@@ -112,7 +82,7 @@ def main():
         if s.motion:
             print(f"{name}, seed {seed}: {show(measure(video, picture, s.motion, s.fps))}", flush=True)
         else:
-            print(f"{name}, seed {seed}: the last window is {camera_path(video, picture)[-1]:.3f}", flush=True)
+            print(f"{name}, seed {seed}: the last window is {world.camera_path(video, picture)[-1]:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,54 +2,32 @@ r"""Makes the toy that ships, assets/toy.safetensors and assets/toy-exvideo.safe
 
     python toy/pretrain.py  # its VAE: runs/toy/start.safetensors, later vae.safetensors
 
-    two="deepspeed --num_accelerators 2 train.py"  # the UNet on 8 frames, and CLIP with it: 16 clips a step
-    base="--model runs/toy/start.safetensors --data toy/world.py --train all --frames 8 --batch 8 --ema 0.995"
-    base="$base --warmup 100 --sample-every 0 --out runs/toy/base"
-    $two $base --lr 2e-3 --steps 1977 && $two $base --lr 8e-4 --steps 2381 && $two $base --lr 3e-4 --steps 2539
-
-    small="runs/toy/base/model-002539.safetensors"  # ExVideo: 40 frames, 2 clips a step
-    tuned="--model $small --data toy/world.py --sample-every 0 --out runs/toy/tuned"
-    $two $tuned --lr 1e-3 --steps 400 && $two $tuned --lr 3e-4 --steps 480
-
-    # 128x128 and 256x256: the base goes on, then its extension; FOLDER holds pictures
-    tune="torchrun --nproc_per_node 2 toy/pretrain.py --pictures FOLDER"
-    large="--batch 1 --clips 40x256:0.75 40x128:0.25"
-    mixed="--batch 1 --clips 40x256:0.65 40x128:0.35"
-    $tune --tune $small --lr 2e-3 --steps 520 --out runs/toy/base256
-    $tune --tune runs/toy/base256/model.safetensors --tuned-on $small \
-        --extension runs/toy/tuned/exvideo-000480.safetensors $large \
-        --ema 0.96 --seed 60 --lr 1.5e-3 --steps 250 --out runs/toy/tuned256
-    $tune --tune runs/toy/base256/model.safetensors --extension runs/toy/tuned256/exvideo.safetensors \
-        $mixed --ema 0.96 --seed 70 --lr 8e-4 --steps 130 --out runs/toy/again256
-
-    # both once more, with higher noise levels
-    $tune --tune runs/toy/base256/model.safetensors --clips 8x256:0.55 8x128:0.45 --shift 3 \
-        --ema 0.97 --seed 300 --lr 1.5e-3 --steps 800 --out runs/toy/shifted
-    $tune --tune runs/toy/shifted/model.safetensors --tuned-on runs/toy/base256/model.safetensors \
-        --extension runs/toy/again256/exvideo.safetensors $mixed --shift 3 \
-        --ema 0.97 --seed 400 --lr 1.2e-3 --steps 380 --out runs/toy/flown
-    $tune --tune runs/toy/shifted/model.safetensors --extension runs/toy/flown/exvideo.safetensors \
-        $large --shift 3 --ema 0.96 --seed 500 --lr 1e-3 --steps 150 --out runs/toy/last
-    $tune --tune runs/toy/shifted/model.safetensors --extension runs/toy/last/exvideo.safetensors \
-        --batch 1 --clips 40x256:0.7 40x128:0.3 --shift 5 \
-        --ema 0.98 --seed 600 --lr 2e-3 --steps 900 --out runs/toy/further
+    # the UNet: a base for 8 frames, and CLIP with it; then ExVideo, for 40
+    two="deepspeed --num_accelerators 2 train.py --sample-every 0 --weights-every 5000 --val toy/world.py"
+    both="--size 256x256 128x128 --sigma-scale 3 --data runs/pictures.py"
+    base="--train all --frames 8 --warmup 100"
+    $two $base --model runs/toy/start.safetensors --data toy/world.py --batch 8 --ema 0.995 \
+        --lr 2e-3 --steps 2500 --cooldown 1500 --out runs/toy/base
+    $two $base --model runs/toy/base/model-002500.safetensors $both --accumulate 2 --ema 0.97 \
+        --lr 1e-3 --steps 1300 --cooldown 800 --out runs/toy/base256
+    small="runs/toy/base256/model-001300.safetensors"
+    $two --model $small --data toy/world.py --lr 1e-3 --steps 480 --cooldown 200 --out runs/toy/tuned
+    $two --model $small --extension runs/toy/tuned/exvideo-000480.safetensors $both \
+        --lr 1e-3 --steps 1800 --cooldown 1000 --out runs/toy/tuned256
 
     # the decoder against blur and flicker
     python toy/pretrain.py --sharpen runs/toy/vae.safetensors --pictures FOLDER --lr 5e-4 --out runs/toy/sharp
 
-    python toy/pretrain.py --pack runs/toy/shifted/model.safetensors \
-        --decoder runs/toy/sharp/decoder.safetensors --out assets/toy.safetensors
-    cp runs/toy/further/exvideo.safetensors assets/toy-exvideo.safetensors
+    python toy/pretrain.py --pack $small --decoder runs/toy/sharp/decoder.safetensors --out assets/toy.safetensors
+    cp runs/toy/tuned256/exvideo-001800.safetensors assets/toy-exvideo.safetensors
 
-Given again, every command resumes. The weights that ship have a longer story. The first 1,084 steps
-of the base ran in one process, with 8 clips a step. The clips of train.py flew into synthetic
-pictures of 256 pixels, not 384, and were encoded in bfloat16. The decoder stopped after 625 of 750
-steps; the first 400 had --adversarial 0.08. The --tune runs began from the float16 files that
-shipped before. In the first three of them flights were as often slow as fast, and Muon had a weight
-decay of 0.01; in the last four the 3x1x1 convolutions were computed as 2D ones, which is faster with
-one thread. In the last run attention over up to 256 tokens was two matrix products and a softmax: in
-bfloat16 on that CPU, PyTorch's fused attention over 40 frames takes 22 times as long in the backward
-pass (397 ms instead of 18, one layer of 256x256, one thread).
+Given again, every command resumes. runs/pictures.py, by which half of the flights go into pictures:
+
+    from toy import world
+    clips = lambda frames, size, seed: world.Clips(frames, size, seed, pictures="FOLDER")
+
+The weights that ship have a longer history, which toy/README.md tells; the commands for the UNet
+were not run from start to end in this form.
 
 The VAE learns in three phases. First the encoder and the decoder train together. Every other step
 enlarges the picture and its latents alike (EQ-VAE, arXiv:2502.09509), so that a moving picture gives
@@ -58,11 +36,6 @@ start.safetensors is written, and the decoder trains alone. The base needs only 
 can train from then on. Last, --sharpen trains the decoder against blur (a loss on gradients and a
 discriminator, as published image VAEs are trained) and against flicker (noise of its own on the
 latents of each frame, and a loss on the change between frames).
-
---tune trains weight matrices and convolutions with Muon, and the rest with AdamW. In one run each of
-47 steps on the same clips and noise, losses from step 20 on were 20 % (256x256) and 25 % (128x128)
-lower with Muon (learning rate 2e-3) than with AdamW alone (1e-3), in the geometric mean. --shift
-multiplies the noise levels. Where the camera goes is decided at the high ones.
 
 The networks are SVD's, block for block, only narrower; 128 x 128 pixels are 16 x 16 latents.
 """
@@ -78,12 +51,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import distributed, nn
+from torch import nn
 from torch.nn.utils import spectral_norm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import data
 import exsvd
 from toy import world
 
@@ -376,147 +348,6 @@ def sharpen(args):
             save_file(average, os.path.join(args.out, "decoder.safetensors"))
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): the momentum of each weight
-    matrix is made orthogonal before the step. Steps are scaled to the size of Adam's
-    (arXiv:2502.16982, equation 4). A convolution (a, b, ...) counts as a matrix (a, b * ...).
-
-    torch.optim.Muon takes only matrices, and computes in bfloat16, which is slow on many CPUs.
-    """
-
-    def __init__(self, params, lr, momentum=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            momentum = group["momentum"]
-            for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
-                update = orthogonal(p.grad.lerp(mean, momentum).flatten(1))       # Nesterov's momentum
-                p.sub_(0.2 * group["lr"] * max(update.shape)**0.5 * update.view_as(p))
-
-
-def orthogonal(x):
-    """A matrix (a,b) -> a nearly orthogonal one with the same singular vectors: five steps of
-    Newton-Schulz, with Muon's coefficients."""
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    x = x / x.norm().clamp(min=1e-12)
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-    return x if wide else x.T
-
-
-def tune(args):
-    """The UNet on clips of several sizes, each of them encoded once and used --reuse times with
-    other noise. A base trains as a whole; with clips longer than SHORT an extension trains, as in
-    the paper. Under torchrun the ranks average their gradients. Resumes from --out/tune-state.pt."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
-        distributed.init_process_group("gloo")
-    svd = exsvd.load(args.tune, args.extension)
-    unet, kinds = svd.unet, [parse_kind(text) for text in args.clips]  # in eval mode: nothing is checkpointed
-    longest = max(frames for frames, _, _ in kinds)
-    long = longest > world.SHORT
-    if long and unet.max_frames is None:
-        exsvd.extend(unet, longest)
-    trained = {name: p for name, p in unet.named_parameters()
-               if not exsvd.IDLE.search(f".{name}") and (exsvd.is_extension_parameter(name) or not long)}
-    for p in trained.values():
-        p.requires_grad_(True)
-    if args.tuned_on:  # the base has learned since: its temporal blocks' changes are the extension's, too
-        before, now = (exsvd.load(model, parts=("unet",)).unet.state_dict() for model in (args.tuned_on, args.tune))
-        with torch.no_grad():
-            for name in trained.keys() & before.keys():
-                trained[name] += now[name] - before[name]
-    matrices = {name: p for name, p in trained.items() if p.ndim > 1 and not name.endswith("frame_table")}
-    others = [p for name, p in trained.items() if name not in matrices]
-    opts = [Muon(matrices.values(), args.lr), torch.optim.AdamW(others, args.lr, weight_decay=0.0)]
-    average = {name: p.detach().clone() for name, p in trained.items()}
-    sources = [world.clips(frames, (size, size), args.seed + i, args.pictures)
-               for i, (frames, size, _) in enumerate(kinds)]
-    step, drawn, stores, path = 0, [0] * len(kinds), [[] for _ in kinds], os.path.join(args.out, "tune-state.pt")
-    if os.path.exists(path):
-        state = torch.load(path)
-        unet.load_state_dict(state["unet"])
-        for opt, saved in zip(opts, state["opts"]):
-            opt.load_state_dict(saved)
-        step, drawn, average = state["step"], state["drawn"], state["average"]
-        print(f"resumed at step {step}", flush=True)
-
-    def encoded(kind):
-        """The next clip of a kind: (scaled latents, condition latent, CLIP embedding, ids), each
-        with a batch of 1."""
-        item = sources[kind][drawn[kind] * ranks + rank]
-        drawn[kind] += 1
-        video = data.to_float(item["video"])
-        aug, noise = data.draw_conditions(args.seed, [item["name"]], video.shape[:1:-1])
-        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[:1], aug, noise)
-        ids = exsvd.unet_ids(unet.config.ids, item | {"aug": float(aug)})
-        return data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE, cond[None], ctx[None], ids
-
-    def drawn_clip(kind, rng):
-        store = stores[kind]
-        if store and rng.uniform() > 1 / args.reuse:
-            return store[rng.integers(len(store))]
-        store.append(encoded(kind))
-        del store[:-200]
-        return store[-1]
-
-    while step < args.steps:
-        rng = np.random.default_rng([args.seed, step])                            # the same on all ranks
-        generator = torch.Generator().manual_seed(step * ranks + rank)
-        for opt in opts:
-            set_rate(opt, args.lr, step, args.steps, warmup=10, least=0.05)
-        losses, start = {}, time.time()
-        for _ in range(args.batch):  # one after the other: the caches of a CPU hold no batch of clips
-            kind = rng.choice(len(kinds), p=[share for _, _, share in kinds])
-            x, *conditions = drawn_clip(kind, rng)
-            sigma = args.shift * exsvd.LOSSES["edm"].draw(1, x.shape[1], generator)
-            noise = torch.randn(x.shape, generator=generator)
-            with autocast():
-                loss = exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, sigma, noise, *conditions).mean()
-            (loss / args.batch).backward()
-            losses.setdefault(args.clips[kind], []).append(round(loss.item(), 4))
-        if ranks > 1:
-            flat = nn.utils.parameters_to_vector([p.grad for p in trained.values()]) / ranks
-            distributed.all_reduce(flat)
-            nn.utils.vector_to_parameters(flat, [p.grad for p in trained.values()])
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad()
-        step += 1
-        if rank > 0:
-            continue
-        with torch.no_grad():
-            for name, p in trained.items():
-                average[name].lerp_(p, 1 - min(args.ema, step / (step + 4)))
-        print(json.dumps(dict(step=step, losses=losses, seconds=round(time.time() - start, 1))), flush=True)
-        if step % 20 == 0 or step == args.steps:
-            save_state(path, step=step, drawn=drawn, average=average, unet=unet.state_dict(),
-                       opts=[opt.state_dict() for opt in opts])
-    if rank > 0:
-        return
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(average[name])
-    if long:
-        exsvd.save_extension(os.path.join(args.out, "exvideo.safetensors"), unet, dtype=torch.float16,
-                             defaults={"sample": DEFAULTS["sample"]})
-    else:
-        exsvd.save_model(os.path.join(args.out, "model.safetensors"), unet, svd.vae, svd.clip, defaults=DEFAULTS)
-
-
-def parse_kind(text):
-    """8x256:0.65 -> (frames, pixels, share of the clips)"""
-    shape, share = text.split(":")
-    frames, size = shape.split("x")
-    return int(frames), int(size), float(share)
-
-
 def pack(args):
     """A model as it ships: float16, with the sharpened decoder."""
     svd = exsvd.load(args.pack)
@@ -525,25 +356,16 @@ def pack(args):
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description="Train the toy's VAE, tune its UNet, or pack a trained toy.",
+    p = argparse.ArgumentParser(description="Train the toy's VAE, or pack a trained toy.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--out", default=os.path.join(ROOT, "runs", "toy"), help="folder of a run, or file of --pack")
-    add("--pictures", metavar="FOLDER", help="pictures to fly into beside the synthetic ones")
+    add("--pictures", metavar="FOLDER", help="pictures for --sharpen beside the synthetic ones")
     add("--stills", type=int, default=1500, help="synthetic stills that the VAE is trained on")
-    add("--steps", type=int, default=750, help="of --sharpen or --tune")
+    add("--steps", type=int, default=750, help="of --sharpen")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--sharpen", metavar="MODEL", help="the VAE's third phase, on the decoder of this model")
     add("--adversarial", type=float, default=0.15, help="weight of the discriminator in the third phase")
-    add("--tune", metavar="MODEL", help="train the UNet of this model: its base, or on long clips an extension")
-    add("--extension", help="with --tune: the extension to go on from")
-    add("--tuned-on", metavar="MODEL", help="with --extension: the base that it was tuned on, if --tune's has changed")
-    add("--clips", nargs="+", default=["8x256:0.6", "8x128:0.4"], help="FRAMESxPIXELS:SHARE of --tune's clips")
-    add("--batch", type=int, default=2, help="clips a step of --tune, on each rank")
-    add("--reuse", type=int, default=5, help="how often --tune uses a clip")
-    add("--ema", type=float, default=0.98, help="decay of --tune's average")
-    add("--shift", type=float, default=1.0, help="factor on --tune's noise levels: at high ones the camera is decided")
-    add("--seed", type=int, default=40, help="of --tune's clips")
     add("--pack", metavar="MODEL", help="write this model as it ships, with --decoder, to the file --out")
     add("--decoder", metavar="FILE", help="with --pack: the decoder of --sharpen")
     args = p.parse_args()
@@ -553,5 +375,4 @@ if __name__ == "__main__":
         pack(args)
     else:
         os.makedirs(args.out, exist_ok=True)
-        run = sharpen if args.sharpen else tune if args.tune else train_vae
-        run(args)
+        (sharpen if args.sharpen else train_vae)(args)

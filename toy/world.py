@@ -26,14 +26,16 @@ RATES = (8, 4, 1.6, 1.6, 1.6)  # of short ones: at 1.6 eight frames get as far a
 SHORT = 8                # frames; clips of at most that many are short
 MAX_MOTION = 80          # the fastest motion bucket: 40 frames at FPS end at a window of 0.68
 PICTURE = 384            # pixels of a picture; clips are 256 or less, so that flying in finds detail
+FIT = 64                 # pixels at which windows are compared
 LARGEST = 1500           # pixels of the largest square that is taken of a photograph
 
 
 class Clips:
-    """Clips of flights, determined by (seed, n). pictures: a folder that half of them fly into.
+    """Clips of flights, determined by (seed, n). size: (S, S), or several of them, which come equally
+    often. pictures: a folder that half of the flights go into.
 
-    size: (S, S), or several of them, which come equally often. The camera starts at a window of 0.7
-    to 1 of a picture, flies into that window's middle, and stands still in one of eight clips. Short clips come at each of RATES, so that the model learns
+    The camera starts at a window of 0.7 to 1 of a picture, flies into that window's middle, and
+    stands still in one of eight clips. Short clips come at each of RATES, so that the model learns
     what the frame rate means. Fast flights are harder to learn, so they come more often.
     """
 
@@ -58,10 +60,7 @@ class Clips:
 
     def measure(self, frames, image, fps, motion):
         """Returns "arrival": the share of its way that the camera has flown at the last frame."""
-        from toy import measure
-        if motion == 0:
-            return {}
-        return {"arrival": measure.way(measure.camera_path(frames, image), motion, fps)[-1].item()}
+        return {"arrival": way(camera_path(frames, image), motion, fps)[-1].item()} if motion else {}
 
 
 clips = Clips
@@ -179,3 +178,32 @@ def flight(image, scales, size, offset=(0.0, 0.0)):
         image = F.interpolate(image[None], (2 * size, 2 * size), mode="bilinear", antialias=True)[0]
     offsets = torch.as_tensor(offset).expand(len(scales), 2)
     return windows(image.expand(len(scales), -1, -1, -1), scales, offsets, size)
+
+
+def flatten(images):
+    """Images (n,3,h,w) as vectors of length 1 without the mean of each channel: tints do not
+    matter."""
+    x = (images - images.mean((2, 3), keepdim=True)).flatten(1)
+    return x / x.norm(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+def camera_path(video, picture):
+    """The window of the picture that each frame shows, as its scale: 1 is all of it, 0.5 the middle
+    half; float (T,).
+
+    The scale with the highest correlation, tried from 0.5 to 1.1 in steps of 0.01 and refined by a
+    parabola. Only flights into the middle are recognised.
+    """
+    tried = torch.arange(0.5, 1.105, 0.01)
+    frames = flatten(F.interpolate(video, (FIT, FIT), mode="bilinear", antialias=True, align_corners=False))
+    score = frames @ flatten(flight(picture, tried, FIT)).T  # (T, tried)
+    best = score.argmax(1).clamp(1, len(tried) - 2)
+    left, middle, right = (score.gather(1, (best + i)[:, None])[:, 0] for i in (-1, 0, 1))
+    shift = 0.5 * (left - right) / (left - 2 * middle + right).clamp(max=-1e-9)
+    return tried[best] + 0.01 * shift.clamp(-1, 1)
+
+
+def way(path, motion, fps):
+    """Camera path (T,) -> the distance flown at each frame, (T,); 1 is the true flight's at the
+    last frame."""
+    return -path.log() / (motion / 1000 / fps * (len(path) - 1))
