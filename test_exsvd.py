@@ -3771,8 +3771,8 @@ def test_one_clip_is_overfitted_and_samples_and_monitors_show_it(
     curves = stand_in_for_wandb(monkeypatch)
     (tmp_path / "config.json").write_text(json.dumps({"wandb": {"enabled": True}}))
     train_here("--model", small, "--data", one, "--out", tmp_path, "--frames", 2, "--train", "all",
-               "--steps", 40, "--sample-every", 20, "--lr", 3e-3, "--deepspeed_config",
-               tmp_path / "config.json")
+               "--steps", 40, "--sample-every", 20, "--val", one, "--val-every", 40, "--lr", 3e-3,
+               "--deepspeed_config", tmp_path / "config.json")
     svd, start = exsvd.load(tmp_path / "model-000040.safetensors"), exsvd.load(small)
     video = data.to_float(data.open_dataset(one, 2, (64, 64))[0]["video"])
     z = start.vae.encode(video)[None].repeat(4, 1, 1, 1, 1)
@@ -3796,10 +3796,11 @@ def test_one_clip_is_overfitted_and_samples_and_monitors_show_it(
     said = capsys.readouterr().out
     assert "at motion 40 and 8 fps: " in said, "the model's own, though the clip stands still"
     assert "brightness" in said, "what the dataset measures"
-    rows = log_of(tmp_path)
-    for column in ("loss", "lr"):
-        expected = [(int(r["videos"]), pytest.approx(float(r[column]), abs=1e-5)) for r in rows]
-        assert curves[f"train/{column}"] == expected
+    for curve, column in (("train/loss", "loss"), ("train/lr", "lr"), ("val/loss", "val_loss")):
+        rows = [(int(r["videos"]), float(r[column])) for r in log_of(tmp_path) if r[column]]
+        assert curves[curve] == [(videos, pytest.approx(value, abs=1e-5)) for videos, value in rows]
+    (_, before), (_, after) = rows
+    assert after < 0.7 * before, "the loss of held-out clips, which here are the one"
     assert [videos for videos, _ in curves["sample/brightness"]] == [0, 20, 40]
 
 

@@ -38,8 +38,7 @@ A run folder (--out) holds
     state-<step>/               what resuming needs: the last two states
     exvideo-<step>.safetensors  the EMA in float16, for --extension; at 128 frames the official code
                                 reads it too. Where more is trained: a whole model, model-<step>
-    log.csv                     loss, loss by noise level, gradient norm, lr, seconds, memory; with
-                                --val the loss of the average on held-out clips
+    log.csv                     losses (by noise level, of --val), gradient norm, lr, seconds, memory
     progress.png                a row per sample, frames 0, T/8, ... T-1; sample-<step>.mp4
     run.json                    of each start: time, settings, versions, commit, ranks
 
@@ -131,7 +130,7 @@ class Settings:
     extension: list = setting(None, str, "release or own extension, and what was trained over it [none: a new one]",
                               nargs="+")
     data: str = setting(None, str, "folder of videos, .txt/.csv/.json list, encoded latents, or a Python file of clips")
-    out: str = setting(None, str, "run folder; the same one resumes [runs/exvideo; of the toy runs/toy]")
+    out: str = setting("runs/exvideo", str, "run folder; the same one resumes; of the toy runs/toy")
     native: int = setting(None, integer(1), "frames of the base: 14 for svd.safetensors [as its file says, or 25]")
     train: str = setting("temporal", pattern, "temporal: the extension; all: UNet and CLIP; or a regex", in_file=False)
     frames: int = setting(128, integer(1), "frames of a clip; a model that knows fewer is extended")
@@ -198,7 +197,7 @@ def parse(argv=None):
         toy = {"out": "runs/toy", "sample_image": TOY_IMAGE}
         if "data" not in given:
             toy |= {"data": TOY_CLIPS, "val": TOY_CLIPS, "val_every": 50}
-    s = Settings(**({"out": "runs/exvideo"} | toy | in_file | given | {"model": model}))
+    s = Settings(**(toy | in_file | given | {"model": model}))
     if s.data is None:
         p.error("--data is needed with --model: a folder of videos, for example")
     if len(s.size) > 1 and s.batch > 1:
@@ -1048,8 +1047,7 @@ def own_sampling(run):
 
 @torch.no_grad()
 def sample_video(run, img):
-    """Frames (T,3,H,W) in [-1,1], and their sample.Settings: the model's own, as in sample.py,
-    whatever the clips are."""
+    """Frames (T,3,H,W) in [-1,1], and their sample.Settings, which are the model's own."""
     s = run.s
     vae, clip = run.decoders()
     meta = {"defaults": {"sample": own_sampling(run)}}
