@@ -344,7 +344,7 @@ def complete(svd, given=None, picture=None, video=None, keyframes=()):
         size = data.default_size(*picture, math.prod(size))
     chunk = s.decode_chunk
     if svd.unet.stream and "decode_chunk" not in given:  # 3 GB: 4 frames of 1024x1024, 16 of 512x512
-        chunk = max(4, min(chunk, 2**22 // math.prod(size)))
+        chunk = max(4, min(chunk, 4_000_000 // math.prod(size)))
     overlap = s.overlap
     if overlap is None and svd.unet.max_frames:
         overlap = max(1, known // 8)

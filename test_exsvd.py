@@ -4002,7 +4002,7 @@ def test_half_precision_keeps_fp32_masters(small, clips, tmp_path, dtype):
     """A resumed run keeps its dtype."""
     train_here("--model", small, "--data", clips, "--out", tmp_path, "--frames", 2,
                "--train", "to_q", "--steps", 1, "--dtype", dtype)
-    assert train.dtype_of_run(tmp_path) == dtype
+    assert train.last_start(tmp_path)["dtype"] == dtype
     master = flat(tmp_path, 1, "master", groups=1)[0]
     assert master.dtype == torch.float32
     assert not torch.equal(master, master.to(getattr(torch, dtype)).float())
@@ -4053,6 +4053,46 @@ def test_a_motion_lora_at_the_native_length(small, clips, lora, tmp_path):
     train_here("--model", small, "--data", clips, "--out", tmp_path, "--steps", 1, "--frames", 8)
     unet = exsvd.load(small, tmp_path / "exvideo-000001.safetensors").unet
     assert unet.max_frames == 8 and all(b.attn1.to_q.B.any() for b in unet.temporal_blocks())
+
+
+@pytest.mark.parametrize("T, H, W", [(16, 32, 32), (24, 24, 40)])
+def test_estimates_of_what_checkpoints_keep_hold(T, H, W):
+    """Never less than what is kept, and at most twice that. On a narrow UNet, cut as SVD-XT
+    is at 64 times as many pixels."""
+    s = train.Settings(frames=T, size=((8 * W, 8 * H),))
+    options = argparse.Namespace(device="cpu", diffsynth=None)
+    config = exsvd.UNetConfig(channels=(32, 64, 128, 128), heads=(1, 1, 2, 2), context_dim=8)
+    for name, (level, slice_size, *_) in train.CHECKPOINTS.items():
+        with (patch.dict(train.CHECKPOINTS, {name: (level, slice_size // 64, *train.CHECKPOINTS[name][2:])}),
+              compare.computing()):
+            unet = exsvd.extend(exsvd.UNet(config), 128).train()
+            exsvd.freeze(unet)
+            unet.checkpointing, unet.slice_size = level, slice_size // 64
+            with compare.LiveBytes(unet.parameters()) as live:
+                unet(torch.zeros(1, T, 8, H, W), torch.zeros(1), torch.zeros(1, 1, 8), torch.zeros(1, 3)).sum().backward()
+            kept = live.peak - sum(p.grad.nbytes for p in unet.parameters() if p.grad is not None)
+            assert kept <= train.activations(name, s, unet) <= 2 * kept, name
+
+
+def test_the_fastest_checkpoints_that_fit_are_chosen(small, clips, tmp_path, monkeypatch, capsys):
+    unet = exsvd.UNet(exsvd.UNetConfig(channels=(8, 16, 24, 24), groups=4)).bfloat16()
+    monkeypatch.setattr(train, "of_all_ranks", lambda free: [free, 300e9])
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 8)
+    s, chosen = train.Settings(), {}
+    unet.config = exsvd.UNetConfig()  # as large as SVD-XT, for all that is asked of it
+    for free in (8, 24, 34, 40, 300):
+        for name, value in {"mem_get_info": (free * 1e9, 0), "memory_reserved": 2e9, "memory_allocated": 1e9}.items():
+            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        chosen[free], why = train.choose_checkpoint(s, unet, 833_000_000, torch.device("cuda"))
+    assert chosen == {8: "memory", 24: "memory-large", 34: "balanced-small", 40: "balanced", 300: "none"}
+    assert "226.9 GB of the 270.0 GB that are free" in why
+    args = ("--model", small, "--data", clips, "--out", tmp_path, "--save-every", 1)
+    monkeypatch.undo()
+    train_here(*args, "--steps", 1)
+    assert "--checkpoint none" in capsys.readouterr().out
+    train_here(*args, "--steps", 2, "--checkpoint", "balanced")
+    train_here(*args, "--steps", 3)
+    assert "--checkpoint balanced" in capsys.readouterr().out, "a run keeps what was chosen"
 
 
 def test_progress_shows_frames_evenly_and_drops_rows_that_come_again(tmp_path):

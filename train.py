@@ -120,7 +120,17 @@ def pattern(value):
     return value
 
 
-CHECKPOINTS = {"memory": "memory", "balanced": "balanced", "none": None}  # -> UNet.checkpointing
+# --checkpoint, the fastest first: UNet.checkpointing and UNet.slice_size, and what a step keeps at
+# most, in feature maps of the finest level: so many of the clips, and so many of a slice.
+# bench/compare.py computes the bytes.
+SLICE = exsvd.Slices.size
+CHECKPOINTS = {
+    "none": (None, SLICE, 670, 0),
+    "balanced": ("balanced", SLICE, 70, 45),
+    "balanced-small": ("balanced", SLICE // 4, 70, 45),
+    "memory-large": ("memory", 4 * SLICE, 16, 94),
+    "memory": ("memory", SLICE, 16, 94),
+}
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,7 @@ class Settings:
     dtype: str = setting(None, sample.DTYPES, "of the weights; float16 scales the loss [by device: exsvd.best_dtype]")
     offload: bool = setting(False, bool, "optimiser, masters, moments and EMA in CPU memory")
     deepspeed_config: str = setting(None, str, "JSON, merged over our settings", flag="--deepspeed_config")
-    checkpoint: str = setting("memory", CHECKPOINTS, "what is kept of a pass: memory, least; balanced, five times that, faster; none, all")
+    checkpoint: str = setting("auto", ["auto", *CHECKPOINTS], "what to keep of a pass; auto: as much as fits the GPU")
     workers: int = setting(2, integer(0), "processes per rank that read clips")
     timeout: float = setting(30.0, number(0.1), "minutes after which ranks give up waiting for another")
     deterministic: bool = setting(False, bool, "bit-identical on CUDA too, slower")
@@ -202,19 +212,22 @@ def parse(argv=None):
         p.error("--data is needed with --model: a folder of videos, for example")
     if len(s.size) > 1 and s.batch > 1:
         p.error("--batch must be 1 with several --size: use --accumulate")
+    resumed = last_start(s.out)  # what was chosen for the machine on which the run began
     if "dtype" not in given:
-        s = replace(s, dtype=dtype_of_run(s.out) or s.dtype or best_dtype())
+        s = replace(s, dtype=resumed.get("dtype") or s.dtype or best_dtype())
+    if "checkpoint" not in given:
+        s = replace(s, checkpoint=resumed.get("checkpoint", s.checkpoint))
     if s.sample_image:
         data.read_image(s.sample_image)  # fail now, not at the first sample
     return s
 
 
-def dtype_of_run(out):
-    """The dtype of a run that is resumed, on whatever machine; None of a new run."""
+def last_start(out):
+    """The settings of a run that is resumed; {} of a new run."""
     if not os.path.isdir(out) or not saved_states(out):
-        return None
+        return {}
     with open(os.path.join(out, "run.json")) as f:
-        return json.load(f)[0]["settings"]["dtype"]
+        return json.load(f)[-1]["settings"]
 
 
 def best_dtype():
@@ -274,7 +287,6 @@ def load_networks(s, pixels, device):
     added = s.train == "temporal" or not any(is_named(s, name) for name in names)  # by extend()
     if s.frames > known or (added and svd.unet.max_frames is None):
         exsvd.extend(svd.unet, max(s.frames, known))
-    svd.unet.checkpointing = CHECKPOINTS[s.checkpoint]
     if pixels:
         svd.vae.to(device)
         svd.clip.to(device)
@@ -302,6 +314,28 @@ def prepare(s, svd):
               if name in trained or in_extension(name)}
     module.to(getattr(torch, s.dtype)).train()  # values keeps the fp32 tensors that this replaces
     return module, trained, values
+
+
+def activations(checkpoint, s, unet):
+    """About the most bytes that a step of the UNet keeps with this --checkpoint."""
+    level, slice_size, of_clips, of_slice = CHECKPOINTS[checkpoint]
+    slice_size *= exsvd.BALANCED_SLICES if level == "balanced" else 1
+    pixels = max(W * H for W, H in s.size) // 64
+    clips = s.batch * s.frames * pixels * unet.config.channels[0]
+    return unet.conv_out.weight.itemsize * (of_clips * clips + of_slice * min(slice_size, clips))
+
+
+def choose_checkpoint(s, unet, elements, device):
+    """-> the fastest of CHECKPOINTS that fits beside weights and optimiser on the GPUs of all
+    ranks, and a line that says so. elements: how many numbers are trained, and have gradients."""
+    if device.type != "cuda":
+        return "none", "nothing is computed again on a CPU"
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = 0.9 * min(of_all_ranks(free))  # a tenth for what PyTorch does not count, and fragments
+    gradients = elements * (unet.conv_out.weight.itemsize + 4 / dist.get_world_size())
+    need = {name: activations(name, s, unet) + gradients for name in CHECKPOINTS}
+    name = next((name for name in CHECKPOINTS if need[name] <= free), "memory")
+    return name, f"a step takes about {need[name] / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
 
 
 def parameter_groups(trained, s):
@@ -848,6 +882,11 @@ def begin(s, rank, world, device):
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     shards = Shards(engine, s.ema)
     shards.start_from(values)
+    why = "as given"
+    if s.checkpoint == "auto":
+        name, why = choose_checkpoint(s, svd.unet, elements, device)
+        s = replace(s, checkpoint=name)
+    svd.unet.checkpointing, svd.unet.slice_size = CHECKPOINTS[s.checkpoint][:2]
     untrained = {name: t for name, t in values.items() if name not in trained}
     is_extension = svd.unet.max_frames is not None and all(map(in_extension, trained))
     run = Run(s, rank, world, device, dataset, item, svd, module, shards, untrained, is_extension,
@@ -857,6 +896,7 @@ def begin(s, rank, world, device):
         run.say(dataset.describe())
     run.say(f"UNet of {count(svd.unet.parameters())} parameters; {count(trained.values())} are "
             f"trained in {s.dtype}, {world} ranks on {device.type}")
+    run.say(f"--checkpoint {s.checkpoint}: {why}")
     if svd.extension == {}:
         run.say(f"warning: {s.extension[-1]} has none of our metadata. If it is ExVideo's release, "
                 "it was tuned on latents scaled by 0.13025, and training here moves it to 0.18215")
