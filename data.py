@@ -151,13 +151,14 @@ def _container(path):
     try:
         with open(path, "rb") as file:
             # FFmpeg gets the content alone, since it would interpret a name such as a%03d.png. The
-            # whitelist keeps a playlist from opening other files.
+            # whitelist keeps a playlist from opening other files. Of HEIC it would give one tile.
             content = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
             options = {"protocol_whitelist": "none"}
             with av.open(content, options=options, metadata_errors="replace") as container:
                 if _tags(container).get("major_brand", "")[:3] in ("hei", "hev", "mif", "msf"):
-                    raise unreadable(path, "a HEIC picture, no video, or damaged" if "HEIF" in PICTURES
-                                     else "HEIC pictures need a package: pip install pillow-heif")
+                    reason = "a HEIC picture that is damaged, or no video"
+                    install = "HEIC pictures need a package: pip install pillow-heif"
+                    raise unreadable(path, reason if "HEIF" in PICTURES else install)
                 yield container
     except (OSError, av.FFmpegError) as e:
         raise unreadable(path, e) from e
@@ -222,9 +223,9 @@ def _convert(path, frame, form, scaler=None, **options):
 
 
 def _as_shown(path, frame, stream=None, size=None):
-    """A PyAV frame as players show it: uint8 (H, W, 3), on white, in SDR (203 nits are white), with
-    the shape of pixels and the orientation that stream and frame name. size: (W, H), which it is
-    scaled to cover (bicubic) and cropped to about the centre; of several, the nearest in aspect."""
+    """A PyAV frame as players show it: uint8 (H, W, 3), on white, upright, with square pixels, in
+    SDR (203 nits are white). size: (W, H), which it is scaled to cover, then centre cropped; of
+    several, the nearest in aspect."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     # A pixel at (x, y) is shown at (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
@@ -244,11 +245,13 @@ def _as_shown(path, frame, stream=None, size=None):
     curve, primaries = frame.color_trc, frame.color_primaries
     if frame.format.has_palette or any(x.is_alpha for x in frame.format.components):
         x = _convert(path, frame, "rgba", **how).to_ndarray()
+        # Laid on white before it is scaled, since transparent pixels may have any colour.
         x = 255 - (255 - x[..., :3]) * (x[..., 3:] / np.float32(255))
         frame = av.VideoFrame.from_ndarray(np.rint(x).astype(np.uint8), "rgb24")
         frame.color_trc, frame.color_primaries = curve, primaries
     wide = curve in HDR or primaries in WIDE
-    frame = _convert(path, frame, "gbrp16le" if wide else "gbrp", width=W, height=H, **how)
+    form = "gbrp16le" if wide else "gbrp"  # planar formats are twice as fast as rgb24
+    frame = _convert(path, frame, form, width=W, height=H, **how)
     if wide:
         scaler = _hdr.__dict__.setdefault("scaler", VideoReformatter())
         frame = _convert(path, frame, "gbrp", scaler, dst_color_primaries=ColorPrimaries.BT709,
@@ -607,7 +610,6 @@ def list_files(source):
             folders[:] = sorted(folders) if new else []
             paths += [os.path.join(folder, name) for name in names if new and name[0] != "."
                       and os.path.splitext(name)[1].lower() in SUFFIXES]
-        paths = filter(os.path.isfile, paths)
     else:
         paths = _read_list(source)
     files = {}
@@ -894,8 +896,8 @@ class Clips:
             for k in range(1, self.frames):  # no frame may come twice, or after a pause
                 a, b = times[self._picks(times, fast, np.array([[k - 1], [k]]))]
                 fast = fast[(a < b) & (b - a < pause)]
-        moving = np.repeat(np.array(entry["change"]) >= self.skip_static, shots)  # (N,)
-        use = fast[moving[fast]]
+        change = np.repeat(entry["change"], shots)  # (N,)
+        use = fast[change[fast] >= self.skip_static]
         if len(use):
             runs = [x.tolist() for x in np.split(use, np.flatnonzero(np.diff(use) > 1) + 1)]
             self.usable[name] = [range(x[0], x[-1] + 1, self.start_every) for x in runs]
