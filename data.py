@@ -107,8 +107,12 @@ WIDE = ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432  
 def _open_picture(path):
     """The first frame of a picture as a Pillow image, upright. None if Pillow does not know it."""
     try:
-        picture = Image.open(path, formats=PICTURES)
-        picture.load()
+        with open(path, "rb") as file:
+            # Pillow ignores the numbers with which AVIF, HEIC and PNG name HDR.
+            named = re.search(rb"colrnclx\0(.)\0(.)|cICP(.)(.)", file.read(2**16), re.DOTALL)
+            picture = Image.open(file, formats=PICTURES)
+            picture.load()
+        picture.info["named"] = named and [x[0] for x in named.groups() if x]
         return ImageOps.exif_transpose(picture)
     except UnidentifiedImageError:
         return None
@@ -118,7 +122,7 @@ def _open_picture(path):
         raise unreadable(path, e) from e
 
 
-def _picture_pixels(path, picture):
+def _picture_pixels(picture):
     """A Pillow image in sRGB, on white: uint8 (H, W, 3)."""
     profile = picture.info.get("icc_profile", b"")
     if picture.mode[0] in "IF":  # grey of more than 8 bits, which convert() would clip
@@ -134,12 +138,10 @@ def _picture_pixels(path, picture):
         page = Image.new("RGB", image.size, "white")
         page.paste(image, None, picture.convert("RGBA").getchannel("A"))
         image = page
-    with open(path, "rb") as file:  # AVIF, HEIC and PNG name HDR by numbers that Pillow ignores
-        named = re.search(rb"colrnclx\0(.)\0(.)|cICP(.)(.)", file.read(2**16), re.DOTALL)
-    if named and not profile:
+    if picture.info.get("named") and not profile:
         frame = av.VideoFrame.from_image(image)
-        frame.color_primaries, frame.color_trc = (x[0] for x in named.groups() if x)
-        return _as_shown(path, frame)
+        frame.color_primaries, frame.color_trc = picture.info["named"]
+        return _as_shown(picture, frame)
     return torch.from_numpy(np.array(image))
 
 
@@ -271,7 +273,7 @@ def read_image(path):
     else:
         picture = _open_picture(path)
     if picture is not None:
-        return _picture_pixels(path, picture)
+        return _picture_pixels(picture)
     return next(video_frames(path))[0]
 
 
