@@ -3563,14 +3563,14 @@ def test_validation_is_the_loss_of_the_average_and_changes_no_bit(
     dataset, losses = data.open_dataset(clips, 10, (64, 64), train.VAL_SEED), []
     for n in range(train.VAL_CLIPS):
         item = dataset[n]
-        video, (aug, image_noise) = data.to_float(item["video"]), data.draw_condition(
-            train.VAL_SEED, item["name"], (64, 64))
-        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[0], aug, image_noise)
+        video = data.to_float(item["video"])
+        aug, image_noise = data.draw_conditions(train.VAL_SEED, [item["name"]], (64, 64))
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[:1], aug, image_noise)
         z = data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE
         noise = train.draw(train.Settings(seed=train.VAL_SEED), n, z.shape[1:])[1][None]
         ids = exsvd.unet_ids(svd.unet.config.ids, item | {"aug": aug})
         losses += [exsvd.training_loss(svd.unet, exsvd.LOSSES["edm"], z, torch.tensor([sigma]), noise,
-                                       cond[None, None], ctx[None, None], ids).item()
+                                       cond[None], ctx[None], ids).item()
                    for sigma in train.VAL_SIGMAS]
     by_level = np.reshape(losses, (-1, len(train.VAL_SIGMAS))).mean(0)
     moved = float(first["val_loss"]) - float(last["val_loss"])
