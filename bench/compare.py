@@ -1,26 +1,23 @@
 """Memory, work and time of this repository beside diffusers and DiffSynth's ExVideo classes. Each
 task prints a table.
 
-    python bench/compare.py count train offload --diffsynth FOLDER   # memory and work, computed
-    python bench/compare.py cost                                     # what one video takes
-    python bench/compare.py time --diffsynth FOLDER                  # on the CPU: 16 GB of memory
-    python bench/compare.py gpu --diffsynth FOLDER                   # all that needs a GPU
+    python bench/compare.py count --diffsynth FOLDER   # the networks, computed
+    python bench/compare.py cost                       # whole commands, computed
+    python bench/compare.py time --diffsynth FOLDER    # on the CPU: 16 GB of memory
+    python bench/compare.py gpu --diffsynth FOLDER     # all that needs a GPU
 
-Computed, with tensors that have shapes but no values, on any machine:
-    count      peak bytes of activations and TFLOP of a UNet pass and of decoding
-    train      the same of a forward and backward pass of post-tuning
-    offload    bytes on the GPU, weights included, of sample.py and train.py with --offload
-    cost       time and memory of one video with the real weights
+Computed on any machine, with tensors that have shapes but no values:
+    count    passes of the UNet, forward and backward passes, the VAE, beside the other codes
+    cost     sample.py and a step of train.py, stage by stage, with all that they hold
+Both print the bytes that live on the GPU at the peak, TFLOP (convolutions and matrix products +
+attention), launches of kernels, and seconds on several GPUs by a roofline, see Meter.
 
 Run on --device:
-    conv       ExVideo's 3x3x3 convolution in half precision against float32: its error and speed
-    time       seconds of a UNet pass beside the other codes
-    attention  the same with each attention backend, beside the pass as it is
-    layout     ... with channels_last and channels_last_3d weights
-    stream     ... with exsvd.Stream (sample.py --offload)
-    compile    ... with exsvd.compile_blocks (sample.py --compile)
-    step       steps of train.py, with each way of saving memory
-    gpu        all of these, conv first, each with a time limit; 19 minutes at most
+    conv     ExVideo's 3x3x3 convolution in half precision against float32: its error and speed
+    time     seconds of a UNet pass beside the other codes
+    modes    ... as it is beside exsvd.Stream (sample.py --offload) and exsvd.compile_blocks
+    step     steps of train.py, with each way of saving memory
+    gpu      all of these, conv first, each with a time limit; 16 minutes at most
 
 Two passes that are compared run in turn; times are medians [quartiles] and the ratio is that of the
 pairs. Networks have the size of SVD-XT and random weights. A code that is not installed is left
@@ -32,7 +29,7 @@ import argparse
 import csv
 import gc
 import glob
-import importlib.metadata
+import importlib
 import os
 import statistics
 import subprocess
@@ -41,94 +38,77 @@ import tempfile
 import time
 import types
 import weakref
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from functools import partial
-from unittest.mock import patch
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from unittest.mock import MagicMock, patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import exsvd
 import sample
+import train
+
+LEVELS = ("memory", "speed", "none")  # of train.py --checkpoint
 
 # --------------------------------------------------------------------------------------------------
-# The networks of each code: build() returns one, and a function pass(T, H, W) that runs it on
-# random inputs
-
-CODES = ("ours", "diffsynth", "ours-base", "diffusers")  # the first two are extended
+# The networks of each code
 
 
-def version(code, folder):
-    """Name and version of a code; None where it is not installed. folder: where DiffSynth's wheel
-    was unpacked."""
-    if code.startswith("ours"):
-        return "this repository"
-    if code == "diffusers":
-        try:
-            return f"diffusers {importlib.metadata.version('diffusers')}"
-        except importlib.metadata.PackageNotFoundError:
-            return None
+def codes_there(folder):
+    """{code: its name and version}. folder: where DiffSynth's wheel was unpacked."""
+    there = {"ours": "this repository", "ours-base": "this repository, not extended"}
     found = glob.glob(os.path.join(folder or "", "diffsynth-*.dist-info"))
-    if not folder or not found:
-        return None
-    return f"DiffSynth {os.path.basename(found[0]).split('-')[1].removesuffix('.dist')}"
+    if folder and found:
+        there["diffsynth"] = f"DiffSynth {os.path.basename(found[0]).split('-')[1].removesuffix('.dist')}"
+    try:
+        there["diffusers"] = f"diffusers {version('diffusers')}"  # not extended
+    except PackageNotFoundError:
+        pass
+    return there
 
 
-def installed(codes, a):
-    return [code for code in codes if version(code, a.diffsynth)]
+def diffsynth_module(folder, name):
+    """A module of DiffSynth's models, without its package's __init__, which imports all of the
+    package's dependencies."""
+    for package in ("diffsynth", "diffsynth.models"):
+        empty = types.ModuleType(package)
+        empty.__path__ = [os.path.join(folder, *package.split("."))]
+        sys.modules.setdefault(package, empty)
+    return importlib.import_module(f"diffsynth.models.{name}")
 
 
-def diffsynth_modules(folder):
-    """DiffSynth's UNet and VAE, without its package's __init__, which imports all of the package's
-    dependencies."""
-    for name in ("diffsynth", "diffsynth.models"):
-        package = types.ModuleType(name)
-        package.__path__ = [os.path.join(folder, *name.split("."))]
-        sys.modules.setdefault(name, package)
-    from diffsynth.models import svd_unet, svd_vae_decoder
-    return svd_unet, svd_vae_decoder
-
-
-def unet(code, frames, folder, new, checkpointing):
+def unet(code, frames, folder, new):
     """-> (network, pass(T, H, W), what ExVideo trains as parts of parameter names)"""
     if code == "diffusers":
         from diffusers import UNetSpatioTemporalConditionModel
         m = UNetSpatioTemporalConditionModel(num_frames=25, num_attention_heads=(5, 10, 20, 20))
         m.enable_gradient_checkpointing()  # takes effect in training mode only, as in the others
-
-        def run(T, H, W):
-            return m(new(1, T, 8, H, W), new(1), new(1, 1, 1024), new(1, 3)).sample
-
-        return m, run, [".temporal_transformer_blocks."]
+        return m, lambda T, H, W: m(
+            new(1, T, 8, H, W), new(1), new(1, 1, 1024), new(1, 3)).sample, [".temporal_transformer_blocks."]
     if code == "diffsynth":
-        module = diffsynth_modules(folder)[0]
+        module = diffsynth_module(folder, "svd_unet")
         m = module.SVDUNet(add_positional_conv=frames)
         blocks = [f"{name}." for name, block in m.named_modules()
                   if isinstance(block, module.TemporalAttentionBlock)]
-
-        def run(T, H, W):
-            return m(new(T, 8, H, W), 1.0, new(1, 1024), new(1, 3),
-                     use_gradient_checkpointing=m.training)
-
-        return m, run, blocks
-    m = exsvd.UNet()
-    if code == "ours":
-        exsvd.extend(m, frames)
-    m.checkpointing = checkpointing
-
-    def run(T, H, W):
-        return m(new(1, T, 8, H, W), new(1), new(1, 1, 1024), new(1, 3))
-
-    return m, run, [".attn.temporal."]
+        return m, lambda T, H, W: m(
+            new(T, 8, H, W), 1.0, new(1, 1024), new(1, 3), use_gradient_checkpointing=m.training), blocks
+    m = exsvd.UNet() if code == "ours-base" else exsvd.extend(exsvd.UNet(), frames)
+    return m, lambda T, H, W: m(
+        new(1, T, 8, H, W), new(1), new(1, 1, 1024), new(1, 3)), [".attn.temporal."]
 
 
-def vae(code, folder, new):
+def decoder(code, folder, new):
     if code == "diffusers":
         from diffusers import AutoencoderKLTemporalDecoder
         m = AutoencoderKLTemporalDecoder(
@@ -136,205 +116,307 @@ def vae(code, folder, new):
             latent_channels=4, layers_per_block=2)
         return m, lambda T, H, W: m.decode(new(T, 4, H, W), num_frames=T).sample
     if code == "diffsynth":  # one tile; it cuts what is larger than 8 x 128x128 into tiles
-        m = diffsynth_modules(folder)[1].SVDVAEDecoder()
+        m = diffsynth_module(folder, "svd_vae_decoder").SVDVAEDecoder()
         return m, lambda T, H, W: m(new(4, T, H, W))
     m = exsvd.VAE()
     return m, lambda T, H, W: m.decode(new(1, T, 4, H, W))
 
 
-def build(code, a, T=128, part="unet", train=False, checkpointing="memory", device=None,
-          dtype=torch.bfloat16):
-    """-> (network, pass(T, H, W)) on a device [a.device]. An extended UNet has at least 128
-    frames."""
-    device = device or a.device
+def encoder(code, folder, new):
+    """Of single frames. Ours is part of `cost`."""
+    m = diffsynth_module(folder, "svd_vae_encoder").SVDVAEEncoder()
+    return m, lambda T, H, W: [m(new(1, 3, 8 * H, 8 * W)) for _ in range(T)]
+
+
+def build(code, folder, T=128, part=unet, train=False, device="cpu", dtype=torch.bfloat16):
+    """-> (network, pass(T, H, W), which runs it on random inputs). An extended UNet has at least
+    128 frames."""
     new = partial(torch.randn, dtype=dtype, device=device)
     torch.set_default_dtype(dtype)  # building it in float32 first would take twice the memory
     try:
-        with torch.device(device):
-            if part == "vae":
-                (m, run), trained = vae(code, a.diffsynth, new), []
-            else:
-                m, run, trained = unet(code, max(T, 128), a.diffsynth, new, checkpointing)
+        with torch.device("cuda" if device == "cuda" else "cpu"):
+            m, run, *trained = part(code, *([max(T, 128)] if part is unet else []), folder, new)
     finally:
         torch.set_default_dtype(torch.float32)
     if train:
         for name, p in m.named_parameters():
-            p.requires_grad_(any(part in name for part in trained))
+            p.requires_grad_(any(part in name for part in trained[0]))
     # Otherwise parameters keep requires_grad=True, as diffusers loads them: without, torch.matmul
     # takes a slower path for small strided contexts, and diffusers needs 2.5 times as long on a
     # CPU.
-    return m.train(train), run
-
-
-def one_pass(run, shape, train=False):
-    with torch.set_grad_enabled(train):
-        out = run(*shape)
-        if train:
-            out.float().pow(2).mean().backward()
-
-
-def weight_bytes(*networks):
-    return sum(p.nbytes for m in networks for p in m.parameters())
+    return m.to(device).train(train), run
 
 
 # --------------------------------------------------------------------------------------------------
-# Computing: FakeTensorMode sends shapes through a network, without values
+# Computing: FakeTensorMode sends shapes through a network, without values. The device is "meta",
+# which works like any other in this mode.
+
+# From NVIDIA's data sheets: dense TFLOP/s in half precision, TF32 and float32, and TB/s.
+CARDS = {"A100": (312, 156, 19.5, 2.0), "H100": (989, 495, 67, 3.35), "4090": (165, 83, 83, 1.0)}
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations made and that still live [on one device];
-    `peak` is the most.
+class Meter(TorchDispatchMode):
+    """Counts what operations do on one type of device. Sums go to `work`, since the last stage().
 
-    A storage counts once, however many tensors share it. Copies inside an operation and the
-    workspaces of libraries are not seen.
+    live, peak: bytes of the storages made there that live now, and the most since the last stage().
+        A storage counts once, however many tensors share it. Copies inside an operation and
+        workspaces of libraries are not seen.
+    "products", "attention": FLOP, a multiply-add is two.
+    "launches": operations that are not mere views.
+    a name of CARDS: seconds. An operation is given 60 % of the card's FLOP/s or 80 % of its
+        bandwidth for what goes in and out, whichever takes longer, and 2 us more.
+    "copied": bytes between the device and CPU memory; they cost none of these seconds.
     """
 
-    def __init__(self, weights, device=None):
+    def __init__(self, weights=(), device="meta"):
         super().__init__()
         self.device = device
         self.known = {w.untyped_storage()._cdata for w in weights}
         self.live = self.peak = 0
+        self.work = Counter()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            if self.device not in (None, tensor.device.type):
-                continue
+        kwargs = kwargs or {}
+        if operation is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            # a value is read: no gradient is infinite, all frames are finite, norms and steps are 1
+            return float(args[0].is_floating_point()) or getattr(args[0], "of_all", False)
+        if torch.is_inference_mode_enabled() and operation.namespace == "aten":
+            with self:  # here operations arrive that are made of others
+                result = operation.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = operation(*args, **kwargs)
+        inputs, outputs = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
+                           for x in ((args, kwargs), result))
+        if operation.overloadpacket is torch.ops.aten.all:
+            result.of_all = True
+        there = [t for t in outputs if t.device.type == self.device]
+        for tensor in there:
             storage = tensor.untyped_storage()
             if storage._cdata not in self.known:
                 self.known.add(storage._cdata)
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
         self.peak = max(self.peak, self.live)
+        devices = {t.device.type for t in inputs + outputs if t.ndim}
+        if "empty" in operation.name():
+            return result
+        if self.device in devices and len(devices) > 1:
+            self.work["copied"] += sum(t.nbytes for t in outputs)
+        elif there:
+            before = {t.untyped_storage()._cdata for t in inputs}
+            made = any(t.untyped_storage()._cdata not in before for t in outputs)
+            if made or operation._schema.is_mutable:
+                self.add(operation, args, kwargs, inputs, outputs, result)
         return result
+
+    def add(self, operation, args, kwargs, inputs, outputs, result):
+        flops, kind = 0, "attention" if "attention" in operation.name() else "products"
+        if operation.overloadpacket in flop_registry:
+            flops = flop_registry[operation.overloadpacket](*args, **kwargs, out_val=result)
+        self.work[kind] += flops
+        self.work["launches"] += 1
+        column = 0
+        if inputs and inputs[0].dtype == torch.float32:
+            is_conv = "convolution" in operation.name()
+            backend = torch.backends.cudnn.conv if is_conv else torch.backends.cuda.matmul
+            column = 1 if backend.fp32_precision == "tf32" else 2
+        moved = sum(t.nbytes for t in inputs + outputs)
+        for card, (*peaks, bandwidth) in CARDS.items():
+            times = flops / (0.6e12 * peaks[column]), moved / (0.8e12 * bandwidth)
+            self.work[card] += max(times) + 2e-6
 
     def freed(self, key, size):
         self.known.discard(key)
         self.live -= size
 
+    def stage(self):
+        """-> (peak, work) since the last call"""
+        done = self.peak, self.work
+        self.peak, self.work = self.live, Counter()
+        return done
+
+
+def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    """For "meta" PyTorch would split attention into its parts and keep all scores, which no GPU
+    does."""
+    assert attn_mask is None and not dropout_p and not is_causal
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+
 
 @contextmanager
 def computing():
-    """Fake tensors on the CPU, so that a count is the same on every machine, in the slices that a
-    GPU takes."""
-    with patch.object(exsvd, "CPU_SLICES", 1), FakeTensorMode():
+    with (patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
+          # Module.to() swaps parameters of this mode, and refuses where the mode refers to them
+          patch("weakref.getweakrefs", lambda _: ()),
+          FakeTensorMode(allow_non_fake_inputs=True)):
         yield
 
 
-def attention_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
-    return sdpa_flop_count(q_shape, k_shape, v_shape)
-
-
-# FlopCounterMode knows the attention kernels of GPUs only
-ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-
-
-def count(code, a, shape, part="unet", train=False, checkpointing="memory", attention=False):
-    """(peak bytes of activations, with gradients if training; FLOP, a multiply-add is two) of a
-    pass in bfloat16
-
-    attention: whether to count its FLOP too, which every code needs alike.
-    """
+def count(code, folder, shape, part=unet, train=False, **attributes):
+    """(peak bytes beyond the weights, with gradients if training; work) of a pass in bfloat16.
+    attributes: of the network, such as checkpointing."""
     with computing():
-        m, run = build(code, a, shape[0], part, train, checkpointing, device="cpu")
-        with LiveBytes([*m.parameters(), *m.buffers()]) as live:
-            one_pass(run, shape, train)
-        m.zero_grad(set_to_none=True)
-        if not train:
-            # FlopCounterMode follows modules by their gradients and needs all or none
-            m.requires_grad_(False)
-        kernels = ATTENTION if attention else {}
-        # in a pass of its own, since it keeps tensors alive
-        with FlopCounterMode(display=False, custom_mapping=kernels) as flops:
-            one_pass(run, shape, train)
-    return live.peak, flops.get_total_flops()
+        m, run = build(code, folder, shape[0], part, train, device="meta")
+        vars(m).update(attributes)
+        with Meter([*m.parameters(), *m.buffers()]) as meter, torch.set_grad_enabled(train):
+            out = run(*shape)
+            if train:
+                out.float().pow(2).mean().backward()
+            return meter.stage()
 
 
-def streamed_bytes(a, shape, code="ours"):
-    """Peak bytes on the device, weights included, of denoise() with exsvd.Stream.
+# --------------------------------------------------------------------------------------------------
+# Whole commands, computed: the functions that sample.py and train.py run, in their order
 
-    The device is "meta", which works like any other under FakeTensorMode. There PyTorch splits
-    attention into its parts and would keep all scores, which the fused kernels of a GPU do not; so
-    only its result is made here.
+
+def load_without_files(path, extension=None, dtype=torch.float32, device="cpu", keep_float32=None,
+                       **_):
+    """In place of exsvd.load: the published networks, or with an extension ExVideo's, with its
+    dtypes."""
+    networks = {"unet": exsvd.UNet(), "vae": exsvd.VAE(), "clip": exsvd.ImageEncoder()}
+    if extension:
+        exsvd.extend(networks["unet"])
+    for part, network in networks.items():
+        network.to(device).eval().requires_grad_(False)
+        for name, p in list(network.named_parameters()):
+            wide = dtype == torch.float16 and name.startswith(("encoder.", "quant_conv."))
+            if not wide and not (keep_float32 and keep_float32(f"{part}.{name}")):
+                module, _, leaf = name.rpartition(".")
+                p = torch.nn.Parameter(p.to(dtype), requires_grad=False)
+                setattr(network.get_submodule(module), leaf, p)
+    return exsvd.SVD(**networks, meta={}, extension={} if extension else None)
+
+
+def once(meter, f):
+    """f, which is run once for inputs of the same shapes. Further calls count as much, and their
+    result is a new tensor."""
+    seen = {}
+
+    def run(*args, **options):
+        shapes = tuple(x.shape for x in args)
+        if shapes not in seen:
+            peak, work, live = *meter.stage(), meter.live
+            result = f(*args, **options)
+            own_peak, own_work = meter.stage()
+            seen[shapes] = result.shape, result.dtype, own_peak - live, own_work
+            meter.peak, meter.work = max(peak, own_peak), work + own_work
+            return result
+        shape, dtype, needs, work = seen[shapes]
+        meter.peak = max(meter.peak, meter.live + needs)
+        meter.work += work
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return run
+
+
+def video_stages(extension, size, resident=False, offload=False, slice_size=exsvd.Slices.size):
+    """sample.py for an image of a size (W, H): {stage: (peak bytes, work)} and the Settings.
+
+    resident: whether all networks stay on the GPU, or only those at work.
     """
-    fused = patch.object(torch.nn.functional, "scaled_dot_product_attention",
-                         lambda q, k, v: torch.empty_like(q))
-    T, H, W = shape
-    new = partial(torch.empty, device="meta")
-    with FakeTensorMode():
-        m = build(code, a, T, device="cpu")[0]
-        with LiveBytes([], "meta") as live, torch.no_grad(), fused:
-            m.stream = exsvd.Stream(m, "meta")
-            exsvd.denoise(
-                m, new(1, T, 4, H, W), new(1), new(1, 1, 4, H, W), new(1, 1, 1024), new(1, 3))
-    return live.peak
+    command = argparse.Namespace(offload=offload, compile=False, unet=None, keyframe=[])
+    device, files = torch.device("meta"), ({"unet": argparse.Namespace(meta={})}, None)
+    with (computing(), Meter() as meter, redirect_stdout(sys.stderr),
+          patch.object(exsvd, "load", load_without_files),
+          patch.object(exsvd, "open_model", lambda _: files),
+          patch.object(sample.data, "VideoWriter", MagicMock())):
+        svd, s = sample.load(command, {"dtype": "float16"}, "random", extension, device)
+        for network in (svd.unet, svd.vae, svd.clip) if not offload else ():
+            network.to(device if resident else "cpu")
+        svd.unet.slice_size = slice_size
+        svd.unet.forward = once(meter, svd.unet.forward)
+        svd.vae.decode = once(meter, svd.vae.decode)
+        s = sample.complete(s, command, {}, svd, torch.empty(size[1], size[0], 3), 0)
+        meter.stage()
+        latents = sample.make_latents(svd, torch.empty(3, *reversed(s.size)), s, device)
+        sampling = meter.stage()
+        sample.write_video(svd.vae, latents, s, "video.mp4")
+        return {"sampling": sampling, "decoding": meter.stage()}, s
 
 
-def offloaded_step_bytes(a, shape):
-    """Peak bytes on the device of a step of `train.py --offload`, weights included.
+@contextmanager
+def joined(ranks):
+    """DeepSpeed on the device "meta", as rank 0 of `ranks`, which exchange nothing."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    import deepspeed
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    DeepSpeed 0.19 (stage_1_and_2.py) copies each gradient into a bucket as soon as it is there.
-    When the bucket is full, each gradient leaves for the CPU by way of a float32 copy. Room for the
-    largest parameter is kept in 16 bits.
-    """
-    from train import BUCKET  # gradients that fit into the bucket
-    bucket, waiting = [], []
+    class Accelerator(CPU_Accelerator):
+        def device_name(self, index=None):
+            return "meta"
 
-    def leave(p):
-        if not bucket:
-            bucket.append(torch.empty(BUCKET, dtype=torch.bfloat16))
-        if sum(waiting) + p.numel() > BUCKET:
-            for n in waiting:
-                torch.empty(n)  # float32; gone at once
-            waiting.clear()
-        waiting.append(p.numel())
-        p.grad = None
+        current_device_name = device_name
 
-    with computing():
-        m, run = build("ours", a, shape[0], train=True, device="cpu")
-        trained = [p for name, p in m.named_parameters()
-                   if p.requires_grad and not exsvd.IDLE.search(name)]
-        for p in trained:
-            p.register_post_accumulate_grad_hook(leave)
-        with LiveBytes(m.parameters()) as live:
-            one_pass(run, shape, train=True)
-    return live.peak + weight_bytes(m) + 2 * max(p.numel() for p in trained)
+        def pin_memory(self, tensor, align_bytes=1):
+            return tensor
+
+    set_accelerator(Accelerator())
+    deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would wait for the others
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    deepspeed.init_distributed("fake")
+    yield deepspeed
+
+
+def step_stages(level, shape, ranks=1, offload=False):
+    """A step of train.py on one of `ranks` GPUs, from clips: {stage: (peak bytes, work)}. It is the
+    second one, after a small one, since the optimiser makes its moments in the first. For a process
+    of its own, see joined()."""
+    s = train.Settings(model="random", dtype="bfloat16", checkpoint=level, offload=offload)
+    stages, device = {}, torch.device("meta")
+    with (joined(ranks) as deepspeed, computing(), Meter() as meter, redirect_stdout(sys.stderr),
+          patch.object(exsvd, "load", load_without_files),
+          # as on CUDA, where AdamW keeps one temporary tensor, not two
+          patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["meta"])):
+        svd = train.load_networks(s, True, device)
+        module, trained, values = train.prepare(s, svd)
+        config = train.deepspeed_config(s, sum(p.numel() for p in trained.values()))
+        config["zero_force_ds_cpu_optimizer"] = False  # with --offload torch's does, on the CPU
+        groups = train.parameter_groups(trained, s)
+        optimizer = train.make_optimizer(groups, replace(s, offload=False))
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        shards = train.Shards(engine, s.ema)
+        shards.start_from(values)
+        # DeepSpeed keeps shapes of parameters as tensors on "meta", which take no memory
+        shapes = sum(t.nbytes for group in engine.optimizer.round_robin_bit16_meta for t in group)
+        svd.vae.encode = once(meter, svd.vae.encode)
+        for T, H, W in ((2, 8, 8), shape):
+            meter.stage()
+            run = argparse.Namespace(s=replace(s, frames=T, size=(8 * W, 8 * H)), svd=svd,
+                                     module=module, device=device)
+            item = {"video": torch.empty(1, T, 3, 8 * H, 8 * W, dtype=torch.uint8), "name": ["0"],
+                    "fps": torch.ones(1), "motion": torch.ones(1)}
+            x, cond, ctx, ids = train.inputs(run, item)
+            stages["encoding"] = meter.stage()
+            sigma, noise, conditioned = (t[None].to(device) for t in train.draw(s, 0, x.shape[1:]))
+            loss = engine(x, sigma, noise, cond, ctx, ids, conditioned)
+            engine.backward(loss.mean())
+            stages["forward and backward"] = meter.stage()
+            engine.step()
+            shards.update_average()
+            stages["update"] = meter.stage()
+    return {stage: (peak - shapes, work) for stage, (peak, work) in stages.items()}
 
 
 # --------------------------------------------------------------------------------------------------
 # Running
 
 
-def seconds(f, device):
-    """Seconds of a call, on a GPU until it has finished."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    begin = time.perf_counter()
-    f()
-    wait()
-    return time.perf_counter() - begin
-
-
-def gpu_peak(f, device):
-    """Bytes that the allocator gave out during a call, at the peak, beyond those before it; None
-    without a GPU."""
+def measure(f, device):
+    """Seconds of a call, and on a GPU the peak bytes beyond those before it, else None."""
     if device != "cuda":
-        return None
-    gc.collect()
-    before = torch.cuda.memory_allocated()
+        begin = time.perf_counter()
+        f()
+        return time.perf_counter() - begin, None
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    before, begin = torch.cuda.memory_allocated(), time.perf_counter()
     f()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def alternating(f, g, a):
-    """Seconds of f and of g, [a.pairs] each. Other work on the machine slows both alike; the first
-    pair warms up."""
-    times = [(seconds(f, a.device), seconds(g, a.device)) for _ in range(a.pairs + 1)]
-    return tuple(zip(*times[1:]))
+    return time.perf_counter() - begin, torch.cuda.max_memory_allocated() - before
 
 
 def quartiles(values):
@@ -342,215 +424,130 @@ def quartiles(values):
     return f"{mid:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def ratio(numerators, denominators):
-    return quartiles([x / y for x, y in zip(numerators, denominators)])
+def compared(a, shape, *two):
+    """Rows of two UNets that run in turn, so that other work on the machine slows both alike.
+    two: (name, code, what changes the network or None), twice."""
+    networks, runs = [], []
+    try:
+        for _, code, change in two:
+            m, run = build(code, a.diffsynth, shape[0], device=a.device, dtype=a.dtype)
+            if change:
+                change(m)
+            networks.append(m)
+            runs.append(torch.no_grad()(partial(run, *shape)))
+        results = [[measure(run, a.device) for run in runs] for _ in range(a.pairs + 1)]
+    except RuntimeError as e:  # out of memory, or no kernel for this device and dtype
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
+        yield f"UNet pass, {two[0][0]} beside {two[1][0]}", "", shape, {"note": f"failed: {reason}"}
+        return
+    results = results[1:]  # the first pair warms up
+    ratio = quartiles([first / second for (first, _), (second, _) in results])
+    for (name, code, _), m, own in zip(two, networks, zip(*results)):
+        there = sum(p.nbytes for p in m.parameters() if p.device.type == a.device)
+        yield f"UNet pass, {name}", code, shape, {
+            "peak GB": gb(own[0][1]), "seconds": quartiles([seconds for seconds, _ in own]),
+            "ratio": ratio if m is networks[0] else None,
+            "note": f"{a.dtype}, {a.pairs} pairs; and {gb(there)} GB of weights on the device"}
 
 
 # --------------------------------------------------------------------------------------------------
 # Tasks: each yields rows of a table: (what, code, shape, {column: value})
 
-COLUMNS = ("peak GB", "TFLOP", "seconds", "ratio", "note")
+COMPUTED = ("peak GB", "TFLOP", "launches", *(f"{card} s" for card in CARDS), "note")
+MEASURED = ("peak GB", "seconds", "ratio", "note")
 
 
 def gb(n):
     return None if n is None else f"{n / 1e9:.3f}"
 
 
-def counted(what, code, a, shape, note=None, **how):
-    peak, flops = count(code, a, shape, **how)
-    return what, code, shape, {"peak GB": gb(peak), "TFLOP": f"{flops / 1e12:.2f}", "note": note}
+def computed(peak, work, note=None):
+    """The values of a row"""
+    return {"peak GB": gb(peak), "launches": f"{work['launches']:,}", "note": note,
+            "TFLOP": f"{work['products'] / 1e12:.2f} + {work['attention'] / 1e12:.2f}",
+            **{f"{card} s": f"{work[card]:.2f}" for card in CARDS}}
 
 
 def count_rows(a):
+    def row(what, code, shape, note=None, **how):
+        return what, code, shape, computed(*count(code, a.diffsynth, shape, **how), note)
+
     for shape in a.shape or [(128, 64, 64), (128, 128, 128), (16, 32, 32)]:
-        for code in installed(CODES, a):
-            yield counted("UNet pass, computed", code, a, shape)
-    if not a.shape:
-        for code in installed(("ours", "diffusers", "diffsynth"), a):
-            yield counted("VAE decode, computed", code, a, (8, 128, 128), part="vae")
+        for code in a.codes:
+            yield row("UNet pass", code, shape)
+        yield row("UNet pass", "ours", shape, "without slices", slice_size=None)
+    shape, others = (a.shape or [(128, 64, 64)])[0], [c for c in a.codes if not c.startswith("ours")]
+    for level in LEVELS:
+        yield row("forward and backward", "ours", shape, f"checkpointing: {level}", train=True,
+                  checkpointing=None if level == "none" else level)
+    for code in others:
+        yield row("forward and backward", code, shape, "checkpointing: its own", train=True)
+    for code in ["ours", *others]:
+        yield row("VAE decode", code, (8, 2 * shape[1], 2 * shape[2]), part=decoder)
+    if "diffsynth" in others:
+        clip = shape[0] + 1, *shape[1:]
+        yield row("encoding a clip and its first frame", "diffsynth", clip, part=encoder)
 
 
-def train_rows(a):
-    for shape in a.shape or [(128, 64, 64)]:
-        for code, setting in (("ours", "memory"), ("ours", "speed"), ("diffsynth", "its own"),
-                              ("diffusers", "its own")):
-            if version(code, a.diffsynth):
-                yield counted("forward and backward, computed", code, a, shape,
-                              f"checkpointing: {setting}", train=True, checkpointing=setting)
-
-
-def offload_rows(a):
-    for shape in a.shape or [(128, 64, 64), (128, 128, 128)]:
-        yield "sample.py --offload: denoise(), computed", "ours", shape, {
-            "peak GB": gb(streamed_bytes(a, shape)), "note": "with weights"}
-    shape = a.shape[0] if a.shape else (128, 64, 64)
-    yield "train.py --offload: a step, computed", "ours", shape, {
-        "peak GB": gb(offloaded_step_bytes(a, shape)),
-        "note": "with weights and the bucket; from encoded latents"}
-
-
-# What one video takes: its FLOP over a share of the GPU's dense float16 peak with sums in float32
-# (NVIDIA's data sheets). TensorRT reaches 45 % of it in the UNet and 12 % in the VAE: SVD-XT 1.1,
-# 25 steps, in 27.5 and 4.5 s on an A100 (quoted: Hugging Face,
-# stabilityai/stable-video-diffusion-img2vid-xt-1-1-tensorrt). PyTorch is given 2/3 of that.
-GPUS = {"A100": 312e12, "RTX 4090": 165e12}
-UNET_SHARE, VAE_SHARE = 0.30, 0.08
-
-# sample.py's defaults: (name, code, shape of the latents, passes of the UNet, frames that are
-# decoded at a time)
-VIDEOS = [
-    ("ExVideo, 128 frames of 512x512, 50 steps with guidance", "ours", (128, 64, 64), 100, 16),
-    ("SVD-XT, 25 frames of 1024x576, 25 steps with guidance", "ours-base", (25, 72, 128), 50, 14)]
-
-
-def decoded_frames(T, chunk):
-    """How many frames sample.decode gives to the VAE for a video of T: its chunks overlap."""
-    lengths = []
-
-    def decode(z):
-        lengths.append(z.shape[1])
-        return torch.zeros(1, z.shape[1], 3, 8, 8)
-
-    for _ in sample.decode(types.SimpleNamespace(decode=decode), torch.zeros(1, T, 4, 1, 1), chunk):
-        pass
-    return sum(lengths)
+# sample.py's defaults: (name, extension, size)
+VIDEOS = [("ExVideo, 128 frames", "ExVideo", (512, 512)), ("SVD-XT, 25 frames", None, (1024, 576))]
+RESIDENCY = {"all networks stay on the GPU, no slices": dict(resident=True, slice_size=None),
+             "networks at work only": {}, "--offload": dict(offload=True)}
 
 
 def cost_rows(a):
-    with torch.device("meta"):
-        vae_bytes = weight_bytes(exsvd.VAE()) // 2  # in 16 bits
-        clip_bytes = weight_bytes(exsvd.ImageEncoder()) // 2
-        unet_bytes = {"ours-base": weight_bytes(exsvd.UNet()) // 2}
-        extended = exsvd.UNet()
-        exsvd.extend(extended, 128)
-        unet_bytes["ours"] = weight_bytes(extended) // 2
-    for name, code, shape, passes, chunk in VIDEOS:
-        T, H, W = shape
-        unet_peak, unet_flops = count(code, a, shape, attention=True)
-        vae_peak, vae_flops = count("ours", a, (chunk, H, W), part="vae", attention=True)
-        # --offload decodes 4 frames at a time
-        small_vae_peak, _ = count("ours", a, (4, H, W), part="vae")
-        peak = max(unet_bytes[code] + unet_peak, vae_bytes + vae_peak)
-        small_peak = max(streamed_bytes(a, shape, code), vae_bytes + small_vae_peak)
-        host = unet_bytes[code] + vae_bytes + clip_bytes
-        sampling, decoding = passes * unet_flops, vae_flops * decoded_frames(T, chunk) / chunk
-        for gpu, flops in GPUS.items():
-            times = sampling / flops / UNET_SHARE, decoding / flops / VAE_SHARE
-            yield f"{name}, {gpu}, computed", code, shape, {
-                "peak GB": gb(peak), "TFLOP": f"{(sampling + decoding) / 1e12:.0f}",
-                "seconds": f"{sum(times):.0f}",
-                "note": f"UNet {times[0]:.0f} s, VAE {times[1]:.0f} s; with --offload "
-                        f"{gb(small_peak)} GB; networks in host memory {gb(host)} GB"}
+    for name, extension, size in VIDEOS:
+        for note, how in RESIDENCY.items():
+            stages, s = video_stages(extension, size, **how)
+            shape = s.frames, s.size[1] // 8, s.size[0] // 8
+            for stage, (peak, work) in stages.items():
+                values = computed(peak, work, f"{note}; {work['copied'] / 1e9:.1f} GB copied")
+                yield f"sample.py, {name}: {stage}", "ours", shape, values
+    shape = (a.shape or [(128, 64, 64)])[0]
+    for level, ranks, offload in [*((level, 8, False) for level in LEVELS), (LEVELS[0], 1, False),
+                                  (LEVELS[0], 1, True)]:
+        note = f"--checkpoint {level}{' --offload' * offload}, one of {ranks} GPUs"
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # which may join other ranks
+            stages = pool.submit(step_stages, level, shape, ranks, offload).result()
+        for stage, (peak, work) in stages.items():
+            yield f"train.py, a step: {stage}", "ours", shape, computed(peak, work, note)
 
 
 @torch.no_grad()
 def conv_rows(a):
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32
-    T, H, W = a.shape[0] if a.shape else (128, 64, 64)
+    T, H, W = (a.shape or [(128, 64, 64)])[0]
     wrong = False
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.randn(1, 320, T, H, W, device=a.device).to(dtype)
         conv = torch.nn.Conv3d(320, 320, 3, padding=1, device=a.device).to(dtype)
         expected = torch.nn.functional.conv3d(
             x.float(), conv.weight.float(), conv.bias.float(), padding=1)
-        for layout in (torch.contiguous_format, torch.channels_last_3d):
-            x, conv = x.contiguous(memory_format=layout), conv.to(memory_format=layout)
-            error = ((conv(x).float() - expected).norm() / expected.norm()).item()
-            wrong |= error > 1e-2  # rounding explains 2e-4 in float16 and 1.7e-3 in bfloat16
-            peak = gpu_peak(lambda: conv(x), a.device)
-            times = [seconds(lambda: conv(x), a.device) for _ in range(a.pairs)]
-            yield f"3x3x3 convolution, {dtype} against float32", "ours", (T, H, W), {
-                "peak GB": gb(peak), "seconds": quartiles(times),
-                "note": f"error {error:.1e} of the result; {layout}; "
-                        f"cuDNN {torch.backends.cudnn.version()}"}
+        error = ((conv(x).float() - expected).norm() / expected.norm()).item()
+        wrong |= error > 1e-2  # rounding explains 2e-4 in float16 and 1.7e-3 in bfloat16
+        times, peaks = zip(*(measure(lambda: conv(x), a.device) for _ in range(a.pairs)))
+        yield f"3x3x3 convolution, {dtype} against float32", "ours", (T, H, W), {
+            "peak GB": gb(peaks[-1]), "seconds": quartiles(times),
+            "note": f"error {error:.1e} of the result; cuDNN {torch.backends.cudnn.version()}"}
     if wrong:
         sys.exit("compare.py: convolutions are wrong in half precision on this machine, and so is "
                  "every video: use another version of PyTorch or cuDNN")
 
 
-def compared(names, builds, shape, a):
-    """Rows of two networks that run in turn. builds: functions that return (network, function that
-    runs a pass)."""
-    try:
-        networks, runs = zip(*(build_one() for build_one in builds))
-        for run in runs:
-            run()  # whatever is compiled or chosen is now
-        peaks = [gpu_peak(run, a.device) for run in runs]
-        times = alternating(*runs, a)
-    except RuntimeError as e:  # out of memory, or no kernel for this device and dtype
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
-        what = f"UNet pass, {names[0]} beside {names[1]}"
-        return [(what, "", shape, {"note": f"failed: {reason}"})]
-    rows = []
-    for name, m, peak, t in zip(names, networks, peaks, times):
-        there = sum(p.nbytes for p in m.parameters() if p.device.type == a.device)
-        rows.append((f"UNet pass, {name}", "", shape, {
-            "peak GB": gb(peak), "seconds": quartiles(t),
-            "ratio": ratio(*times) if m is networks[0] else None,
-            "note": f"{a.dtype}, {a.pairs} pairs; {gb(there)} GB of weights on the device come on "
-                    "top"}))
-    return rows
-
-
-def builder(code, a, shape, change=lambda network: None, context=nullcontext):
-    """A function that builds a network, changes it, and returns it with a function that runs a pass
-    in a context."""
-    def build_one():
-        m, run = build(code, a, shape[0], dtype=a.dtype)
-        change(m)
-
-        def run_one():
-            with context():
-                one_pass(run, shape)
-
-        return m, run_one
-
-    return build_one
-
-
 def time_rows(a):
     for shape in a.shape or [(16, 32, 32)]:
-        for codes in [("ours-base", "diffusers"), ("ours", "diffsynth")]:
-            if version(codes[1], a.diffsynth):
-                names = [f"{code} ({version(code, a.diffsynth)})" for code in codes]
-                yield from compared(names, [builder(code, a, shape) for code in codes], shape, a)
+        for pair in [("ours-base", "diffusers"), ("ours", "diffsynth")]:
+            if pair[1] in a.codes:
+                yield from compared(a, shape, *((a.codes[code], code, None) for code in pair))
 
 
-def beside_plain(name, a, change=lambda network: None, context=nullcontext):
-    for shape in a.shape or [(128, 64, 64)]:
-        builds = builder("ours", a, shape, change, context), builder("ours", a, shape)
-        yield from compared((name, "as it is"), builds, shape, a)
-
-
-def attention_rows(a):
-    @contextmanager
-    def only(backend):
-        with patch.object(exsvd, "flash_attn_func", None), sdpa_kernel(backend):
-            yield
-
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
-                    SDPBackend.EFFICIENT_ATTENTION):
-        yield from beside_plain(backend.name, a, context=partial(only, backend))
-
-
-def layout_rows(a):
-    def channels_innermost(network):
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        for p in network.parameters():
-            p.data = p.data.contiguous(memory_format=formats.get(p.dim(), torch.contiguous_format))
-
-    return beside_plain("channels innermost", a, channels_innermost)
-
-
-def stream_rows(a):
+def mode_rows(a):
     def stream(network):
         network.stream = exsvd.Stream(network, a.device)
 
-    return beside_plain("exsvd.Stream", a, stream)
-
-
-def compile_rows(a):
-    return beside_plain("compiled", a, exsvd.compile_blocks)
+    for shape in a.shape or [(128, 64, 64)]:
+        for name, change in (("exsvd.Stream", stream), ("compiled", exsvd.compile_blocks)):
+            yield from compared(a, shape, (name, "ours", change), ("as it is", "ours", None))
 
 
 def step_rows(a):
@@ -562,8 +559,7 @@ def step_rows(a):
             model = os.path.join(folder, "random.safetensors")
             networks = (network() for network in (exsvd.UNet, exsvd.VAE, exsvd.ImageEncoder))
             exsvd.save_model(model, *(network.bfloat16() for network in networks))
-        for settings in ("--checkpoint memory", "--checkpoint speed",
-                         "--checkpoint memory --offload"):
+        for settings in (*(f"--checkpoint {level}" for level in LEVELS), "--checkpoint memory --offload"):
             out = os.path.join(folder, settings.replace(" ", ""))
             command = [sys.executable, "train.py", "--model", model, "--data", "bench/noise.py",
                        "--out", out, "--frames", str(T), "--size", f"{8 * W}x{8 * H}", "--steps",
@@ -585,16 +581,14 @@ def last_line(process):
     return lines[-1][:200].replace("|", "/")
 
 
-TASKS = {"count": count_rows, "train": train_rows, "offload": offload_rows, "cost": cost_rows,
-         "conv": conv_rows, "time": time_rows, "attention": attention_rows, "layout": layout_rows,
-         "stream": stream_rows, "compile": compile_rows, "step": step_rows}
+TASKS = {"count": count_rows, "cost": cost_rows, "conv": conv_rows, "time": time_rows,
+         "modes": mode_rows, "step": step_rows}
 
 # What `gpu` runs: (task, seconds it may take, shapes, pairs)
 GPU_PLAN = [
     ("conv", 60, ["128x64x64"], 9), ("time", 120, ["128x64x64"], 5),
-    ("time", 150, ["128x128x128"], 2), ("attention", 150, ["128x64x64"], 3),
-    ("layout", 60, ["128x64x64"], 5), ("stream", 120, ["128x64x64", "128x128x128"], 2),
-    ("step", 240, ["128x64x64"], 2), ("compile", 240, ["128x64x64"], 3)]
+    ("time", 150, ["128x128x128"], 2), ("step", 300, ["128x64x64"], 2),
+    ("modes", 330, ["128x64x64"], 3)]
 
 
 def run_plan(a):
@@ -633,7 +627,8 @@ def parse():
                    help="how often to run what is timed, at least 2 [9]")
     p.add_argument("--device", choices=("cpu", "cuda"), help="to run on [cpu; of gpu: cuda]")
     a = p.parse_args()
-    if a.diffsynth and not version("diffsynth", a.diffsynth):
+    a.codes = codes_there(a.diffsynth)
+    if a.diffsynth and "diffsynth" not in a.codes:
         p.error(f"--diffsynth {a.diffsynth}: a folder with diffsynth/ and diffsynth-*.dist-info/ "
                 "is needed")
     a.device = a.device or ("cuda" if "gpu" in a.tasks else "cpu")
@@ -643,31 +638,24 @@ def parse():
     return a
 
 
-def hardware(a):
-    if a.device == "cuda":
-        return torch.cuda.get_device_name()
-    name = "CPU"
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"{name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-
-
 def main():
     a = parse()
     for task in a.tasks:
         if task == "gpu":
             run_plan(a)
             continue
-        date = time.strftime("%Y-%m-%d")
-        print(f"\n`compare.py {task}`, torch {torch.__version__}, {hardware(a)}, {date}\n")
-        print(f"| | code | shape | {' | '.join(COLUMNS)} |")
-        print(f"|{' --- |' * (len(COLUMNS) + 3)}", flush=True)
+        if a.device == "cuda":
+            machine = torch.cuda.get_device_name()
+        else:
+            machine = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        load = f"load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}"
+        print(f"\n`compare.py {task}`, torch {torch.__version__}, {machine}, {load}\n")
+        columns = COMPUTED if task in ("count", "cost") else MEASURED
+        print(f"| | code | shape | {' | '.join(columns)} |")
+        print(f"|{' --- |' * (len(columns) + 3)}", flush=True)
         for what, code, shape, values in TASKS[task](a):
-            cells = [what, f"{code} ({version(code, a.diffsynth)})" if code else "",
-                     f"{shape[0]} x {shape[1]}x{shape[2]}" if shape else "",
-                     *(values.get(column) or "" for column in COLUMNS)]
+            cells = [what, a.codes.get(code, ""), "x".join(map(str, shape))]
+            cells += [values.get(column) or "" for column in columns]
             print(f"| {' | '.join(cells)} |", flush=True)
             gc.collect()
             if a.device == "cuda":
