@@ -732,12 +732,12 @@ def test_streaming_changes_no_bit():
 
 
 def test_streaming_needs_the_weights_once():
-    with compare.LiveBytes([]) as live:
+    with compare.Meter(device="cpu") as meter:
         unet = make_unet(**TWO_LEVELS | {"channels": (64, 128)})
-        live.peak = live.live
+        meter.stage()
         unet.stream = exsvd.Stream(unet, "cpu")
-    weights = compare.weight_bytes(unet)
-    assert live.live < 1.25 * weights and live.peak < 1.6 * weights
+    weights = sum(p.nbytes for p in unet.parameters())
+    assert meter.live < 1.25 * weights and meter.peak < 1.6 * weights
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["sampling with Stream", "training"])
@@ -2918,23 +2918,21 @@ def test_networks_take_turns_on_the_device(monkeypatch):
 
 def test_what_stays_on_a_card():
     """Half-precision networks of full size, and what a pass of them takes as it is counted."""
-    options, size = argparse.Namespace(device="cpu", diffsynth=None), exsvd.Slices.size
+    size = exsvd.Slices.size
     with torch.device("meta"):
         svd = exsvd.SVD(exsvd.extend(exsvd.UNet(), 128).half(), exsvd.VAE().half(),
                         exsvd.ImageEncoder().half(), {}, {})
-    weights = compare.weight_bytes(svd.unet)
+    weights = sum(p.nbytes for p in svd.unet.parameters())
     s = sample.Settings(frames=128, native=25)
     for free, expected in ((22e9, (True, None)), (8e9, (True, 4 * size)), (7e9, (False, 4 * size)),
                            (6e9, (False, size)), (1e9, (False, size))):
         assert sample.what_fits(svd, s, free) == expected
-    with compare.computing(), patch.object(sample, "SLICES", (size // 2, size // 4)):
-        unet, run = compare.build("ours", options, device="cpu")
-        for unet.slice_size, less in ((None, size // 2), (size // 2, size // 4)):
-            with compare.LiveBytes(unet.parameters()) as live:
-                compare.one_pass(run, (16, 32, 32))
+    with patch.object(sample, "SLICES", (size // 2, size // 4)):
+        for slice_size, less in ((None, size // 2), (size // 2, size // 4)):
+            peak, _ = compare.count("ours", None, (16, 32, 32), slice_size=slice_size)
             small = replace(s, frames=16, size=(256, 256))
-            assert sample.what_fits(svd, small, weights + live.peak)[1] == less
-            assert sample.what_fits(svd, small, weights + 1.15 * live.peak)[1] == unet.slice_size
+            assert sample.what_fits(svd, small, weights + peak)[1] == less
+            assert sample.what_fits(svd, small, weights + 1.15 * peak)[1] == slice_size
 
 
 @pytest.mark.parametrize("gigabytes, home", [(30, "cuda:1"), (1e-3, "cpu")])
@@ -4117,17 +4115,17 @@ def test_estimates_of_what_checkpoints_keep_hold(T, H, W):
     """Never less than what is kept, and at most twice that. On a narrow UNet, cut as SVD-XT
     is at 64 times as many pixels."""
     s = train.Settings(frames=T, size=((8 * W, 8 * H),))
-    options = argparse.Namespace(device="cpu", diffsynth=None)
     config = exsvd.UNetConfig(channels=(32, 64, 128, 128), heads=(1, 1, 2, 2), context_dim=8)
     for name, (level, slice_size, *_) in train.CHECKPOINTS.items():
         with (patch.dict(train.CHECKPOINTS, {name: (level, slice_size // 64, *train.CHECKPOINTS[name][2:])}),
               compare.computing()):
-            unet = exsvd.extend(exsvd.UNet(config), 128).train()
+            unet = exsvd.extend(exsvd.UNet(config), 128).bfloat16().train().to("meta")
             exsvd.freeze(unet)
             unet.checkpointing, unet.slice_size = level, slice_size // 64
-            with compare.LiveBytes(unet.parameters()) as live:
-                unet(torch.zeros(1, T, 8, H, W), torch.zeros(1), torch.zeros(1, 1, 8), torch.zeros(1, 3)).sum().backward()
-            kept = live.peak - sum(p.grad.nbytes for p in unet.parameters() if p.grad is not None)
+            x = torch.zeros(1, T, 8, H, W, dtype=torch.bfloat16), *map(torch.zeros, ((1,), (1, 1, 8), (1, 3)))
+            with compare.Meter(unet.parameters()) as meter:
+                unet(*(t.to("meta") for t in x)).sum().backward()
+            kept = meter.peak - sum(p.grad.nbytes for p in unet.parameters() if p.grad is not None)
             assert kept <= train.activations(name, s, unet) <= 2 * kept, name
 
 

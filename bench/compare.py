@@ -59,8 +59,6 @@ import exsvd
 import sample
 import train
 
-LEVELS = ("memory", "speed", "none")  # of train.py --checkpoint
-
 # --------------------------------------------------------------------------------------------------
 # The networks of each code
 
@@ -315,19 +313,19 @@ def video_stages(extension, size, resident=False, offload=False, slice_size=exsv
 
     resident: whether all networks stay on the GPU, or only those at work.
     """
-    command = argparse.Namespace(offload=offload, compile=False, unet=None, keyframe=[])
+    command = argparse.Namespace(offload=offload, compile=False, unet=None)
     device, files = torch.device("meta"), ({"unet": argparse.Namespace(meta={})}, None)
     with (computing(), Meter() as meter, redirect_stdout(sys.stderr),
           patch.object(exsvd, "load", load_without_files),
           patch.object(exsvd, "open_model", lambda _: files),
           patch.object(sample.data, "VideoWriter", MagicMock())):
-        svd, s = sample.load(command, {"dtype": "float16"}, "random", extension, device)
+        svd = sample.load(command, {"dtype": "float16"}, "random", extension, device)
         for network in (svd.unet, svd.vae, svd.clip) if not offload else ():
             network.to(device if resident else "cpu")
         svd.unet.slice_size = slice_size
         svd.unet.forward = once(meter, svd.unet.forward)
         svd.vae.decode = once(meter, svd.vae.decode)
-        s = sample.complete(s, command, {}, svd, torch.empty(size[1], size[0], 3), 0)
+        s = sample.complete(svd, picture=size)
         meter.stage()
         latents = sample.make_latents(svd, torch.empty(3, *reversed(s.size)), s, device)
         sampling = meter.stage()
@@ -373,7 +371,8 @@ def step_stages(level, shape, ranks=1, offload=False):
           patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["meta"])):
         svd = train.load_networks(s, True, device)
         module, trained, values = train.prepare(s, svd)
-        config = train.deepspeed_config(s, sum(p.numel() for p in trained.values()))
+        svd.unet.checkpointing, svd.unet.slice_size = train.CHECKPOINTS[level][:2]
+        config = train.deepspeed_config(s)
         config["zero_force_ds_cpu_optimizer"] = False  # with --offload torch's does, on the CPU
         groups = train.parameter_groups(trained, s)
         optimizer = train.make_optimizer(groups, replace(s, offload=False))
@@ -382,11 +381,9 @@ def step_stages(level, shape, ranks=1, offload=False):
         shards.start_from(values)
         # DeepSpeed keeps shapes of parameters as tensors on "meta", which take no memory
         shapes = sum(t.nbytes for group in engine.optimizer.round_robin_bit16_meta for t in group)
-        svd.vae.encode = once(meter, svd.vae.encode)
         for T, H, W in ((2, 8, 8), shape):
             meter.stage()
-            run = argparse.Namespace(s=replace(s, frames=T, size=(8 * W, 8 * H)), svd=svd,
-                                     module=module, device=device)
+            run = argparse.Namespace(s=s, svd=svd, module=module, device=device)
             item = {"video": torch.empty(1, T, 3, 8 * H, 8 * W, dtype=torch.uint8), "name": ["0"],
                     "fps": torch.ones(1), "motion": torch.ones(1)}
             x, cond, ctx, ids = train.inputs(run, item)
@@ -477,9 +474,9 @@ def count_rows(a):
             yield row("UNet pass", code, shape)
         yield row("UNet pass", "ours", shape, "without slices", slice_size=None)
     shape, others = (a.shape or [(128, 64, 64)])[0], [c for c in a.codes if not c.startswith("ours")]
-    for level in LEVELS:
-        yield row("forward and backward", "ours", shape, f"checkpointing: {level}", train=True,
-                  checkpointing=None if level == "none" else level)
+    for level, (checkpointing, slice_size, *_) in train.CHECKPOINTS.items():
+        yield row("forward and backward", "ours", shape, f"--checkpoint {level}", train=True,
+                  checkpointing=checkpointing, slice_size=slice_size)
     for code in others:
         yield row("forward and backward", code, shape, "checkpointing: its own", train=True)
     for code in ["ours", *others]:
@@ -490,9 +487,13 @@ def count_rows(a):
 
 
 # sample.py's defaults: (name, extension, size)
-VIDEOS = [("ExVideo, 128 frames", "ExVideo", (512, 512)), ("SVD-XT, 25 frames", None, (1024, 576))]
+VIDEOS = [("ExVideo, 128 frames", ["ExVideo"], (512, 512)), ("SVD-XT, 25 frames", None, (1024, 576))]
 RESIDENCY = {"all networks stay on the GPU, no slices": dict(resident=True, slice_size=None),
              "networks at work only": {}, "--offload": dict(offload=True)}
+
+
+STEPS = [("none", 8, False), ("balanced", 8, False), ("memory", 8, False), ("memory", 1, False),
+         ("memory", 1, True)]  # --checkpoint, GPUs, --offload
 
 
 def cost_rows(a):
@@ -504,8 +505,7 @@ def cost_rows(a):
                 values = computed(peak, work, f"{note}; {work['copied'] / 1e9:.1f} GB copied")
                 yield f"sample.py, {name}: {stage}", "ours", shape, values
     shape = (a.shape or [(128, 64, 64)])[0]
-    for level, ranks, offload in [*((level, 8, False) for level in LEVELS), (LEVELS[0], 1, False),
-                                  (LEVELS[0], 1, True)]:
+    for level, ranks, offload in STEPS:
         note = f"--checkpoint {level}{' --offload' * offload}, one of {ranks} GPUs"
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # which may join other ranks
             stages = pool.submit(step_stages, level, shape, ranks, offload).result()
@@ -559,7 +559,7 @@ def step_rows(a):
             model = os.path.join(folder, "random.safetensors")
             networks = (network() for network in (exsvd.UNet, exsvd.VAE, exsvd.ImageEncoder))
             exsvd.save_model(model, *(network.bfloat16() for network in networks))
-        for settings in (*(f"--checkpoint {level}" for level in LEVELS), "--checkpoint memory --offload"):
+        for settings in (*(f"--checkpoint {level}" for level in train.CHECKPOINTS if level != "none"), "--checkpoint memory --offload"):
             out = os.path.join(folder, settings.replace(" ", ""))
             command = [sys.executable, "train.py", "--model", model, "--data", "bench/noise.py",
                        "--out", out, "--frames", str(T), "--size", f"{8 * W}x{8 * H}", "--steps",
