@@ -17,7 +17,6 @@ takes: float32 (3, H, W) in [-1, 1]. Pillow reads pictures, FFmpeg (through PyAV
 and wide gamuts become SDR; colour profiles of pictures are applied, those in videos are not.
 """
 import argparse
-import bisect
 import contextlib
 import csv
 import hashlib
@@ -135,14 +134,11 @@ def _picture_pixels(picture):
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # none, or it does not fit
         image = image.convert("RGB")
     if picture.has_transparency_data:
-        page = Image.new("RGB", image.size, "white")
-        page.paste(image, None, picture.convert("RGBA").getchannel("A"))
-        image = page
+        image.putalpha(picture.convert("RGBA").getchannel("A"))
+    frame = av.VideoFrame.from_ndarray(np.asarray(image), "rgba" if "A" in image.mode else "rgb24")
     if picture.info.get("named") and not profile:
-        frame = av.VideoFrame.from_image(image)
         frame.color_primaries, frame.color_trc = picture.info["named"]
-        return _as_shown(picture, frame)
-    return torch.from_numpy(np.array(image))
+    return _as_shown(picture, frame)
 
 
 @contextlib.contextmanager
@@ -268,13 +264,9 @@ def read_image(path):
     """The picture, or the first frame of the animation or video, at `path`, or a Pillow image:
     uint8 (H, W, 3), upright, on white. The content decides what the file is, not the name. Raises
     MediaError."""
-    if isinstance(path, Image.Image):
-        picture = ImageOps.exif_transpose(path)
-    else:
-        picture = _open_picture(path)
-    if picture is not None:
-        return _picture_pixels(picture)
-    return next(video_frames(path))[0]
+    opened = isinstance(path, Image.Image)
+    picture = ImageOps.exif_transpose(path) if opened else _open_picture(path)
+    return next(video_frames(path))[0] if picture is None else _picture_pixels(picture)
 
 
 def video_frames(path, size=None):
@@ -298,12 +290,6 @@ def read_video(path):
     """All frames of a video, uint8 (T, H, W, 3), and its frames per second. Raises MediaError."""
     frames, times, declared = zip(*video_frames(path))
     return torch.stack(frames), frame_rate(times, declared[-1])
-
-
-def read_settings(path):
-    """The settings that VideoWriter stored in an .mp4 or .webm; None if there are none."""
-    with _container(path) as container:
-        return json.loads(_tags(container).get("comment", "null"))
 
 
 def fit_image(img, width, height):
@@ -341,15 +327,11 @@ def to_uint8(video):
     return ((video + 1) * 127.5).round().to(torch.uint8)
 
 
-def default_size(width, height, area, multiple=64, max_ratio=4):
-    """(W, H), multiples of `multiple`, with about `area` pixels and the aspect ratio of a
-    width x height image, or max_ratio if that is less. At most 2 * area (or multiple**2)."""
-    ratio = min(max(width / height, 1 / max_ratio), max_ratio)
-    W = max(1, round(math.sqrt(area * ratio) / multiple))
-    H = max(1, round(math.sqrt(area / ratio) / multiple))
-    most = max(1, int(2 * area / multiple**2))
-    W, H = min(W, max(1, most // H)), min(H, max(1, most // W))
-    return W * multiple, H * multiple
+def default_size(width, height, area):
+    """(W, H), multiples of 64, with about `area` pixels (at most twice as many, or those of 128x64)
+    and the aspect ratio of a width x height image, up to 4."""
+    ratio = min(max(width / height, 1 / 4), 4)
+    return tuple(64 * max(1, round(math.sqrt(area * x) / 64)) for x in (ratio, 1 / ratio))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -386,30 +368,27 @@ class VideoWriter:
     cannot be used."""
 
     def __init__(self, path, fps, settings=None):
-        self.path, self.settings = Path(path), settings or {}
+        self.path, self.settings = Path(path), settings
         self.kind = "" if str(path).endswith("/") else self.path.suffix.lower()
         if self.kind not in ("", *ENCODERS):
             raise MediaError(f"{path}: must end in .mp4, .webm, .gif, or / for a folder of PNGs")
         fastest = 50 if self.kind == ".gif" else 1000
         if not 0 < fps <= fastest:
             raise MediaError(f"{path}: {fps} frames per second: must be above 0, at most {fastest}")
-        if not self._may_replace():
+        names = os.listdir(path) if self.path.is_dir() else []
+        ours = set(names) == {PNG_NAME.format(i) for i in range(len(names))}
+        if self.path.exists() and (self.path.is_dir() == bool(self.kind) or not ours):
             raise MediaError(f"{path}: exists and is not such a video; choose another name")
         self.fps = Fraction(fps).limit_denominator(1001)  # 30000/1001 and 7.5 alike
-        self.count, self.size, self.container = 0, None, None
-
-    def _may_replace(self):
-        """Whether the name is free, or has a file of this kind or a folder of our PNGs."""
-        if not self.path.is_dir():
-            return bool(self.kind) or not self.path.exists()
-        names = os.listdir(self.path)
-        return not self.kind and set(names) == {PNG_NAME.format(i) for i in range(len(names))}
+        # Of time stamps. The delays of a GIF are whole 1/100 s.
+        self.tick = Fraction(1, 100) if self.kind == ".gif" else 1 / self.fps
+        self.count, self.size = 0, None
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{self.path.name}."
+        prefix = f".{self.path.name}."  # on the target's file system
         self.temporary = tempfile.TemporaryDirectory(".tmp", prefix, self.path.parent)
-        self.new = Path(self.temporary.name, f"new{self.kind}")  # on the target's file system
+        self.new = Path(os.path.abspath(self.temporary.name), f"new{self.kind}")
         if not self.kind:
             self.new.mkdir()
         return self
@@ -421,51 +400,45 @@ class VideoWriter:
         if frames.dtype != np.uint8 or frames.shape[1:] != self.size:
             raise ValueError(f"{frames.dtype} {frames.shape}: not uint8 (T, H, W, 3) of one size")
         for x in frames:
-            if self.kind:
-                self._encode(x)
-            else:
+            if not self.kind:
                 write_png(self.new / PNG_NAME.format(self.count), x)
+            else:
+                frame = self._frame(x)
+                if not self.count:
+                    self._start(frame)
+                frame.pts, frame.time_base = round(self.count / self.fps / self.tick), self.tick
+                self.container.mux(self.stream.encode(frame))
             self.count += 1
 
-    def _encode(self, x):
+    def _frame(self, x):
         if self.kind == ".gif":
             x = Image.fromarray(x).quantize(256, Image.Quantize.FASTOCTREE)
             colours = np.reshape(x.getpalette(), (-1, 3))
-            palette = np.full((256, 4), 255, np.uint8)  # ARGB
-            palette[:len(colours), 1:] = colours
-            frame = av.VideoFrame.from_ndarray((np.asarray(x), palette), "pal8")
-        else:
-            H, W, _ = x.shape
-            x = np.pad(x, ((0, H % 2), (0, W % 2), (0, 0)), "edge")  # chroma has half the size
-            frame = av.VideoFrame.from_ndarray(x, "rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709,
-                                   dst_color_range=ColorRange.MPEG,
-                                   interpolation=Interpolation.BILINEAR | EXACT)
-        if not self.container:
-            self._start(frame)
-        frame.pts, frame.time_base = round(self.count / self.fps / self.tick), self.tick
-        self.container.mux(self.stream.encode(frame))
+            palette = np.pad(colours, ((0, 256 - len(colours)), (1, 0)), constant_values=255)  # ARGB
+            return av.VideoFrame.from_ndarray((np.asarray(x), palette.astype(np.uint8)), "pal8")
+        H, W, _ = x.shape
+        x = np.pad(x, ((0, H % 2), (0, W % 2), (0, 0)), "edge")  # chroma has half the size
+        return av.VideoFrame.from_ndarray(x, "rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
+            interpolation=Interpolation.BILINEAR | EXACT)
 
     def _start(self, frame):
+        """Opens the file for frames like this one."""
         codec, options = ENCODERS[self.kind]
-        if codec == "gif":
-            self.tick = Fraction(1, 100)  # delays are whole 1/100 s
-            muxer = {"final_delay": str(round(100 / self.fps))}  # of the last frame; else 1/100 s
+        muxer = {"fflags": "+bitexact"}
+        if self.kind == ".gif":
+            muxer["final_delay"] = str(round(100 / self.fps))  # of the last frame; else 1/100 s
         else:
-            self.tick = 1 / self.fps
-            muxer = {"movflags": "+faststart"}  # browsers can play before they have the whole file
-        # faststart opens the file again by its name, which must be absolute
-        self.container = av.open("file:" + os.path.abspath(self.new), "w",
-                                 container_options={"fflags": "+bitexact"} | muxer)
+            muxer["movflags"] = "+faststart"  # browsers can play before they have the whole file
+        self.container = av.open(f"file:{self.new}", "w", container_options=muxer)
         if self.settings:
             self.container.metadata["comment"] = json.dumps(self.settings)
         self.stream = self.container.add_stream(codec, rate=1 / self.tick, options=options)
-        self.stream.width, self.stream.height = frame.width, frame.height
-        self.stream.pix_fmt = frame.format.name
         context = self.stream.codec_context
-        context.time_base, context.thread_count = self.tick, 1
+        context.width, context.height = frame.width, frame.height
+        context.pix_fmt, context.time_base, context.thread_count = frame.format.name, self.tick, 1
         context.flags |= av.codec.context.Flags.bitexact
-        if codec != "gif":
+        if self.kind != ".gif":
             context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
             context.color_range = ColorRange.MPEG
 
@@ -486,25 +459,23 @@ class VideoWriter:
 # --------------------------------------------------------------------------------------------------
 # 3. Motion and noise: two of the numbers on which the model is conditioned
 
-# ExVideo's training script sorts clips into 128 buckets. Their lower bounds, in units of 1e-9:
-EXVIDEO_MOTION = (
-    0, 12205946, 15117834, 18080613, 20614484, 21959992, 24088068, 26323952, 28277775, 29968588,
-    31836554, 33596724, 35121530, 37200287, 38914755, 40696491, 42368013, 44265781, 46311017,
-    48243891, 50294187, 52142400, 53634230, 55612389, 57594258, 59410289, 61283995, 63603796,
-    65192916, 67146860, 69066539, 70390493, 72588451, 73959745, 75889029, 77695683, 79783581,
-    82162730, 84092639, 85958421, 87700523, 89684933, 91688842, 93335517, 94987206, 96664011,
-    98314710, 100262381, 101984538, 103404313, 105280340, 106974818, 109028399, 111164779,
-    113065213, 114362158, 116407216, 118063427, 119524263, 121835820, 124242283, 126202747,
-    128989249, 131672353, 133417681, 135567948, 137313649, 139189199, 140912935, 143525436,
-    145718485, 148315132, 151039496, 153218940, 155252382, 157651082, 159966752, 162195817,
-    164811596, 167341709, 170251891, 172651157, 175550997, 178372145, 181039348, 183565900,
-    186599866, 190071866, 192574754, 195026234, 198099136, 200210452, 202522039, 205410406,
-    208610669, 211623028, 214723110, 218520239, 222194016, 225363150, 229384825, 233422622,
-    237012610, 240735114, 243622541, 247465774, 252190471, 257356376, 261856794, 266556412,
-    271076709, 277361482, 281250387, 286582440, 291158527, 296712339, 303008437, 311793238,
-    318485111, 326999635, 332138240, 341770738, 354188830, 365194678, 379234344, 401538879,
-    416078776, 440871328,
-)
+# ExVideo's training script sorts clips into 128 buckets. Their lower bounds:
+EXVIDEO_MOTION = np.fromstring("""
+    0 12205946 15117834 18080613 20614484 21959992 24088068 26323952 28277775 29968588 31836554
+    33596724 35121530 37200287 38914755 40696491 42368013 44265781 46311017 48243891 50294187
+    52142400 53634230 55612389 57594258 59410289 61283995 63603796 65192916 67146860 69066539
+    70390493 72588451 73959745 75889029 77695683 79783581 82162730 84092639 85958421 87700523
+    89684933 91688842 93335517 94987206 96664011 98314710 100262381 101984538 103404313 105280340
+    106974818 109028399 111164779 113065213 114362158 116407216 118063427 119524263 121835820
+    124242283 126202747 128989249 131672353 133417681 135567948 137313649 139189199 140912935
+    143525436 145718485 148315132 151039496 153218940 155252382 157651082 159966752 162195817
+    164811596 167341709 170251891 172651157 175550997 178372145 181039348 183565900 186599866
+    190071866 192574754 195026234 198099136 200210452 202522039 205410406 208610669 211623028
+    214723110 218520239 222194016 225363150 229384825 233422622 237012610 240735114 243622541
+    247465774 252190471 257356376 261856794 266556412 271076709 277361482 281250387 286582440
+    291158527 296712339 303008437 311793238 318485111 326999635 332138240 341770738 354188830
+    365194678 379234344 401538879 416078776 440871328
+""", sep=" ") / 1e9
 AUG_LOG_MEAN, AUG_LOG_STD = -3.0, 0.5  # ln sigma of the noise on a condition image: SVD_Xtend's
 
 
@@ -522,10 +493,9 @@ class Motion:
         n, enter, leave = len(clip), clip[-1:], self.clip[:1]
         if not self.clip or not all(map(operator.is_, clip, self.clip[1:])):
             self.sums, enter, leave = np.zeros((2, clip[0].size), np.int32), clip, ()
-        for x in enter:
-            self.sums += np.stack([x.ravel(), np.square(x.ravel(), dtype=np.uint16)])
-        for x in leave:
-            self.sums -= np.stack([x.ravel(), np.square(x.ravel(), dtype=np.uint16)])
+        for add, frames in ((np.add, enter), (np.subtract, leave)):
+            for x in frames:
+                add(self.sums, [x.ravel(), np.square(x.ravel(), dtype=np.uint16)], out=self.sums)
         self.clip, total = clip, 0.0
         for part in np.array_split(self.sums, 32, axis=1):  # which the cache holds
             x, squares = part.astype(np.int64)
@@ -540,9 +510,8 @@ def motion_score(video):
 
 def motion_bucket(score, scale="exvideo"):
     """The bucket of a score: the last of ExVideo's 128 whose bound is not above it; or `scale`."""
-    if scale != "exvideo":
-        return float(scale)
-    return float(max(0, bisect.bisect_right(EXVIDEO_MOTION, score, key=lambda t: t / 1e9) - 1))
+    last = max(0, np.searchsorted(EXVIDEO_MOTION, score, "right") - 1)
+    return float(last if scale == "exvideo" else scale)
 
 
 def draw_conditions(seed, names, size):
@@ -572,14 +541,13 @@ csv.field_size_limit(2**31 - 1)  # captions may be long
 
 def _read_list(source):
     """The paths that a list holds, as they stand there."""
-    readers = {".txt": lambda f: f.read().split("\n"), ".json": json.load,
-               ".csv": lambda f: list(csv.DictReader(f))}
-    reader = readers.get(source.suffix.lower())
-    if reader is None:
-        raise unreadable(source, "there is no such folder, and it is no .txt, .csv or .json list")
+    kind = source.suffix.lower()
+    if kind not in (".txt", ".csv", ".json"):
+        raise unreadable(source, "there is no such folder, and it is not a .txt, .csv or .json list")
     try:
-        with open(source, encoding="utf-8-sig", newline="") as f:  # -sig drops a byte order mark
-            rows = reader(f)
+        text = source.read_bytes().decode("utf-8-sig")  # -sig drops a byte order mark
+        rows = (json.loads(text) if kind == ".json" else text.split("\n") if kind == ".txt" else
+                list(csv.DictReader(io.StringIO(text, newline=""))))
     except (OSError, ValueError, csv.Error) as e:
         raise unreadable(source, e) from e
     if not isinstance(rows, list):
@@ -587,11 +555,11 @@ def _read_list(source):
     paths = []
     for row in rows:
         if isinstance(row, dict):
-            column = next((key for key in COLUMNS if key in row), None)
-            if column is None:
+            columns = [key for key in COLUMNS if key in row]
+            if not columns:
                 raise unreadable(source, f"it has the columns {', '.join(map(repr, row))}; the "
                                          "path must be in a column named path, video or file")
-            row = row[column]
+            row = row[columns[0]]
         paths.append(str(row or "").strip())
     return paths
 
@@ -676,8 +644,8 @@ def scan(path):
 
 def _stamps(entry):
     """Time stamps of a file's frames, in units of its time base: int64 (N,)."""
-    steps = [np.full(count, step) for step, count in entry["steps"]]
-    return np.cumsum(np.concatenate([[entry["start"]], *steps])).astype(np.int64)
+    steps, counts = np.reshape(entry["steps"], (-1, 2)).astype(np.int64).T
+    return np.cumsum([entry["start"], *steps.repeat(counts)])
 
 
 def _times(entry):
@@ -703,9 +671,9 @@ def build_index(source, files):
                    for name, p in files.items()}
         todo = [name for name in files if known.get(name, {}).get("changed") != changed[name]]
         if todo:
-            linux = hasattr(os, "sched_getaffinity")  # there it is what this process may use
-            cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-            with ThreadPool(cores) as pool, open(cache, "a") as f:  # FFmpeg lets other threads run
+            # The cores that this process may use. FFmpeg lets other threads run.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+            with ThreadPool(cores) as pool, open(cache, "a") as f:
                 scanned = pool.imap_unordered(lambda name: (name, scan(files[name])), todo)
                 for name, entry in tqdm(scanned, "index", len(todo), unit="file"):
                     known[name] = entry | {"changed": changed[name]}
