@@ -167,29 +167,21 @@ def _tags(source):
     return {key.lower(): value for key, value in source.metadata.items()}
 
 
-def _decoder(path, stream):
-    """The codec context that decodes a stream."""
-    if stream is None or stream.codec_context is None:  # FFmpeg finds SVG, but does not decode it
-        raise unreadable(path, "it holds no picture that can be decoded")
-    decoder = stream.codec_context
-    # FFmpeg's own decoders of VP8 and VP9 drop an alpha channel, those of libvpx keep it.
-    libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
-    if _tags(stream).get("alpha_mode") == "1" and libvpx in av.codecs_available:
-        decoder = av.CodecContext.create(libvpx, "r")
-    decoder.thread_count = 1  # with more, errors surface at other packets from run to run
-    return decoder
-
-
 def _decode(path, seek=None):
     """Yields (PyAV frame, stream) for the frames of a video in the order in which they are shown,
-    from the start or from the key frame at or before the time stamp `seek`.
-
-    Frames that are damaged are left out. Raises MediaError, also if a whole video is, or if it is
-    interlaced."""
+    from the start or from the key frame at or before the time stamp `seek`. Damaged frames are left
+    out. Raises MediaError, also if no frame is left, or if one is interlaced."""
     decoded = False
     with _container(path) as container:
         stream = container.streams.best("video")
-        decoder = _decoder(path, stream)
+        decoder = stream and stream.codec_context
+        if not decoder:  # FFmpeg finds SVG, but does not decode it
+            raise unreadable(path, "it holds no picture that can be decoded")
+        # FFmpeg's own decoders of VP8 and VP9 drop an alpha channel, those of libvpx keep it.
+        libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
+        if _tags(stream).get("alpha_mode") == "1" and libvpx in av.codecs_available:
+            decoder = av.CodecContext.create(libvpx, "r")
+        decoder.thread_count = 1  # with more, errors surface at other packets from run to run
         if seek is not None:
             container.seek(int(seek), stream=stream)
         for packet in container.demux(stream):
@@ -232,7 +224,8 @@ def _as_shown(path, frame, stream=None, size=None):
     aspect = stream and stream.sample_aspect_ratio or 1
     W, H = frame.width * max(aspect, 1), frame.height * max(1 / aspect, 1)
     if size is not None:
-        size = nearest_size(size, *((H, W) if turned else (W, H)))
+        ratio = H / W if turned else W / H
+        size = min(sizes_of(size), key=lambda s: abs(math.log(s[0] / s[1] / ratio)))
     w, h = (round(W), round(H)) if size is None else size[::-1] if turned else size
     scale = max(w / W, h / H)
     W, H = max(w, round(W * scale)), max(h, round(H * scale))
@@ -312,11 +305,6 @@ def sizes_of(size):
     return np.reshape(size, (-1, 2)).tolist()
 
 
-def nearest_size(size, width, height):
-    """Of one or several sizes, the one [W, H] whose aspect ratio is nearest to width / height."""
-    return min(sizes_of(size), key=lambda s: abs(math.log(s[0] * height / (s[1] * width))))
-
-
 def to_float(video):
     """uint8 pixels of any shape -> float32 in [-1, 1]."""
     return video.float() / 127.5 - 1
@@ -347,11 +335,18 @@ ENCODERS = {  # extension: codec, its options
 PNG_NAME = "frame_{:04d}.png"
 
 
-def write_png(path, img):
-    """Writes uint8 (H, W, 3) as a PNG file. A killed process leaves no half of it."""
+def write_whole(path, content):
+    """Writes a file of these bytes. A killed process leaves no half of it."""
     part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    Image.fromarray(np.ascontiguousarray(img)).save(part, "PNG")
+    part.write_bytes(content)
     os.replace(part, path)
+
+
+def write_png(path, img):
+    """Writes uint8 (H, W, 3) as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(img)).save(file, "PNG")
+    write_whole(path, file.getbuffer())
 
 
 class VideoWriter:
@@ -552,16 +547,14 @@ def _read_list(source):
         raise unreadable(source, e) from e
     if not isinstance(rows, list):
         raise unreadable(source, "its JSON is not a list: give a list of paths or of objects")
-    paths = []
-    for row in rows:
+    for i, row in enumerate(rows):
         if isinstance(row, dict):
             columns = [key for key in COLUMNS if key in row]
             if not columns:
                 raise unreadable(source, f"it has the columns {', '.join(map(repr, row))}; the "
                                          "path must be in a column named path, video or file")
-            row = row[columns[0]]
-        paths.append(str(row or "").strip())
-    return paths
+            rows[i] = row[columns[0]]
+    return [str(path or "").strip() for path in rows]
 
 
 def list_files(source):
@@ -572,16 +565,15 @@ def list_files(source):
     a key. A name is the path relative to the folder, or to the folder of the list."""
     source = Path(source)
     root = os.path.abspath(source if source.is_dir() else source.parent)
-    if source.is_dir():
-        paths, seen = [], set()
-        for folder, folders, names in os.walk(root, followlinks=True):
-            new = os.path.realpath(folder) not in seen  # links may lead around in a circle
-            seen.add(os.path.realpath(folder))
-            folders[:] = sorted(folders) if new else []
-            paths += [os.path.join(folder, name) for name in names if new and name[0] != "."
-                      and os.path.splitext(name)[1].lower() in SUFFIXES]
-    else:
-        paths = _read_list(source)
+    paths, seen = [] if source.is_dir() else _read_list(source), set()
+    for folder, folders, names in os.walk(source, followlinks=True):  # nothing if it is a list
+        if os.path.realpath(folder) in seen:  # links may lead around in a circle
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders.sort()
+        paths += [os.path.abspath(os.path.join(folder, name)) for name in names if name[0] != "."
+                  and os.path.splitext(name)[1].lower() in SUFFIXES]
     files = {}
     for path in filter(None, paths):
         path = os.path.abspath(os.path.join(root, path))
@@ -732,36 +724,33 @@ def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion"), n=0):
     wanted. size: one or several. ctx_dim: the D of the UNet. ids: the numbers that it needs."""
     if not isinstance(item, dict):
         raise MediaError(f"dataset[{n}]: found {type(item).__name__}, wanted a dict")
-    sizes, scale = sizes_of(size), 8 if "latents" in item else 1
-    shape = getattr(item.get("latents", item.get("video")), "shape", ())
-    found = [side * scale for side in shape[:1:-1]]
+
+    def check(good, key, wanted):
+        x = item.get(key, "nothing")
+        if not good(x):
+            if isinstance(x, (torch.Tensor, np.ndarray)):
+                x = f"{type(x).__name__} of {x.dtype} {tuple(x.shape)}"
+            raise MediaError(f'dataset[{n}]["{key}"]: found {x!s:.80}, wanted {wanted}')
+
+    def is_number(x):
+        x = x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x
+        return isinstance(x, numbers.Real) and math.isfinite(x)
+
+    sizes, encoded = sizes_of(size), "latents" in item
+    shape = getattr(item.get("latents" if encoded else "video"), "shape", ())
+    found = [side * (8 if encoded else 1) for side in shape[:1:-1]]
     W, H = found if found in sizes else sizes[0]
     shapes, dtype = {"video": (frames, 3, H, W)}, torch.uint8
-    names = [name for name in ids if name != "aug"]  # of a clip of pixels, train.py draws it
-    if "latents" in item:
-        latent = (4, H // 8, W // 8)
-        shapes, dtype = {"latents": (frames, *latent), "cond": latent}, torch.float32
-        if ctx_dim:
-            shapes["ctx"] = (ctx_dim,)
-        names.append("aug")
-
-    def refuse(key, wanted):
-        x = item.get(key, "nothing")
-        if isinstance(x, (torch.Tensor, np.ndarray)):
-            x = f"{type(x).__name__} of {x.dtype} {tuple(x.shape)}"
-        raise MediaError(f'dataset[{n}]["{key}"]: found {x!s:.80}, wanted {wanted}')
-
+    if encoded:
+        cond, dtype = (4, H // 8, W // 8), torch.float32
+        shapes = {"latents": (frames, *cond), "cond": cond} | ({"ctx": (ctx_dim,)} if ctx_dim else {})
     for key, shape in shapes.items():
-        x = item.get(key)
-        if not isinstance(x, torch.Tensor) or x.dtype != dtype or x.shape != shape:
-            refuse(key, f"Tensor of {dtype} {tuple(shape)}")
-    for key in names:
-        x = item.get(key)
-        x = x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x
-        if not isinstance(x, numbers.Real) or not math.isfinite(x) or (key == "fps" and x <= 0):
-            refuse(key, "a number > 0" if key == "fps" else "a number")
-    if not isinstance(item.get("name"), str):
-        refuse("name", "a str")
+        check(lambda x: isinstance(x, torch.Tensor) and x.dtype == dtype and x.shape == shape,
+              key, f"Tensor of {dtype} {shape}")
+    for key in {*ids, "aug"} if encoded else {*ids} - {"aug"}:  # else train.py draws it
+        check(is_number, key, "a number")
+    check(lambda x: x > 0, "fps", "a number > 0")
+    check(lambda x: isinstance(x, str), "name", "a str")
 
 
 class Checked:
@@ -774,8 +763,7 @@ class Checked:
         return getattr(self.dataset, name)  # describe(), id, measure()
 
     def __getitem__(self, n):
-        item = self.dataset[n]
-        check_item(item, *self.args, n=n)
+        check_item(item := self.dataset[n], *self.args, n=n)
         return item
 
 
@@ -956,31 +944,26 @@ class LatentClips(Clips):
         return item | {"aug": rows["aug"].item()}, rows["motion"].item()
 
 
-def _from_python(path, frames, size, seed):
-    """What clips(frames, size, seed) of a user's Python file returns. Its errors are not caught."""
-    spec = importlib.util.spec_from_file_location(f"clips_of_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.append(os.path.dirname(os.path.abspath(path)))  # for imports of files beside it
-    spec.loader.exec_module(module)
-    if not hasattr(module, "clips"):
-        raise MediaError(f"{path}: defines no clips(frames, size, seed)")
-    sizes = tuple(map(tuple, sizes_of(size)))
-    return module.clips(frames, sizes if len(sizes) > 1 else sizes[0], seed)
-
-
 def open_dataset(source, frames, size, seed=0, model=None, **settings):
     """The dataset of a source, as described above. Raises MediaError, also if it holds no clip.
 
     source: videos (see list_files), a folder that encode() wrote, or a Python file that defines
-    clips(frames, size, seed). size: (W, H), or several. model: the path of one whose VAE and CLIP
-    must have encoded the folder. settings: of Clips; a Python file takes none. If several processes
-    use the same videos, one must open them first: it builds the index that the others find."""
+    clips(frames, size, seed), whose errors are not caught. size: (W, H), or several. model: the
+    path of one whose VAE and CLIP must have encoded the folder. settings: of Clips; a Python file
+    takes none. If several processes use the same videos, one must open them first: it builds the
+    index that the others find."""
     if str(source).endswith(".py") and os.path.isfile(source):
         if settings != {key: getattr(Clips, key) for key in settings}:
             raise MediaError(f"{source}: --stride, --fps, --motion and --skip-static are for "
                              "videos; leave them out")
-        return _from_python(source, frames, size, seed)
+        spec = importlib.util.spec_from_file_location(f"clips_of_{Path(source).stem}", source)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        sys.path.append(os.path.dirname(os.path.abspath(source)))  # for imports of files beside it
+        spec.loader.exec_module(module)
+        if not hasattr(module, "clips"):
+            raise MediaError(f"{source}: defines no clips(frames, size, seed)")
+        sizes = tuple(map(tuple, sizes_of(size)))
+        return module.clips(frames, sizes if len(sizes) > 1 else sizes[0], seed)
     kind = LatentClips if os.path.exists(os.path.join(source, SETTINGS)) else Clips
     if kind is LatentClips and model:
         svd = exsvd.load(model, dtype=torch.float16, parts=("vae", "clip"))
@@ -1003,12 +986,9 @@ SETTINGS = "latents.json"  # with what a folder was encoded; its "model" is a fi
 
 def latents_in(folder):
     """What a folder of latents holds: {name of a video: the entry in the index that it had}."""
-    found = {}
-    for path in Path(folder).rglob("*.safetensors"):
-        meta = exsvd.Tensors(str(path)).meta
-        if "index" in meta:
-            found[str(path.relative_to(folder)).removesuffix(".safetensors")] = meta["index"]
-    return dict(sorted(found.items()))
+    metas = {str(path.relative_to(folder)).removesuffix(".safetensors"):
+             exsvd.Tensors(str(path)).meta for path in Path(folder).rglob("*.safetensors")}
+    return {name: metas[name]["index"] for name in sorted(metas) if "index" in metas[name]}
 
 
 def check_encoded(folder, wanted):
@@ -1123,21 +1103,17 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
     svd.clip.to(encoding_on(svd.clip.proj.device)[0])
     for key in ("seed", "size", "frames", "stride", "fps", "skip_static", "start_every"):
         ours[key] = getattr(dataset, key)
-    store = Path(out, SETTINGS)
-    if store.exists():
+    os.makedirs(out, exist_ok=True)
+    if os.path.exists(os.path.join(out, SETTINGS)):
         check_encoded(out, ours)
-    store.parent.mkdir(parents=True, exist_ok=True)
-    new = store.with_name(f"{SETTINGS}.{os.getpid()}.tmp")  # other shards may read it now
-    new.write_text(json.dumps(ours))
-    os.replace(new, store)
-    part, parts = shard
-    mine = [name for name in dataset.names if zlib.crc32(name.encode()) % parts == part - 1]
-    there, failed = latents_in(out), []
-    gone = sorted(there.keys() - dataset.usable.keys())
+    write_whole(os.path.join(out, SETTINGS), json.dumps(ours).encode())
+    encoded, failed = latents_in(out), []
+    gone = sorted(encoded.keys() - dataset.usable.keys())
     if gone:
         print(f"{out}: {len(gone)} files are of no usable video of {source}; remove them if you do "
               f"not want to train on them: {one_line(', '.join(gone))}", file=sys.stderr)
-    todo = [name for name in mine if there.get(name) != dataset.index[name]]
+    todo = [name for name in dataset.names if encoded.get(name) != dataset.index[name]
+            and zlib.crc32(name.encode()) % shard[1] == shard[0] - 1]
     frames = sum(dataset.index[name]["frames"] for name in todo)
     with tqdm(desc="encode", total=frames, unit="frame") as progress:
         for name in todo:
@@ -1150,18 +1126,18 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
             os.makedirs(os.path.dirname(path), exist_ok=True)
             exsvd.save(path, tensors, {"index": dataset.index[name]})
     if failed:
-        why = "; ".join(failed)
-        raise MediaError(f"{len(failed)} of {len(todo)} files could not be encoded: {why}")
+        raise MediaError(f"{len(failed)} of {len(todo)} files could not be encoded: "
+                         f"{'; '.join(failed)}")
     return dataset
 
 
 # --------------------------------------------------------------------------------------------------
 # 7. Command line
 
-COST = """Computed, not measured: an A100 encodes a frame of 512x512 in 8 ms, 10,000 videos of 128
-frames in 2.8 hours. Of 720 frames, as in Open-Sora-Plan 1.0, they take 16 hours, and as many again
-for the conditions at 593 first frames, which --start-every 16 makes 1 hour. An epoch of train.py
-encodes 128 frames of each video, so encoding all frames first pays off after 6 epochs."""
+COST = """Computed, not measured: an A100 encodes a frame of 512x512 in 8 ms, so 10,000 videos of 128
+frames in 2.8 hours. Of 720 frames they take 16 hours, and as many again for the conditions, or 1
+with --start-every 16. An epoch of training from videos encodes 128 frames of each: of such videos,
+encoding all frames first pays off after 6 epochs."""
 
 
 def shard(text):
@@ -1174,48 +1150,47 @@ def shard(text):
 
 def main():
     from sample import DTYPES, frame_size, integer, number  # here, as sample.py imports this file
-    clips = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    flag = clips.add_argument
-    flag("--frames", type=integer(1), metavar="N", help="of a clip [what the model says, else 128]")
-    flag("--size", type=frame_size, metavar="WxH", nargs="+", help="one, or several of which a video "
-         "takes the nearest in aspect ratio [what the model says, else 512x512]")
-    flag("--stride", type=integer(1), metavar="N", help="take every so many frames [1]")
-    flag("--fps", type=number(1e-3), metavar="N", help="take frames at this rate, not by a stride")
-    flag("--skip-static", type=number(0, 1), metavar="N",
+    settings = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    flag = settings.add_argument
+    flag("--frames", type=integer(1), help="of a clip [the model's, else 128]")
+    flag("--size", type=frame_size, metavar="WxH", nargs="+",
+         help="a video takes the nearest of several in aspect ratio [the model's, else 512x512]")
+    flag("--stride", type=integer(1), help="take every so many frames [1]")
+    flag("--fps", type=number(1e-3), help="take frames at this rate, not by a stride")
+    flag("--skip-static", type=number(0, 1),
          help="leave out shots that change less than this; 0.002 finds stills [0]")
 
-    p = argparse.ArgumentParser(description="Check a set of videos, or encode it for training.")
-    command = p.add_subparsers(dest="command", required=True).add_parser
+    parser = argparse.ArgumentParser(description="Check or encode a set of videos for training.")
+    command = parser.add_subparsers(dest="command", required=True).add_parser
     videos = "folder of videos, or a .txt, .csv or .json list of them"
-    flag = command("check", parents=[clips], help="say what cannot be used, and why").add_argument
-    flag("data", help=videos)
-    flag = command("encode", parents=[clips], epilog=COST, help="store latents and embeddings; the "
-                   "same command goes on where it was stopped").add_argument
+    check = command("check", parents=[settings], help="say what cannot be used, and why")
+    check.add_argument("data", help=videos)
+    flag = command("encode", parents=[settings], epilog=COST, help="store latents and embeddings; "
+                   "the same command goes on where it was stopped").add_argument
     flag("--model", required=True, help="SVD-XT, for its VAE and CLIP")
     flag("--data", required=True, help=videos)
     flag("--out", required=True, help="folder for the latents")
-    flag("--dtype", default="float16", choices=DTYPES,
-         help="of what is stored; float16 changes the loss of a clip by 0.006 %% on average, "
-         "bfloat16 by 0.08 %% [float16]")
+    flag("--dtype", default="float16", choices=DTYPES, help="of what is stored; float16 changes "
+         "the loss of a clip by 0.006 %% on average, bfloat16 by 0.08 %% [float16]")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="[cuda if there is one, else cpu]")
-    flag("--shard", type=shard, default=(1, 1), metavar="I/N", help="encode the I-th of N parts, "
-         "one or more per GPU; run `data.py check` first, which builds the index")
-    flag("--seed", type=integer(0), default=0, metavar="N", help="of noise on condition images [0]")
-    flag("--start-every", type=integer(1), default=1, metavar="N", help="clips start at every N-th "
-         "frame only, so that fewer condition latents are needed [1]")
-    a = p.parse_args()
-    settings = {"frames": 128, "size": (512, 512)}
-    given = {key: value for key, value in vars(a).items() if key in Clips.__dataclass_fields__}
+    flag("--shard", type=shard, default=(1, 1), metavar="I/N",
+         help="encode the I-th of N parts, on one GPU; run `check` first, which builds the index")
+    flag("--seed", type=integer(0), default=0, help="of noise on condition images [0]")
+    flag("--start-every", type=integer(1), default=1, metavar="N",
+         help="clips start at every N-th frame only, so that fewer conditions are needed [1]")
+    args = parser.parse_args()
+    given = {key: value for key, value in vars(args).items() if key in Clips.__dataclass_fields__}
+    defaults = {"frames": 128, "size": (512, 512)}
     try:
-        if a.command == "encode":
-            meta = exsvd.open_model(a.model)[0]["unet"].meta
-            theirs = meta.get("defaults", {}).get("train", {})
-            settings |= {key: theirs[key] for key in settings if key in theirs} | given
-            dtype = getattr(torch, a.dtype)
-            dataset = encode(a.model, a.data, a.out, dtype, a.device, a.shard, **settings)
+        if args.command == "encode":
+            meta = exsvd.open_model(args.model)[0]["unet"].meta
+            ours = meta.get("defaults", {}).get("train", {})
+            defaults |= {key: ours[key] for key in defaults if key in ours}
+            dataset = encode(args.model, args.data, args.out, getattr(torch, args.dtype),
+                             args.device, args.shard, **defaults | given)
         else:
-            dataset = Clips(a.data, **settings | given)
+            dataset = Clips(args.data, **defaults | given)
             for name, why in dataset.left_out.items():
                 print(f"  left out  {name}: {why}")
         print(dataset.describe())
