@@ -12,9 +12,9 @@
     7. Command line       main
 
 T is the number of frames; H and W are in pixels; a size is (W, H). The functions that read return
-uint8 RGB, channels last: (H, W, 3) or (T, H, W, 3). fit_image turns a frame into what the model
-takes: float32 (3, H, W) in [-1, 1]. Pillow reads pictures, FFmpeg (through PyAV) reads videos. HDR
-and wide gamuts become SDR; colour profiles of pictures are applied, those in videos are not.
+uint8 RGB, channels last: (H, W, 3). fit_image turns it into what the model takes: float32 (3, H, W)
+in [-1, 1]. Pillow reads pictures, FFmpeg (through PyAV) reads videos. HDR and wide gamuts become
+SDR; colour profiles of pictures are applied, those in videos are not.
 """
 import argparse
 import contextlib
@@ -69,8 +69,8 @@ class MediaError(ValueError):
     """A file or an item that cannot be used. The message is one line: which one, what is wrong."""
 
     def __init__(self, message):
-        # A DataLoader raises the error of a worker again, with the worker's whole traceback as
-        # its message. Our own message is what follows the last "MediaError: ".
+        # A DataLoader raises a worker's error again with its whole traceback as the message. Ours
+        # is what follows the last "MediaError: ".
         super().__init__(one_line(message.rsplit("MediaError: ", 1)[-1].strip()))
 
 
@@ -215,7 +215,7 @@ def _convert(path, frame, form, scaler=None, **options):
 def _as_shown(path, frame, stream=None, size=None):
     """A PyAV frame as players show it: uint8 (H, W, 3), on white, upright, with square pixels, in
     SDR (203 nits are white). size: (W, H), which it is scaled to cover, then centre cropped; of
-    several, the nearest in aspect."""
+    several, the nearest in aspect ratio."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     # A pixel at (x, y) is shown at (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
@@ -254,18 +254,16 @@ def _as_shown(path, frame, stream=None, size=None):
 
 
 def read_image(path):
-    """The picture, or the first frame of the animation or video, at `path`, or a Pillow image:
-    uint8 (H, W, 3), upright, on white. The content decides what the file is, not the name. Raises
-    MediaError."""
+    """A picture, or the first frame of an animation or video: uint8 (H, W, 3), upright, on white.
+    path: a file, whose content decides what it is, or a Pillow image. Raises MediaError."""
     opened = isinstance(path, Image.Image)
     picture = ImageOps.exif_transpose(path) if opened else _open_picture(path)
     return next(video_frames(path))[0] if picture is None else _picture_pixels(picture)
 
 
 def video_frames(path, size=None):
-    """Yields the frames of a video or an animation: (uint8 (H, W, 3), its time in seconds or None,
-    the frame rate that the file declares or None). size: (W, H), which frames are scaled to cover
-    and cropped to. Raises MediaError."""
+    """Yields (uint8 (H, W, 3), seconds or None, the file's declared frame rate or None) for the
+    frames of a video or an animation. size: as in _as_shown(). Raises MediaError."""
     for frame, stream in _decode(path):
         yield _as_shown(path, frame, stream, size), frame.time, stream.average_rate
 
@@ -356,20 +354,19 @@ class VideoWriter:
             video.write(frames)  # uint8 (T, H, W, 3), any number of times
 
     The name decides the format: .mp4 (H.264, plays in browsers), .webm (VP9), .gif (a palette per
-    frame), or a folder of PNGs if it has no extension or ends in a slash. settings: a dict for
-    JSON, kept in the comment tag of .mp4 and .webm. The output appears when the `with` block ends
-    without an error, and replaces an older one of the same kind. The same frames give the same
-    bytes, given the same machine and versions. Raises MediaError at once if the name or the rate
-    cannot be used."""
+    frame), or a folder of PNGs if it has no extension or ends in a slash. settings: for JSON, kept
+    in the comment tag of .mp4 and .webm. The output appears when the `with` block ends without an
+    error, and replaces an older one of its kind. The same frames give the same bytes on a machine.
+    Raises MediaError at once if the name or the rate cannot be used."""
 
     def __init__(self, path, fps, settings=None):
         self.path, self.settings = Path(path), settings
         self.kind = "" if str(path).endswith("/") else self.path.suffix.lower()
+        most = 50 if self.kind == ".gif" else 1000
         if self.kind not in ("", *ENCODERS):
             raise MediaError(f"{path}: must end in .mp4, .webm, .gif, or / for a folder of PNGs")
-        fastest = 50 if self.kind == ".gif" else 1000
-        if not 0 < fps <= fastest:
-            raise MediaError(f"{path}: {fps} frames per second: must be above 0, at most {fastest}")
+        if not 0 < fps <= most:
+            raise MediaError(f"{path}: {fps} frames per second: must be above 0, at most {most}")
         names = os.listdir(path) if self.path.is_dir() else []
         ours = set(names) == {PNG_NAME.format(i) for i in range(len(names))}
         if self.path.exists() and (self.path.is_dir() == bool(self.kind) or not ours):
@@ -409,8 +406,8 @@ class VideoWriter:
         if self.kind == ".gif":
             x = Image.fromarray(x).quantize(256, Image.Quantize.FASTOCTREE)
             colours = np.reshape(x.getpalette(), (-1, 3))
-            palette = np.pad(colours, ((0, 256 - len(colours)), (1, 0)), constant_values=255)  # ARGB
-            return av.VideoFrame.from_ndarray((np.asarray(x), palette.astype(np.uint8)), "pal8")
+            argb = np.pad(colours, ((0, 256 - len(colours)), (1, 0)), constant_values=255)
+            return av.VideoFrame.from_ndarray((np.asarray(x), argb.astype(np.uint8)), "pal8")
         H, W, _ = x.shape
         x = np.pad(x, ((0, H % 2), (0, W % 2), (0, 0)), "edge")  # chroma has half the size
         return av.VideoFrame.from_ndarray(x, "rgb24").reformat(
@@ -478,9 +475,9 @@ class Motion:
     """Motion scores of clips, one after the other: how much each moves, >= 0.
 
     The standard deviation of pixels in [-1, 1] over time (unbiased), averaged over channels and
-    pixels, as in ExVideo's script; 0 for one frame. Sums of x and x^2 over the frames are integers,
-    so every machine finds the same bucket. They are kept: if a clip is the previous one shifted by
-    a frame, only the frame that enters and the one that leaves are read."""
+    pixels, as in ExVideo's script; 0 for one frame. The sums of x and x^2 over the frames are
+    integers, hence exact. If a clip is the previous one shifted by a frame, only the frame that
+    enters and the one that leaves are read."""
     clip = ()
 
     def score(self, clip):
@@ -538,7 +535,7 @@ def _read_list(source):
     """The paths that a list holds, as they stand there."""
     kind = source.suffix.lower()
     if kind not in (".txt", ".csv", ".json"):
-        raise unreadable(source, "there is no such folder, and it is not a .txt, .csv or .json list")
+        raise unreadable(source, "no such folder, and its name does not end in .txt, .csv or .json")
     try:
         text = source.read_bytes().decode("utf-8-sig")  # -sig drops a byte order mark
         rows = (json.loads(text) if kind == ".json" else text.split("\n") if kind == ".txt" else
@@ -591,8 +588,8 @@ def find_cuts(lags):
     """Numbers of the frames that follow a hard cut.
 
     lags (N, 3): how far each frame is from the 1, 2 and 3 before it. At a cut, both frames before
-    it differ from both after it, unlike at a flash of one frame. They also differ by far more than
-    frames nearby do, unlike in fast motion or in drawings that change every few frames."""
+    differ from both after, unlike at a flash of one frame, and by far more than frames nearby do,
+    unlike in fast motion or in drawings that change every few frames."""
     after = np.concatenate([lags[1:], np.full((1, 3), np.inf)])
     jump = np.minimum(lags[:, :2].min(1), after[:, 1:].min(1))
     steps = np.pad(np.where(np.isfinite(lags[:, 0]), lags[:, 0], 0), 6, "reflect")
@@ -648,9 +645,8 @@ def _times(entry):
 def build_index(source, files):
     """{name: what scan() found}. A file that was changed is scanned again.
 
-    The index is a file beside the videos, or beside their list (give a list if the folder of the
-    videos is read-only). It has a line of JSON per video, written when the video was scanned, so
-    that an interrupted build goes on where it was."""
+    The index is a file beside the videos, or beside their list. It grows by a line of JSON when a
+    video was scanned, so that an interrupted build goes on where it was."""
     source = Path(os.path.abspath(source))
     cache = source / INDEX if source.is_dir() else source.with_name(f".{source.name}{INDEX}")
     known = {}
@@ -672,8 +668,8 @@ def build_index(source, files):
                     f.write("\n" + json.dumps([name, known[name]]))
                     f.flush()
     except OSError as e:
-        raise MediaError(f"{cache}: the index cannot be written ({e.strerror}): give a list of your "
-                         f"own instead: find {cache.parent} -type f > list.txt makes one") from e
+        raise MediaError(f"{cache}: the index cannot be written ({e.strerror}): give a list of "
+                         f"your own: find {cache.parent} -type f > list.txt makes one") from e
     return {name: known[name] for name in files}
 
 
@@ -691,9 +687,8 @@ def build_index(source, files):
 #   "aug"      number: sigma of the noise on its first frame
 # and in both cases
 #   "fps"      number > 0: frames per second
-#   "motion"   number: motion bucket
+#   "motion"   number: motion bucket, and any other number that a modified UNetConfig.ids names
 #   "name"     str: which clip this is; the noise on its condition image is drawn from (seed, name)
-#   and any other number that a modified UNetConfig.ids names.
 #
 # It may also have
 #   describe()  -> str, a line to print
@@ -701,7 +696,8 @@ def build_index(source, files):
 #   measure(frames, image, fps, motion) -> {name: number}, logged with each sample in training.
 #               frames: float (T, 3, H, W) in [-1, 1]; image: float (3, H', W'), where they start
 #
-# For clips of your own write a Python file, say my_clips.py, and give it as --data my_clips.py:
+# For clips of your own give a Python file, --data my_clips.py (where train.py has several --size,
+# `size` is a tuple of them, and an item may be of any):
 #
 #   import glob, numpy as np, torch
 #
@@ -715,8 +711,6 @@ def build_index(source, files):
 #           return {"video": video, "fps": 8.0, "motion": 127.0, "name": str(path)}
 #
 #   clips = Arrays  # or any function clips(frames, size, seed) -> dataset; size is (W, H)
-#
-# Where train.py has several --size, `size` is a tuple of them, and an item may be of any.
 
 
 def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion"), n=0):
@@ -734,7 +728,7 @@ def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion"), n=0):
 
     def is_number(x):
         x = x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x
-        return isinstance(x, numbers.Real) and math.isfinite(x)
+        return isinstance(x, numbers.Real) and math.isfinite(x) and (key != "fps" or x > 0)
 
     sizes, encoded = sizes_of(size), "latents" in item
     shape = getattr(item.get("latents" if encoded else "video"), "shape", ())
@@ -743,13 +737,14 @@ def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion"), n=0):
     shapes, dtype = {"video": (frames, 3, H, W)}, torch.uint8
     if encoded:
         cond, dtype = (4, H // 8, W // 8), torch.float32
-        shapes = {"latents": (frames, *cond), "cond": cond} | ({"ctx": (ctx_dim,)} if ctx_dim else {})
+        shapes = {"latents": (frames, *cond), "cond": cond}
+        shapes |= {"ctx": (ctx_dim,)} if ctx_dim else {}
     for key, shape in shapes.items():
         check(lambda x: isinstance(x, torch.Tensor) and x.dtype == dtype and x.shape == shape,
               key, f"Tensor of {dtype} {shape}")
-    for key in {*ids, "aug"} if encoded else {*ids} - {"aug"}:  # else train.py draws it
-        check(is_number, key, "a number")
-    check(lambda x: x > 0, "fps", "a number > 0")
+    for key in (*ids, "aug"):
+        if encoded or key != "aug":  # of a clip of pixels, train.py draws it
+            check(is_number, key, "a number > 0" if key == "fps" else "a number")
     check(lambda x: isinstance(x, str), "name", "a str")
 
 
@@ -769,15 +764,13 @@ class Checked:
 
 def _numbered(path, entry, size, wanted=None, seek=None):
     """Yields (number, pixels) for a file's frames, from its start or the key frame at or before
-    the time stamp `seek`. Pixels are uint8 (3, H, W), None for frames that are not in `wanted`.
-    size: of several, all frames have the one nearest to the first frame's shape."""
+    the time stamp `seek`. Pixels: uint8 (3, H, W), None for frames that are not in `wanted`. size:
+    of several, all frames have that of the first."""
     number_of = {stamp: i for i, stamp in enumerate(_stamps(entry).tolist())}
     before = -1
     for frame, stream in _decode(path, seek):
         number = number_of.get(frame.pts, -1)
-        # After a seek, a damaged frame that the index does not have may be decoded all the same.
-        # Of two frames with one time stamp only the first counts.
-        if number <= before:
+        if number <= before:  # one of two at one time; or damaged and, after a seek, decoded
             continue
         before, pixels = number, None
         if wanted is None or number in wanted:
@@ -791,9 +784,8 @@ def read_clip(path, entry, numbers, size):
     first, last, wanted = int(numbers[0]), int(numbers[-1]), set(map(int, numbers))
     at, second = _stamps(entry)[first], entry["base"][1] / entry["base"][0]
     earlier = max(at - 2 * second, entry["start"])
-    # FFmpeg finds a key frame by the time of its decoding. It may be shown after `first`. Then the
-    # second attempt seeks further back, and the third starts at the beginning.
-    for seek in (at, earlier, None):
+    # FFmpeg finds a key frame by the time of its decoding, and it may be shown after `first`.
+    for seek in (at, earlier, None):  # None: from the start
         got = {}
         for i, pixels in _numbered(path, entry, size, wanted, seek):
             if pixels is not None:
@@ -909,9 +901,8 @@ class Clips:
         start, times = self.starts(name)[row], _times(self.index[name])
         numbers = self._picks(times, start, np.arange(self.frames))  # (T,)
         item, score = self._load(name, row, numbers)
-        fps = frame_rate(times[numbers] if self.frames > 1 else times)
-        motion = motion_bucket(score, self.motion)
-        return item | {"name": f"{name}@{start}", "fps": fps, "motion": motion}
+        return item | {"name": f"{name}@{start}", "motion": motion_bucket(score, self.motion),
+                       "fps": frame_rate(times[numbers] if self.frames > 1 else times)}
 
     def __getitem__(self, n):
         name, row = self._draw(int(n))
@@ -937,11 +928,11 @@ class LatentClips(Clips):
     def _load(self, name, row, numbers):
         first, last = int(numbers[0]), int(numbers[-1])
         with safe_open(os.path.join(self.source, f"{name}.safetensors"), "pt") as f:
-            rows = {key: f.get_slice(key)[row] for key in ("cond", "ctx", "aug", "motion")}
-            latents = f.get_slice("latents")[first:last + 1]
-        latents = latents[torch.from_numpy(numbers - first)].float()
-        item = {"latents": latents, "cond": rows["cond"].float(), "ctx": rows["ctx"].float()}
-        return item | {"aug": rows["aug"].item()}, rows["motion"].item()
+            cond, ctx, aug, motion = (f.get_slice(key)[row] for key in
+                                      ("cond", "ctx", "aug", "motion"))
+            latents = f.get_slice("latents")[first:last + 1][torch.from_numpy(numbers - first)]
+        item = {"latents": latents.float(), "cond": cond.float(), "ctx": ctx.float()}
+        return item | {"aug": aug.item()}, motion.item()
 
 
 def open_dataset(source, frames, size, seed=0, model=None, **settings):
@@ -1022,8 +1013,8 @@ def encode_frames(vae, video):
     (T, 4, H/8, W/8) on the VAE's device.
 
     On a GPU in float16; frames whose latents are not finite are encoded again in TF32. In the toy,
-    float16 changes latents by 5e-4 (relative RMS) and the loss of a clip by 0.02 % on average, TF32
-    by 3e-4 and 0.015 % in twice the time. VAE.encode is exact, in 12 times the time."""
+    float16 changes latents by 5e-4 (relative RMS) and a clip's loss by 0.02 % on average, TF32 by
+    3e-4 and 0.015 % in twice the time. VAE.encode is exact, in 12 times the time."""
     wide, device = vae.quant_conv.weight.dtype, vae.quant_conv.weight.device
     narrow, at_once = encoding_on(device)
 
@@ -1036,9 +1027,9 @@ def encode_frames(vae, video):
         return torch.cat(latents)
 
     latents = encode(video, narrow)
-    finite = latents.isfinite().flatten(1).all(1)
-    if not finite.all():  # by the norms, an overflow anywhere reaches all latents of its frame
-        latents[~finite] = encode(video[~finite.to(video.device)], wide)
+    bad = ~latents.isfinite().flatten(1).all(1)  # an overflow reaches all of a frame by the norms
+    if bad.any():
+        latents[bad] = encode(video[bad.to(video.device)], wide)
     return latents
 
 
@@ -1071,14 +1062,12 @@ def _encode_file(dataset, name, svd, dtype, progress):
         tensors["latents"] += encode_frames(svd.vae, video).to("cpu", dtype)
         if numbers[-1] >= len(tensors["latents"]):
             break  # a frame is missing
-        first = [k for k, number in enumerate(numbers) if number in can_start]
-        if first:
-            names, size = [f"{name}@{numbers[k]}" for k in first], pixels.shape[:1:-1]
-            aug, noise = draw_conditions(dataset.seed, names, size)
+        if first := [k for k, number in enumerate(numbers) if number in can_start]:
+            names = [f"{name}@{numbers[k]}" for k in first]
+            aug, noise = draw_conditions(dataset.seed, names, pixels.shape[:1:-1])
             cond, ctx = encode_condition(svd.vae, svd.clip, video[first], aug, noise)
-            tensors["cond"] += cond.to("cpu", dtype)
-            tensors["ctx"] += ctx.to("cpu", dtype)
-            tensors["aug"] += aug
+            for key, rows in (("cond", cond.to(dtype)), ("ctx", ctx.to(dtype)), ("aug", aug)):
+                tensors[key] += rows.cpu()
         while clips and clips[0][-1] in window:  # all its frames are here
             clip = clips.popleft().tolist()
             score = motion[clip[0] % dataset.stride].score([window[k] for k in clip])
@@ -1099,10 +1088,10 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
     when the others are encoded, if files cannot be read."""
     dataset = Clips(source, **settings)
     svd = exsvd.load(model, device=device, parts=("vae", "clip"))
-    ours = {"model": fingerprint(svd), "dtype": str(dtype)}
+    keys = ("seed", "size", "frames", "stride", "fps", "skip_static", "start_every")
+    ours = {key: getattr(dataset, key) for key in keys}
+    ours |= {"model": fingerprint(svd), "dtype": str(dtype)}
     svd.clip.to(encoding_on(svd.clip.proj.device)[0])
-    for key in ("seed", "size", "frames", "stride", "fps", "skip_static", "start_every"):
-        ours[key] = getattr(dataset, key)
     os.makedirs(out, exist_ok=True)
     if os.path.exists(os.path.join(out, SETTINGS)):
         check_encoded(out, ours)
