@@ -27,7 +27,6 @@ import json
 import logging
 import math
 import numbers
-import operator
 import os
 import re
 import sys
@@ -153,18 +152,13 @@ def _container(path):
             content = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
             options = {"protocol_whitelist": "none"}
             with av.open(content, options=options, metadata_errors="replace") as container:
-                if _tags(container).get("major_brand", "")[:3] in ("hei", "hev", "mif", "msf"):
-                    reason = "a HEIC picture that is damaged, or no video"
+                if container.metadata.get("major_brand", "")[:3] in ("hei", "hev", "mif", "msf"):
+                    damaged = "a HEIC picture that is damaged, or no video"
                     install = "HEIC pictures need a package: pip install pillow-heif"
-                    raise unreadable(path, reason if "HEIF" in PICTURES else install)
+                    raise unreadable(path, damaged if "HEIF" in PICTURES else install)
                 yield container
     except (OSError, av.FFmpegError) as e:
         raise unreadable(path, e) from e
-
-
-def _tags(source):
-    """The metadata of a container or a stream; the case of the names differs between formats."""
-    return {key.lower(): value for key, value in source.metadata.items()}
 
 
 def _decode(path, seek=None):
@@ -179,7 +173,8 @@ def _decode(path, seek=None):
             raise unreadable(path, "it holds no picture that can be decoded")
         # FFmpeg's own decoders of VP8 and VP9 drop an alpha channel, those of libvpx keep it.
         libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
-        if _tags(stream).get("alpha_mode") == "1" and libvpx in av.codecs_available:
+        alpha = {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode")
+        if alpha == "1" and libvpx in av.codecs_available:
             decoder = av.CodecContext.create(libvpx, "r")
         decoder.thread_count = 1  # with more, errors surface at other packets from run to run
         if seek is not None:
@@ -204,10 +199,8 @@ _hdr = threading.local()  # keeps a scaler per thread, since the tables for HDR 
 
 def _convert(path, frame, form, scaler=None, **options):
     """A PyAV frame in another format."""
-    # One thread: a forked worker of a DataLoader that frees a scaler with threads hangs.
-    try:
-        scaler = scaler or VideoReformatter()
-        return scaler.reformat(frame, format=form, threads=1, **options)
+    try:  # one thread: a forked worker of a DataLoader that frees a scaler with threads hangs
+        return (scaler or VideoReformatter()).reformat(frame, format=form, threads=1, **options)
     except (av.FFmpegError, ValueError) as e:
         raise unreadable(path, e) from e
 
@@ -425,10 +418,10 @@ class VideoWriter:
         self.container = av.open(f"file:{self.new}", "w", container_options=muxer)
         if self.settings:
             self.container.metadata["comment"] = json.dumps(self.settings)
-        self.stream = self.container.add_stream(codec, rate=1 / self.tick, options=options)
+        self.stream = self.container.add_stream(
+            codec, 1 / self.tick, options, width=frame.width, height=frame.height,
+            pix_fmt=frame.format.name, time_base=self.tick, thread_count=1)
         context = self.stream.codec_context
-        context.width, context.height = frame.width, frame.height
-        context.pix_fmt, context.time_base, context.thread_count = frame.format.name, self.tick, 1
         context.flags |= av.codec.context.Flags.bitexact
         if self.kind != ".gif":
             context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
@@ -483,7 +476,7 @@ class Motion:
     def score(self, clip):
         """clip: a list of uint8 arrays of one shape, at most 33,000."""
         n, enter, leave = len(clip), clip[-1:], self.clip[:1]
-        if not self.clip or not all(map(operator.is_, clip, self.clip[1:])):
+        if not self.clip or any(x is not y for x, y in zip(clip, self.clip[1:])):
             self.sums, enter, leave = np.zeros((2, clip[0].size), np.int32), clip, ()
         for add, frames in ((np.add, enter), (np.subtract, leave)):
             for x in frames:
@@ -852,8 +845,7 @@ class Clips:
             runs = [x.tolist() for x in np.split(use, np.flatnonzero(np.diff(use) > 1) + 1)]
             self.usable[name] = [range(x[0], x[-1] + 1, self.start_every) for x in runs]
         elif len(fast):
-            most = max(entry["change"])
-            self.left_out[name] = f"static: frames differ by {most}, {self.skip_static} needed"
+            self.left_out[name] = f"static: changes by {max(entry['change'])} per frame at most"
         elif len(fits):
             self.left_out[name] = (f"too slow: {frame_rate(times):.3g} frames per second; "
                                    f"{self.fps or self.stride:g} needed, without pauses")
@@ -1123,7 +1115,7 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
 # --------------------------------------------------------------------------------------------------
 # 7. Command line
 
-COST = """Computed, not measured: an A100 encodes a frame of 512x512 in 8 ms, so 10,000 videos of 128
+COST = """Computed, not measured: an A100 encodes a frame of 512x512 in 8 ms, 10,000 videos of 128
 frames in 2.8 hours. Of 720 frames they take 16 hours, and as many again for the conditions, or 1
 with --start-every 16. An epoch of training from videos encodes 128 frames of each: of such videos,
 encoding all frames first pays off after 6 epochs."""
@@ -1143,11 +1135,10 @@ def main():
     flag = settings.add_argument
     flag("--frames", type=integer(1), help="of a clip [the model's, else 128]")
     flag("--size", type=frame_size, metavar="WxH", nargs="+",
-         help="a video takes the nearest of several in aspect ratio [the model's, else 512x512]")
+         help="of several, a video takes the nearest in aspect [the model's, else 512x512]")
     flag("--stride", type=integer(1), help="take every so many frames [1]")
     flag("--fps", type=number(1e-3), help="take frames at this rate, not by a stride")
-    flag("--skip-static", type=number(0, 1),
-         help="leave out shots that change less than this; 0.002 finds stills [0]")
+    flag("--skip-static", type=number(0, 1), help="least change of a shot; 0.002 finds stills [0]")
 
     parser = argparse.ArgumentParser(description="Check or encode a set of videos for training.")
     command = parser.add_subparsers(dest="command", required=True).add_parser
@@ -1161,13 +1152,13 @@ def main():
     flag("--out", required=True, help="folder for the latents")
     flag("--dtype", default="float16", choices=DTYPES, help="of what is stored; float16 changes "
          "the loss of a clip by 0.006 %% on average, bfloat16 by 0.08 %% [float16]")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-         help="[cuda if there is one, else cpu]")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flag("--device", default=device, help="[cuda if there is one, else cpu]")
     flag("--shard", type=shard, default=(1, 1), metavar="I/N",
-         help="encode the I-th of N parts, on one GPU; run `check` first, which builds the index")
+         help="encode the I-th of N parts, on one GPU; first run `check`, which builds the index")
     flag("--seed", type=integer(0), default=0, help="of noise on condition images [0]")
     flag("--start-every", type=integer(1), default=1, metavar="N",
-         help="clips start at every N-th frame only, so that fewer conditions are needed [1]")
+         help="clips start at every N-th frame only, which needs fewer conditions [1]")
     args = parser.parse_args()
     given = {key: value for key, value in vars(args).items() if key in Clips.__dataclass_fields__}
     defaults = {"frames": 128, "size": (512, 512)}
