@@ -157,23 +157,22 @@ SAMPLERS = {
 
 # --------------------------------------------------------------------------------------------------
 # Settings. A setting is one line: name, default, check, help. The flags of sample.py and train.py
-# are made from these lines, and asdict(settings) is what files keep.
+# are made from these lines. What a model's file says is read as if it had been given as flags.
 
 
 def number(low, high=math.inf, kind=float):
-    """A check: a number from low to high. Takes a flag's text or a file's value. Raises
+    """A check: a number from low to high. A check turns a flag's text into its value, or raises
     ArgumentTypeError."""
-    def check(value):
+    def check(text):
         try:
-            result = kind(value)
-        except (TypeError, ValueError, OverflowError):
-            result = math.nan
-        exact = not isinstance(value, (bool, float)) or (type(value) is float and result == value)
-        if not exact or not low <= result <= high or not math.isfinite(result):
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and value < math.inf):
             what = "a whole number" if kind is int else "a number"
             limit = f", at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{value}: must be {what} of at least {low}{limit}")
-        return result
+            raise argparse.ArgumentTypeError(f"{text}: must be {what} of at least {low}{limit}")
+        return value
     return check
 
 
@@ -181,22 +180,22 @@ def integer(low, high=math.inf):
     return number(low, high, int)
 
 
-def frame_size(value):
-    """A check: WxH, or a pair of numbers in a file -> (W, H), multiples of 64."""
+def frame_size(text):
+    """A check: WxH -> (W, H), multiples of 64."""
     try:
-        W, H = (int(n) for n in (value.lower().split("x") if isinstance(value, str) else value))
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"{value}: write WIDTHxHEIGHT, like 512x512") from None
+        W, H = map(int, text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: write WIDTHxHEIGHT, like 512x512") from None
     if min(W, H) < 64 or W % 64 or H % 64:
         near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
-        raise argparse.ArgumentTypeError(f"{W}x{H}: use multiples of 64; the nearest is {near}")
+        raise argparse.ArgumentTypeError(f"{text}: use multiples of 64; the nearest is {near}")
     return W, H
 
 
 def setting(default, check, help, in_file=True, **flag):
-    """A field of a Settings class. check: a function of the value; a dict or tuple of the names
-    allowed; bool; or str for a path. in_file: whether a model's file may hold it; a path never may.
-    flag: more of argparse's options, such as nargs."""
+    """A field of a Settings class. check: a function of the flag's text; a dict or tuple of the
+    names allowed; bool; or str for a path. in_file: whether a model's file may hold it; a path never
+    may. flag: more of argparse's options, such as nargs."""
     metadata = {"check": check, "help": help, "in_file": in_file and check is not str}
     return field(default=default, metadata=metadata | flag)
 
@@ -211,50 +210,39 @@ def add_flags(parser, cls):
         if check is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif callable(check):
-            options["type"] = check
-            options.setdefault("metavar", "FILE" if check is str else "N")
+            options = {"type": check, "metavar": "FILE" if check is str else "N"} | options
         else:
             options["choices"] = tuple(check)
         if f.default is not None and check is not bool:
-            shown = f.default[0] if options.get("nargs") == "+" else f.default
-            if isinstance(shown, tuple):
-                shown = ("x" if check is frame_size else " ").join(map(str, shown))
-            options["help"] += f" [{shown}]"
+            options["help"] += f" [{' '.join(words(f.default, options.get('nargs')))}]"
         parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, **options)
 
 
-def defaults_in_file(cls, meta, part, path):
-    """The settings that a model's file carries in its metadata, meta["defaults"][part], checked as
-    their flags are: {name: value}. Raises WeightsError for what the class does not have, or a value
-    that its flag would refuse."""
-    known = {f.name: f.metadata for f in fields(cls) if f.metadata["in_file"]}
-    entries = (meta or {}).get("defaults", {})
-    entries = entries.get(part, {}) if isinstance(entries, dict) else entries
-    if not isinstance(entries, dict):
-        raise exsvd.WeightsError(f"{path}: its defaults are not understood")
-    settings = {}
-    for name, value in entries.items():
-        if name not in known:
-            raise exsvd.WeightsError(f"{path}: its defaults name {name}, which no file may set")
-        check, count = known[name]["check"], known[name].get("nargs")
-        try:
-            if not callable(check):
-                good = value in check
-            elif check is bool:
-                good = isinstance(value, bool)
-            elif count:
-                if count == "+" and isinstance(value, list) and list not in map(type, value):
-                    value = [value]  # one size
-                good = isinstance(value, list) and count in ("+", len(value))
-                value = tuple(map(check, value)) if good else value
-            else:
-                value = check(value)
-                good = True
-        except (argparse.ArgumentTypeError, TypeError) as e:
-            raise exsvd.WeightsError(f"{path}: its default of {name} is not usable ({e})") from e
-        if not good:
-            raise exsvd.WeightsError(f"{path}: its default of {name} is not usable ({value})")
-        settings[name] = value
+def words(value, nargs=None):
+    """A value as on a command line: (8, 2) as 8 2 for a flag of two numbers, else as 8x2."""
+    parts = value if isinstance(value, (list, tuple)) else ()
+    if parts and (nargs == 2 or isinstance(parts[0], (list, tuple))):
+        return [word for part in parts for word in words(part)]
+    return ["{}x{}".format(*parts) if len(parts) == 2 else str(value)]
+
+
+def settings_in_file(cls, meta, part, path):
+    """The settings that a model's file holds in meta["defaults"][part], as if they had been given
+    as flags: {name: value}. Raises WeightsError for what a flag would refuse, and for a path."""
+    def refuse(message):
+        raise exsvd.WeightsError(f"{path}: its default of {name} is not usable: {message}")
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = refuse
+    add_flags(parser, cls)
+    settings, allowed = {}, {f.name: f.metadata for f in fields(cls) if f.metadata["in_file"]}
+    for name, value in (meta or {}).get("defaults", {}).get(part, {}).items():
+        if name not in allowed:
+            refuse("no file may set it")
+        flag = ("--no-" if value is False else "--") + name.replace("_", "-")
+        given = words(value, allowed[name].get("nargs")) if not isinstance(value, bool) else []
+        value = vars(parser.parse_args([flag, *given]))[name]
+        settings[name] = tuple(value) if isinstance(value, list) else value
     return settings
 
 
@@ -302,30 +290,29 @@ RELEASE_DEFAULTS = dict(match_stats=True, contrast=1.2, encode_scale=exsvd.EXVID
 
 
 def defaults_of(svd, model="the model", extension="the extension"):
-    """The settings that the files of a model carry, the extension's before the model's: {name:
-    value}. Raises WeightsError, see defaults_in_file()."""
-    in_model = defaults_in_file(Settings, svd.meta, "sample", model)
-    return in_model | defaults_in_file(Settings, svd.extension, "sample", extension)
+    """The settings that the files of a model hold, the extension's before the model's: {name:
+    value}. Raises WeightsError, see settings_in_file()."""
+    in_model = settings_in_file(Settings, svd.meta, "sample", model)
+    return in_model | settings_in_file(Settings, svd.extension, "sample", extension)
 
 
 def settings_for(svd, given=None, model="the model", extension="the extension"):
-    """Settings of a model: its defaults, then what is given {name: value}. What depends on the
-    image may stay open, see complete()."""
+    """-> Settings of a model: its defaults, then what is given {name: value}. What depends on the
+    image may be None, see complete()."""
     published = {}
     if svd.unet.max_frames is None and not svd.meta:
         published = SVD_DEFAULTS
     elif svd.extension == {}:  # an extension without our metadata is the release
         published = RELEASE_DEFAULTS
     s = Settings(**(published | defaults_of(svd, model, extension) | (given or {})))
-    native = s.native or svd.unet.config.native_frames
     dtype = str(svd.unet.conv_out.weight.dtype).removeprefix("torch.")
-    schedule = s.schedule or SAMPLERS[s.sampler].schedule
-    return replace(s, native=native, dtype=dtype, schedule=schedule)
+    return replace(s, native=s.native or svd.unet.config.native_frames, dtype=dtype,
+                   schedule=s.schedule or SAMPLERS[s.sampler].schedule)
 
 
 def complete(svd, given=None, picture=None, video=None, keyframes=()):
-    """Settings of one video, of which nothing is open: what is given {name: value}, then the
-    model's, see settings_for(), then what follows from model and image.
+    """-> Settings of one video, in which nothing that depends on its image is None: what is given
+    {name: value}, then the model's, see settings_for(), then what follows from model and image.
 
     picture: (W, H) of the image. video: a Video to refine. keyframes: their numbers. Raises
     MediaError if these do not fit together.
@@ -334,18 +321,15 @@ def complete(svd, given=None, picture=None, video=None, keyframes=()):
     s = settings_for(svd, given)
     known = svd.unet.max_frames or s.native
     frames = given.get("frames") or (len(video.latents) if video else s.frames or known)
-    size, fps = s.size, s.fps
+    size, fps, chunk, overlap = s.size, s.fps, s.decode_chunk, s.overlap
     if video:
-        H, W = video.latents.shape[2:]
-        size = (8 * W, 8 * H)
+        size = tuple(8 * n for n in video.latents.shape[:1:-1])
         if "fps" not in given:
             fps = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
     elif picture and "size" not in defaults_of(svd) | given:  # published ones take any aspect ratio
         size = data.default_size(*picture, math.prod(size))
-    chunk = s.decode_chunk
     if svd.unet.stream and "decode_chunk" not in given:  # 3 GB: 4 frames of 1024x1024, 16 of 512x512
         chunk = max(4, min(chunk, 4_000_000 // math.prod(size)))
-    overlap = s.overlap
     if overlap is None and svd.unet.max_frames:
         overlap = max(1, known // 8)
     if frames > known and overlap is None:
@@ -354,9 +338,8 @@ def complete(svd, given=None, picture=None, video=None, keyframes=()):
               file=sys.stderr)
     elif frames > known and overlap >= known:
         raise data.MediaError(f"--overlap {overlap}: must be less than a round of {known} frames")
-    for number in keyframes:
-        if number >= frames:
-            raise data.MediaError(f"--keyframe {number}: the video has the frames 0 to {frames - 1}")
+    if max(keyframes, default=0) >= frames:
+        raise data.MediaError(f"--keyframe {max(keyframes)}: the video has the frames 0 to {frames - 1}")
     usual = settings_for(svd)
     for name, has_effect, where in (
             ("eta", SAMPLERS[s.sampler].eta, "--sampler ddim"), ("strength", video, "--video"),
@@ -388,13 +371,12 @@ def guided(unet, image_latents, ctx, ids, cfg, frames, interval=None):
     section 3); the other steps cost half.
     """
     scale = torch.linspace(*cfg, frames, device=ctx.device).view(1, -1, 1, 1, 1)
-    matters = min(cfg) != 1 or max(cfg) != 1
 
     def denoise(x, sigma):
         inside = interval is None or interval[0] < sigma <= interval[1]
         sigma = sigma.to(x).expand(len(x))
         D = exsvd.denoise(unet, x, sigma, image_latents, ctx, ids)
-        if matters and inside:  # a second pass, since a batch of two would need twice the memory
+        if set(cfg) != {1} and inside:  # a second pass, since a batch of two would need twice the memory
             nothing = torch.zeros_like(image_latents), torch.zeros_like(ctx)
             D0 = exsvd.denoise(unet, x, sigma, *nothing, ids)
             D = D0 + scale * (D - D0)
@@ -472,16 +454,16 @@ def noise_levels(s, refine):
     return SCHEDULES[s.schedule](s.steps)[-1 - max(1, round(s.strength * s.steps)):]
 
 
-def adjust(z, s, given=()):
+def adjust(z, s, keyframes=()):
     """Frame statistics and contrast, see RELEASE_DEFAULTS: (1,T,4,h,w) -> (1,T,4,h,w).
 
-    given: numbers of key frames, whose statistics stay as they are."""
+    keyframes: numbers of frames whose statistics stay as they are."""
     if s.match_stats:
         mean = z.mean(dim=(2, 3, 4), keepdim=True)
         std = z.std(dim=(2, 3, 4), keepdim=True)
         matched = (z - mean) / std.clamp(min=1e-6) * z.std() + z.mean()  # a frame may be uniform
-        given = [number for number in given if number < z.shape[1]]
-        matched[:, given] = z[:, given]
+        kept = [n for n in keyframes if n < z.shape[1]]
+        matched[:, kept] = z[:, kept]
         z = matched
     return z * s.contrast
 
@@ -515,9 +497,11 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
             image_latents = own_latents
         return guided(svd.unet, image_latents, ctx, ids, s.cfg, length, s.cfg_interval)
 
-    z = torch.zeros(1, s.frames, 4, H // 8, W // 8, device=device)
-    if video is not None:
-        z = video.to(device) * s.encode_scale
+    if video is None:
+        z = torch.zeros(1, s.frames, 4, H // 8, W // 8, device=device)
+        level = (sigmas[0]**2 + 1).sqrt()  # latents, here unknown, have a variance of about 1
+    else:
+        z, level = video.to(device) * s.encode_scale, sigmas[0]
     known = torch.zeros(s.frames)  # 1 for key frames, whose latents z holds
     made = 0                       # frames that earlier rounds have made
     passes = len(parts) * sampler.passes(len(sigmas) - 1)
@@ -529,9 +513,9 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
                 img = decoded_frame(svd.vae, shown, start, s.decode_chunk)
                 own_latents = shown[:, start:start + 1] / exsvd.VAE_SCALE
             with on_device(device, svd.clip, svd.vae):
-                for number, frame in keyframes.items() if start == 0 else ():
-                    z[:, number] = svd.vae.encode(frame[None].to(device)) * s.encode_scale
-                    known[number] = 1
+                for n, frame in keyframes.items() if start == 0 else ():
+                    z[:, n] = svd.vae.encode(frame[None].to(device)) * s.encode_scale
+                    known[n] = 1
                 denoise = conditioned(img, own_latents)
                 if end is not None and stop == s.frames:
                     denoise = time_reversal_fusion(denoise, conditioned(end), length)
@@ -542,23 +526,16 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
                 denoise = with_known_frames(denoise, z[:, start:stop].clone(), weight)
 
             def counted(x, sigma):  # draws nothing, so that it can be repeated
-                D = None
-                try:
-                    D = denoise(x, sigma)
-                except RuntimeError as e:
-                    smaller = [n for n in SLICES if n < (svd.unet.slice_size or math.inf)]
-                    if not is_out_of_memory(e) or not smaller:
-                        raise
-                if D is None:  # out here the exception no longer keeps the attempt's tensors alive
+                smaller = [n for n in SLICES if n < (svd.unet.slice_size or math.inf)]
+                D = unless_full(lambda: denoise(x, sigma), smaller)
+                if D is None:
                     svd.unet.slice_size = smaller[0]
-                    free_memory(f"sampling goes on in slices of {smaller[0]:,} elements")
+                    print(f"out of memory: sampling goes on in slices of {smaller[0]:,} elements",
+                          file=sys.stderr)
                     return counted(x, sigma)
                 bar.update()
                 return D
 
-            level = sigmas[0]
-            if video is None:
-                level = (level**2 + 1).sqrt()  # latents, here unknown, have a variance of about 1
             with on_device(device, svd.unet):
                 x = z[:, start:stop] + level * noise
                 z[:, start:stop] = sampler.function(counted, x, sigmas, s, draw)
@@ -577,32 +554,33 @@ def is_out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
-def free_memory(what_follows):
-    print(f"out of memory: {what_follows}", file=sys.stderr)
-    torch.cuda.empty_cache()  # does nothing without CUDA
+def unless_full(work, can_shrink):
+    """work(), or None if the memory was full and the work can be cut smaller."""
+    try:
+        return work()
+    except RuntimeError as e:
+        if not is_out_of_memory(e) or not can_shrink:
+            raise
+    torch.cuda.empty_cache()  # out here the exception no longer keeps the work's tensors alive
 
 
 def decode(vae, z, chunk):
     """Decode in time: unscaled latents (1,T,4,h,w) -> yields float32 (n,3,8h,8w) on the CPU, T
     frames in all.
 
-    Chunks of `chunk` frames overlap by a quarter (at least 4) and are blended by a linear ramp, so
-    memory does not grow with T. It is not the same as VAE.decode of everything, whose norms see all
-    frames. Out of memory halves the chunk and goes on.
+    Chunks of `chunk` frames overlap by a quarter, by at least 4 frames or half a chunk, and are
+    blended by a linear ramp, so memory does not grow with T. It is not the same as VAE.decode of
+    everything, whose norms see all frames. Out of memory halves the chunk and goes on.
     """
     T, start, tail = z.shape[1], 0, None
     while start < T:
         end = min(start + chunk, T)
         first = max(0, end - chunk)  # the last chunk is as long as the others, its head is dropped
-        frames = None
-        try:
-            frames = vae.decode(z[:, first:end])[0, start - first:].float().cpu()
-        except RuntimeError as e:
-            if not is_out_of_memory(e) or chunk == 1:
-                raise
-        if frames is None:  # out here the exception no longer keeps the attempt's tensors alive
+        frames = unless_full(lambda: vae.decode(z[:, first:end])[0, start - first:].float().cpu(),
+                             chunk > 1)
+        if frames is None:
             chunk //= 2
-            free_memory(f"decoding goes on with chunks of {chunk} frames")
+            print(f"out of memory: decoding goes on with chunks of {chunk} frames", file=sys.stderr)
             if tail is not None and chunk <= len(tail):  # too short to blend with the larger one
                 yield tail
                 start, tail = start + len(tail), None
@@ -873,7 +851,7 @@ def saved_latents(path):
     if "latents" not in file.names or not isinstance(file.meta.get("settings"), dict):
         raise exsvd.WeightsError(wanted)
     found = {name: value for name, value in file.meta["settings"].items() if value is not None}
-    s = Settings(**defaults_in_file(Settings, {"defaults": {"sample": found}}, "sample", path))
+    s = Settings(**settings_in_file(Settings, {"defaults": {"sample": found}}, "sample", path))
     latents = file.get("latents")
     if s.frames is None or latents.shape != (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8):
         raise exsvd.WeightsError(wanted)
@@ -953,7 +931,7 @@ def resampled(video, frames):
 def load(a, given, model, extension, device):
     """The three networks, ready to sample."""
     meta = exsvd.open_model(model)[0]["unet"].meta
-    wanted = (defaults_in_file(Settings, meta, "sample", model) | given).get("dtype")
+    wanted = (settings_in_file(Settings, meta, "sample", model) | given).get("dtype")
     dtype = getattr(torch, wanted) if wanted else exsvd.best_dtype(device)
     home = "cpu" if a.offload or device.type == "cuda" else device  # of CUDA, see settle()
     svd = exsvd.load(model, extension, dtype, home, unet=a.unet)

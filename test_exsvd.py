@@ -3916,7 +3916,7 @@ def test_clips_of_several_sizes(small, tmp_path, monkeypatch, capsys):
     meta = exsvd.load(tmp_path / "model-000003.safetensors", parts=("unet",)).meta
     assert meta["defaults"]["sample"]["size"] == [128, 128]
     in_file = {"defaults": {"train": {"size": [[128, 128], [64, 64]]}}}
-    assert sample.defaults_in_file(train.Settings, in_file, "train", small) == {"size": ((128, 128), (64, 64))}
+    assert sample.settings_in_file(train.Settings, in_file, "train", small) == {"size": ((128, 128), (64, 64))}
     with pytest.raises(SystemExit):
         train_here(*args, "64x64", "--batch", 2)
     assert "--batch must be 1" in capsys.readouterr().err

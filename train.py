@@ -201,7 +201,7 @@ def parse(argv=None):
 
     model = TOY if os.path.abspath(given.get("model", TOY)) == TOY else given["model"]
     meta = exsvd.open_model(model)[0]["unet"].meta
-    in_file = sample.defaults_in_file(Settings, meta, "train", model)
+    in_file = sample.settings_in_file(Settings, meta, "train", model)
     toy = {}
     if model == TOY:
         toy = {"out": "runs/toy", "sample_image": TOY_IMAGE}
