@@ -28,10 +28,10 @@ import signal
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,15 +135,10 @@ def lcm_sigmas(steps):
     return torch.cat([levels[[40 * i // steps for i in range(steps)]], levels[-1:]])
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """A sampler, how many passes through the UNet it makes in a number of steps, its own schedule,
-    and whether it reads s.eta."""
-    function: Callable
-    passes: Callable = lambda steps: steps
-    schedule: str = "karras"
-    eta: bool = False
-
+# A sampler, how many passes through the UNet it makes in a number of steps, its own schedule, and
+# whether it reads s.eta
+Sampler = namedtuple("Sampler", "function passes schedule eta",
+                     defaults=(lambda steps: steps, "karras", False))
 
 # steps -> sigmas (steps + 1,)
 SCHEDULES = {"karras": exsvd.karras_sigmas, "ays": ays_sigmas, "lcm": lcm_sigmas}
@@ -176,8 +171,7 @@ def number(low, high=math.inf, kind=float):
     return check
 
 
-def integer(low, high=math.inf):
-    return number(low, high, int)
+integer = partial(number, kind=int)
 
 
 def frame_size(text):
@@ -187,35 +181,32 @@ def frame_size(text):
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text}: write WIDTHxHEIGHT, like 512x512") from None
     if min(W, H) < 64 or W % 64 or H % 64:
-        near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
-        raise argparse.ArgumentTypeError(f"{text}: use multiples of 64; the nearest is {near}")
+        raise argparse.ArgumentTypeError(f"{text}: use multiples of 64, like 576x448")
     return W, H
 
 
-def setting(default, check, help, in_file=True, **flag):
-    """A field of a Settings class. check: a function of the flag's text; a dict or tuple of the
-    names allowed; bool; or str for a path. in_file: whether a model's file may hold it; a path never
-    may. flag: more of argparse's options, such as nargs."""
-    metadata = {"check": check, "help": help, "in_file": in_file and check is not str}
-    return field(default=default, metadata=metadata | flag)
+def setting(default, check, help, in_file=True, flag=None, **options):
+    """A field of a Settings class. check: a function of the flag's text; the names allowed; bool;
+    or str for a path. in_file: whether a model's file may hold it; a path never may. options: more
+    of argparse's, such as nargs."""
+    if check is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif callable(check):
+        options = {"type": check, "metavar": "FILE" if check is str else "N"} | options
+    else:
+        options["choices"] = tuple(check)
+    if default is not None and check is not bool:
+        help += f" [{' '.join(words(default, options.get('nargs')))}]"
+    options |= {"help": help, "default": argparse.SUPPRESS}
+    return field(default=default, metadata={
+        "in_file": in_file and check is not str, "flag": flag, "options": options})
 
 
 def add_flags(parser, cls):
-    """A flag for each setting of a class. Settings that are not given are not in the parsed
-    namespace."""
+    """A flag for each setting of a class. What is not given is not in the parsed namespace."""
     for f in fields(cls):
-        options = dict(f.metadata)
-        check, _ = options.pop("check"), options.pop("in_file")
-        flag = options.pop("flag", "--" + f.name.replace("_", "-"))
-        if check is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif callable(check):
-            options = {"type": check, "metavar": "FILE" if check is str else "N"} | options
-        else:
-            options["choices"] = tuple(check)
-        if f.default is not None and check is not bool:
-            options["help"] += f" [{' '.join(words(f.default, options.get('nargs')))}]"
-        parser.add_argument(flag, dest=f.name, default=argparse.SUPPRESS, **options)
+        flag = f.metadata["flag"] or "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, dest=f.name, **f.metadata["options"])
 
 
 def words(value, nargs=None):
@@ -235,13 +226,14 @@ def settings_in_file(cls, meta, part, path):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = refuse
     add_flags(parser, cls)
-    settings, allowed = {}, {f.name: f.metadata for f in fields(cls) if f.metadata["in_file"]}
+    settings, known = {}, {f.name: f.metadata for f in fields(cls) if f.metadata["in_file"]}
     for name, value in (meta or {}).get("defaults", {}).get(part, {}).items():
-        if name not in allowed:
+        if name not in known:
             refuse("no file may set it")
-        flag = ("--no-" if value is False else "--") + name.replace("_", "-")
-        given = words(value, allowed[name].get("nargs")) if not isinstance(value, bool) else []
-        value = vars(parser.parse_args([flag, *given]))[name]
+        argv = [("--no-" if value is False else "--") + name.replace("_", "-")]
+        if not isinstance(value, bool):
+            argv += words(value, known[name]["options"].get("nargs"))
+        value = vars(parser.parse_args(argv))[name]
         settings[name] = tuple(value) if isinstance(value, list) else value
     return settings
 
@@ -267,14 +259,14 @@ class Settings:
     fps: float = setting(30.0, number(1, 1000), "frames per second, of the conditioning and of the file")
     motion: float = setting(127.0, number(0), "amount of motion: 0 to 255 for SVD, 0 to 127 for ExVideo's release")
     aug: float = setting(0.02, number(0), "noise added to the image, which frees the motion from it")
-    seed: int = setting(0, integer(0, 2**32 - 1), "of all noise, which is drawn on the CPU: the same on every device")
+    seed: int = setting(0, integer(0, 2**32 - 1), "for all noise, drawn on the CPU: the same on every device")
     strength: float = setting(0.5, number(0.01, 1), "with --video: how much is made anew; 1 is everything")
     decode_chunk: int = setting(16, integer(1), "frames decoded at once; fewer need less memory")
     match_stats: bool = setting(False, bool, "give the latents of every frame the mean and deviation of the video")
     contrast: float = setting(1.0, number(0.01), "factor on the latents before they are decoded")
     encode_scale: float = setting(exsvd.VAE_SCALE, number(0.01), "factor on latents of --video and --keyframe")
-    native: int = setting(None, integer(1), "frames of the base: 14 for svd.safetensors [as its file says, or 25]")
-    dtype: str = setting(None, DTYPES, "of the networks [what the device is good at: exsvd.best_dtype]")
+    native: int = setting(None, integer(1), "frames the base knows: 14 for svd.safetensors [as its file says, or 25]")
+    dtype: str = setting(None, DTYPES, "number format of the networks [by device: exsvd.best_dtype]")
 
 
 # Published files hold no defaults, so theirs are here. SVD without an extension runs as in
@@ -333,13 +325,12 @@ def complete(svd, given=None, picture=None, video=None, keyframes=()):
     if overlap is None and svd.unet.max_frames:
         overlap = max(1, known // 8)
     if frames > known and overlap is None:
-        print(f"warning: {frames} frames, but this model without extension knows {known}: expect motion "
-              "that jitters or fades after those (--extension for longer videos, --overlap for rounds)",
-              file=sys.stderr)
+        print(f"warning: {frames} frames, but this model knows {known}: motion may jitter or fade "
+              "after those (--extension for longer videos, --overlap for rounds)", file=sys.stderr)
     elif frames > known and overlap >= known:
         raise data.MediaError(f"--overlap {overlap}: must be less than a round of {known} frames")
     if max(keyframes, default=0) >= frames:
-        raise data.MediaError(f"--keyframe {max(keyframes)}: the video has the frames 0 to {frames - 1}")
+        raise data.MediaError(f"--keyframe: the video has the frames 0 to {frames - 1}")
     usual = settings_for(svd)
     for name, has_effect, where in (
             ("eta", SAMPLERS[s.sampler].eta, "--sampler ddim"), ("strength", video, "--video"),
@@ -472,8 +463,8 @@ def adjust(z, s, keyframes=()):
 def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
     """One image (3,H,W) in [-1,1] to latents, scaled by VAE_SCALE: (1,T,4,H/8,W/8) on the device.
 
-    s: Settings of which nothing is open, see complete(). video: unscaled latents (1,T,4,H/8,W/8) to
-    start from instead of noise. end: the image (3,H,W) of the last frame. keyframes: {number: image}.
+    s: Settings as complete() returns them. video: unscaled latents (1,T,4,H/8,W/8) to start from
+    instead of noise. end: the image (3,H,W) of the last frame. keyframes: {number: image}.
     """
     H, W = img.shape[1:]
     generator = torch.Generator().manual_seed(s.seed)
@@ -586,26 +577,17 @@ def decode(vae, z, chunk):
                 start, tail = start + len(tail), None
             continue
         if tail is not None:
-            n = len(tail)
-            blended = torch.lerp(tail, frames[:n], blending(n).view(-1, 1, 1, 1))
+            n = len(tail)  # a chunk's outermost frame saw zero padding for its neighbour: weight 0,
+            ramp = torch.linspace(0, 1, n)
+            if n < 3:      # but where all are outermost, the errors of both chunks partly cancel
+                ramp = torch.arange(1, n + 1) / (n + 1)
+            blended = torch.lerp(tail, frames[:n], ramp.view(-1, 1, 1, 1))
             frames = torch.cat([blended, frames[n:]])
         overlap = 0
         if end < T:
             overlap = max(chunk // 4, min(4, chunk // 2))  # below 4 frames seams show
         yield frames[:len(frames) - overlap]
         start, tail = end - overlap, frames[len(frames) - overlap:]
-
-
-def blending(n):
-    """Weights of the later of two chunks in the n frames that both have decoded: (n,).
-
-    A chunk's outermost frame saw zero padding in every temporal convolution where its neighbour
-    should be, so it gets weight 0. Of one or two common frames each is at an edge, and the errors
-    of both chunks partly cancel.
-    """
-    if n < 3:
-        return torch.arange(1, n + 1) / (n + 1)
-    return torch.linspace(0, 1, n)
 
 
 def decoded_frame(vae, z, number, chunk):
@@ -696,7 +678,7 @@ def settle(svd, s, device):
 
 @contextmanager
 def on_device(device, *modules):
-    """Lends modules to a device: parameters that live elsewhere are replaced by copies for a while."""
+    """Lends modules to a device: parameters elsewhere are replaced by copies for a while."""
     modules = [m for m in modules if getattr(m, "stream", None) is None]  # it moves itself
     at_home = []
     try:
@@ -728,167 +710,169 @@ def keyframe(text):
 
 
 def parse(argv):
-    """-> (arguments, {name: value} of the settings that were given)"""
+    """-> arguments, of which .jobs is what to make: [(image, seed, output)]; {name: value} of the
+    settings that were given"""
     p = argparse.ArgumentParser(
         usage="sample.py IMAGE... [options], --help lists them",
-        description="Image to video with SVD and ExVideo. In [brackets]: the default; a model's file "
-                    "may hold others.")
+        description="Image to video. In [brackets]: the default; a model's file may hold others.")
     add = p.add_argument_group("what").add_argument
     add("images", nargs="*", metavar="IMAGE", help="pictures, or videos, whose first frame is used")
-    add("--model", help="single .safetensors file or diffusers folder [weights/svd_xt.safetensors, "
-                        "or the toy]")
+    add("--model", help="file or diffusers folder [weights/svd_xt.safetensors, or the toy]")
     add("--extension", nargs="+", metavar="FILE",
-        help="ExVideo release or own extension, and what was trained over it [with the default "
-             "model: weights/exvideo.safetensors or model.fp16.safetensors; the toy's own]")
+        help="ExVideo release or own extension, and what was trained over it [in weights/: "
+             "exvideo.safetensors or model.fp16.safetensors; the toy's own]")
     add("--unet", metavar="FILE", help="a UNet in place of the model's, such as AnimateLCM-SVD")
-    add("--end", metavar="IMAGE", help="the last frame; the first IMAGE again makes a loop. It takes "
-                                       "twice the time")
+    add("--end", metavar="IMAGE", help="the last frame, in twice the time; IMAGE again: a loop")
     add("--keyframe", type=keyframe, action="append", default=[], metavar="NUMBER=IMAGE",
         help="what a frame shows, counted from 0; may be given several times")
     add("--video", metavar="FILE",
-        help="refine a video, or its *.latents.safetensors, instead of starting from noise. By default "
-             "IMAGE is its first frame, and --size, --frames and --fps are its own")
+        help="refine a video, or its *.latents.safetensors, instead of starting from noise "
+             "[IMAGE is its first frame; --size, --frames and --fps are its own]")
     add("--decode-only", metavar="FILE", help="decode the latents of an earlier run again")
-    add("--out", help="a .mp4, .webm or .gif file, or with a final slash a folder of PNGs. {name} is "
-                      "the image's name, {seed} the seed [out/{name}.mp4; of --video "
-                      "out/{name}-refined.mp4]")
+    add("--out", help="a .mp4, .webm or .gif file, or with a final slash a folder of PNGs; {name} "
+                      "is the image's, {seed} the seed [out/{name}.mp4, or out/{name}-refined.mp4]")
     add("--seeds", type=integer(1), default=1, metavar="N", help="videos of each image [1]")
     add("--overwrite", action="store_true", help="of several videos, make again those that exist")
     card = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     add("--device", default=card, help="[cuda if there is one, else cpu]")
-    add("--offload", action="store_true", help="for small GPUs: the UNet's weights come block by block")
+    add("--offload", action="store_true", help="for small GPUs: the UNet's weights come in blocks")
     add("--compile", action="store_true", help="torch.compile; the first step takes minutes")
     add_flags(p.add_argument_group("settings"), Settings)
-    a = p.parse_args(argv)
-    given = {f.name: getattr(a, f.name) for f in fields(Settings) if hasattr(a, f.name)}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    args = p.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
 
-    if bool(a.images or a.video) == bool(a.decode_only):
+    if bool(args.images or args.video) == bool(args.decode_only):
         p.error("give at least one image first, such as assets/img.png, or --decode-only FILE")
-    if a.video and len(a.images) > 1:
+    if args.video and len(args.images) > 1:
         p.error("--video refines one video: give one IMAGE, or none")
-    if a.decode_only and a.seeds > 1:
-        p.error("--decode-only decodes one file: leave out --seeds")
     try:
-        torch.zeros(1, device=a.device).cpu()
+        torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError) as e:
-        p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
-    a.jobs = jobs_of(a, given.get("seed", Settings.seed))
-    outs = [out for _, _, out in a.jobs]
-    if len(set(outs)) < len(outs):
-        p.error("two images would be written to the same file: put {name} into --out; images of one "
-                "name need a command and an --out each")
-    read = [*a.images, *(path for _, path in a.keyframe), a.video, a.end, a.decode_only]
-    read = {Path(path).resolve() for path in read if path}
-    for out in outs:
-        written = [out] if a.decode_only else [out, latents_path(out)]
-        if not read.isdisjoint(Path(path).resolve() for path in written):
-            p.error(f"{out}: would overwrite what is read: choose another --out")
-    return a, given
+        p.error(f"--device {args.device}: {str(e).splitlines()[0]}")
 
-
-def jobs_of(a, first_seed):
-    """What is to be made, one video after the other: [(image, seed, output)]."""
-    out = a.out or ("out/{name}-refined.mp4" if a.video else "out/{name}.mp4")
-    if a.seeds > 1 and "{seed}" not in out:
-        stem, extension = (out.rstrip("/"), "/") if out.endswith("/") else os.path.splitext(out)
-        out = stem + "-{seed}" + extension
-    jobs = []
-    for image in a.images or [a.video or a.decode_only]:
+    out = args.out or ("out/{name}-refined.mp4" if args.video else "out/{name}.mp4")
+    if args.seeds > 1 and "{seed}" not in out:
+        out = "-{seed}".join(split_name(out))
+    args.jobs, first = [], given.get("seed", Settings.seed)
+    for image in args.images or [args.video or args.decode_only]:
         name = os.path.splitext(os.path.basename(image.rstrip(os.sep)))[0].removesuffix(".latents")
-        for seed in (n % 2**32 for n in range(first_seed, first_seed + a.seeds)):
-            jobs.append((image, seed, out.replace("{name}", name).replace("{seed}", str(seed))))
-    return jobs
+        for seed in (n % 2**32 for n in range(first, first + args.seeds)):
+            path = out.replace("{name}", name).replace("{seed}", str(seed))
+            args.jobs.append((image, seed, path))
+    return args, given
 
 
-def default_model(a):
-    """--model and --extension where they are not given; one line says so when it is the toy."""
-    if a.model and os.path.abspath(a.model) != toy_files()[0]:
-        return a.model, a.extension
-    if a.model:
-        return toy_files(a.extension)
-    model, *extensions = (os.path.join(HERE, "weights", name) for name in
-                          ("svd_xt.safetensors", "exvideo.safetensors", "model.fp16.safetensors"))
-    if os.path.exists(model):
-        tuned = [path for path in extensions if os.path.exists(path) and not a.unet]
-        return model, a.extension or tuned[:1]
-    if a.unet:
-        raise exsvd.WeightsError("--unet: needs the --model that it belongs to")
-    print("no weights/svd_xt.safetensors: using the toy in assets/. README.md says how to get the "
-          "real weights", file=sys.stderr)
-    return toy_files(a.extension)
-
-
-def toy_files(extension=None):
-    """The toy's model, and an extension of it: its own, if none is given."""
-    assets = os.path.join(HERE, "assets")
-    return os.path.join(assets, "toy.safetensors"), extension or [os.path.join(assets, "toy-exvideo.safetensors")]
+def split_name(out):
+    """-> the name of an output, its extension or final slash"""
+    return (out.rstrip("/"), "/") if out.endswith("/") else os.path.splitext(out)
 
 
 def latents_path(out):
     """Where the latents of a video are kept: beside it."""
-    stem = out.rstrip("/") if out.endswith("/") else os.path.splitext(out)[0]
-    return stem + ".latents.safetensors"
+    return split_name(out)[0] + ".latents.safetensors"
 
 
-def check_writable(out, fps):
-    """Raises MediaError before the work of an hour, not after it. Makes the output's folder."""
-    data.VideoWriter(out, fps)  # writes nothing yet, but refuses what it can't write
-    probe = f"{latents_path(out)}.{os.getpid()}.tmp"  # the longest name that will be written
-    try:
-        os.makedirs(os.path.dirname(probe) or ".", exist_ok=True)
-        open(probe, "x").close()
-        os.remove(probe)
-    except OSError as e:
-        raise data.MediaError(f"{out}: cannot be written ({e.strerror}): try another --out") from e
+def check_outputs(args, fps):
+    """Raises MediaError before the work of an hour, not after it, for outputs that cannot be
+    written, or would overwrite each other or what is read. Makes their folders."""
+    outs = [out for _, _, out in args.jobs]
+    if len(set(outs)) < len(outs):
+        raise data.MediaError("two images would be written to the same file: put {name} into --out")
+    read = [*args.images, *(path for _, path in args.keyframe), args.video, args.end]
+    read = {Path(path).resolve() for path in read if path}
+    for out in outs:
+        if not read.isdisjoint(Path(path).resolve() for path in (out, latents_path(out))):
+            raise data.MediaError(f"{out}: would overwrite what is read: choose another --out")
+        data.VideoWriter(out, fps)  # writes nothing yet, but refuses what it can't write
+        probe = f"{latents_path(out)}.{os.getpid()}.tmp"  # the longest name that will be written
+        try:
+            os.makedirs(os.path.dirname(probe) or ".", exist_ok=True)
+            open(probe, "x").close()
+            os.remove(probe)
+        except OSError as e:
+            raise data.MediaError(f"{out}: cannot be written ({e.strerror})") from e
+
+
+def toy_files(extension=None):
+    """The toy's model, and an extension of it: its own, if none is given."""
+    model, own = (os.path.join(HERE, "assets", name) for name in
+                  ("toy.safetensors", "toy-exvideo.safetensors"))
+    return model, extension or [own]
+
+
+def default_model(args):
+    """--model and --extension where they are not given; one line says so when it is the toy."""
+    model, *extensions = (os.path.join(HERE, "weights", name) for name in
+                          ("svd_xt.safetensors", "exvideo.safetensors", "model.fp16.safetensors"))
+    if args.model and os.path.abspath(args.model) != toy_files()[0]:
+        return args.model, args.extension
+    if not args.model and os.path.exists(model):
+        tuned = [path for path in extensions if os.path.exists(path) and not args.unet]
+        return model, args.extension or tuned[:1]
+    if not args.model:
+        print("no weights/svd_xt.safetensors, see README.md: using the toy", file=sys.stderr)
+    return toy_files(args.extension)
+
+
+def load(args, given, model, extension, device):
+    """The three networks, ready to sample."""
+    meta = exsvd.open_model(model)[0]["unet"].meta
+    wanted = (settings_in_file(Settings, meta, "sample", model) | given).get("dtype")
+    dtype = getattr(torch, wanted) if wanted else exsvd.best_dtype(device)
+    home = "cpu" if args.offload or device.type == "cuda" else device  # of CUDA, see settle()
+    svd = exsvd.load(model, extension, dtype, home, unet=args.unet)
+    s = settings_for(svd, given, model, extension and extension[-1])
+    if args.offload:
+        svd.unet.stream = exsvd.Stream(svd.unet, device)
+    if args.compile:
+        exsvd.compile_blocks(svd.unet)
+    millions = sum(p.numel() for p in svd.unet.parameters()) / 1e6
+    print(f"{model}: {millions:.1f} M parameters in the UNet, {svd.unet.max_frames or s.native} "
+          f"frames, {s.dtype} on {device}")
+    return svd
 
 
 def saved_latents(path):
-    """What an earlier run saved: scaled latents (1,T,4,h,w), their Settings, the numbers of key
-    frames. WeightsError."""
+    """What an earlier run saved: scaled latents (1,T,4,h,w), their Settings, all metadata. Raises
+    WeightsError."""
     file = exsvd.Tensors(path)
-    wanted = f"{path} holds no latents saved by sample.py, whose names end in .latents.safetensors"
-    if "latents" not in file.names or not isinstance(file.meta.get("settings"), dict):
-        raise exsvd.WeightsError(wanted)
-    found = {name: value for name, value in file.meta["settings"].items() if value is not None}
-    s = Settings(**settings_in_file(Settings, {"defaults": {"sample": found}}, "sample", path))
-    latents = file.get("latents")
-    if s.frames is None or latents.shape != (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8):
-        raise exsvd.WeightsError(wanted)
+    latents, settings, shape = None, file.meta.get("settings"), None
+    if "latents" in file.names and isinstance(settings, dict):
+        settings = {name: value for name, value in settings.items() if value is not None}
+        s = Settings(**settings_in_file(Settings, {"defaults": {"saved": settings}}, "saved", path))
+        latents = file.get("latents")
+        shape = (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8)
+    if latents is None or latents.shape != shape:
+        raise exsvd.WeightsError(f"{path}: holds no latents saved by sample.py")
     if not latents.isfinite().all():
         raise exsvd.WeightsError(f"{path}: the latents are not finite: sample with another --dtype")
-    return latents, s, file.meta.get("keyframes", [])
+    return latents, s, file.meta
 
 
 def vae_id(model):
-    """What tells a model's VAE from others: a hash of its last convolution as the file has it, since
-    --dtype rounds what is loaded."""
-    tensors, digest = exsvd.open_model(model)[0]["vae"], hashlib.blake2b(digest_size=8)
-    for name in sorted(tensors.names):
-        if name.endswith("decoder.conv_out.weight"):
-            digest.update(tensors.get(name).float().numpy())
-    return digest.hexdigest()
+    """What tells a model's VAE from others: a hash of its last convolution as the file has it,
+    since --dtype rounds what is loaded."""
+    tensors = exsvd.open_model(model)[0]["vae"]  # SVD's file has another in its conditioner, first
+    name = max(name for name in tensors.names if name.endswith("decoder.conv_out.weight"))
+    return hashlib.blake2b(tensors.get(name).float().numpy(), digest_size=8).hexdigest()
 
 
-def decode_again(a, given, device):
-    """--decode-only: a video from the latents that an earlier run saved, by the VAE of its model."""
-    latents, s, keyframes = saved_latents(a.decode_only)
-    made_by = exsvd.Tensors(a.decode_only).meta
-    model = a.model or str(made_by.get("model") or default_model(a)[0])
-    if not a.model and "vae" in made_by and not (
-            os.path.exists(model) and vae_id(model) == made_by["vae"]):
-        raise exsvd.WeightsError(f"{a.decode_only}: was made with {model}, which is not there or has "
-                                 "another VAE now: say with --model which one is to decode")
+def decode_again(args, given, device, out):
+    """--decode-only: a video from the latents of an earlier run, by the VAE of its model."""
+    latents, s, meta = saved_latents(args.decode_only)
+    model = args.model or str(meta.get("model"))
+    if not args.model and not (os.path.exists(model) and vae_id(model) == meta.get("vae")):
+        raise exsvd.WeightsError(f"{args.decode_only}: was made with {model}, which is not there or "
+                                 "has another VAE now: say with --model which one is to decode")
     dtype = given.get("dtype") or str(exsvd.best_dtype(device)).removeprefix("torch.")
-    s = replace(s, **(given | {"dtype": dtype, "frames": s.frames, "size": s.size}))
-    [(_, _, out)] = a.jobs
+    s = replace(s, **given | {"dtype": dtype, "frames": s.frames, "size": s.size})
     vae = exsvd.load(model, None, getattr(torch, dtype), device, parts=("vae",)).vae
-    write_video(vae, latents.to(device), s, out, keyframes)
+    write_video(vae, latents.to(device), s, out, meta.get("keyframes", ()))
     print(f"{out}: {s.frames} frames at {s.fps:g} fps, {peak_memory(device)} at the peak")
 
 
 # A video to refine: unscaled latents (n,4,h,w) on the CPU, the time of each in seconds, (n,), its
-# first frame, uint8 (H,W,3), as it is seen.
+# first frame as it is seen, uint8 (H,W,3) or float (3,H,W).
 Video = namedtuple("Video", "latents times fps first")
 
 
@@ -897,24 +881,23 @@ def open_video(path, size, vae, device):
     """--video at `size`, or at its own where that is None. Latents that sample.py saved have one
     size only."""
     if path.endswith(".safetensors"):
-        latents, s, keyframes = saved_latents(path)
+        latents, s, meta = saved_latents(path)
         if size and size != s.size:
-            raise data.MediaError(f"{path}: the latents are of {s.size[0]}x{s.size[1]}; give the video "
-                                  "itself to --video, or leave --size out")
-        shown = adjust(latents, s, keyframes)
-        with on_device(device, vae):
-            first = decoded_frame(vae, shown.to(device), 0, s.decode_chunk)
-        times = torch.arange(s.frames) / s.fps
-        return Video(shown[0] / exsvd.VAE_SCALE, times, s.fps, to_pixels(first[None])[0])
+            W, H = s.size
+            raise data.MediaError(f"{path}: the latents are of {W}x{H}: leave out --size")
+        shown = adjust(latents, s, meta.get("keyframes", ()))
+        first = decoded_frame(vae, shown.to(device), 0, s.decode_chunk)
+        return Video(shown[0] / exsvd.VAE_SCALE, torch.arange(s.frames) / s.fps, s.fps, first)
     latents, times, first = [], [], data.read_image(path)
     H, W = first.shape[:2]
-    size = size or data.default_size(W, H, W * H)
-    with on_device(device, vae), tqdm(desc="encoding", unit="frame") as bar:
-        for frame, seconds, declared in data.video_frames(path, size):  # one by one: less memory
+    frames = data.video_frames(path, size or data.default_size(W, H, W * H))
+    with on_device(device, vae):
+        for frame, seconds, declared in tqdm(frames, desc="encoding", unit="frame"):
             frame = data.to_float(frame.permute(2, 0, 1)[None].to(device))
-            latents.append(vae.encode(frame)[0].float().cpu())
+            latents.append(vae.encode(frame)[0].float().cpu())  # one by one: less memory
             times.append(seconds)
-            bar.update()
+    if len(times) < 2:
+        raise data.MediaError(f"{path}: holds a single picture: give it as IMAGE")
     fps = data.frame_rate(times, declared)
     if None in times or times != sorted(times):  # a bare stream
         times = [i / fps for i in range(len(times))]
@@ -928,43 +911,21 @@ def resampled(video, frames):
     return video.latents[torch.bucketize(at, (video.times[1:] + video.times[:-1]) / 2)][None]
 
 
-def load(a, given, model, extension, device):
-    """The three networks, ready to sample."""
-    meta = exsvd.open_model(model)[0]["unet"].meta
-    wanted = (settings_in_file(Settings, meta, "sample", model) | given).get("dtype")
-    dtype = getattr(torch, wanted) if wanted else exsvd.best_dtype(device)
-    home = "cpu" if a.offload or device.type == "cuda" else device  # of CUDA, see settle()
-    svd = exsvd.load(model, extension, dtype, home, unet=a.unet)
-    s = settings_for(svd, given, model, extension and extension[-1])
-    if a.offload:
-        svd.unet.stream = exsvd.Stream(svd.unet, device)
-    if a.compile:
-        exsvd.compile_blocks(svd.unet)
-    parameters = sum(p.numel() for p in svd.unet.parameters())
-    name, frames = os.path.basename(model.rstrip("/")), svd.unet.max_frames or s.native
-    print(f"{name}: {parameters / 1e6:.1f} M parameters in the UNet, {frames} frames, {s.dtype} on "
-          f"{device}")
-    return svd
-
-
-def make_video(svd, img, s, device, out, made_by, video=None, end=None, keyframes={}):
-    """One image (H,W,3), uint8, to a video file, and its latents to a file beside it, whose metadata
-    holds made_by. The rest as in make_latents().
-
-    Raises FloatingPointError if the latents or the frames are not finite.
-    """
+def make_video(svd, img, s, device, out, model, video=None, end=None, keyframes={}):
+    """One image to a video file, and its latents to a file beside it. Pictures are scaled and
+    cropped to s.size. The rest as in make_latents(). Raises FloatingPointError if the latents or
+    the frames are not finite."""
     def fit(picture):
-        return data.fit_image(picture, *s.size)
+        return None if picture is None else data.fit_image(picture, *s.size)
 
     begin = time.perf_counter()
     settle(svd, s, device)
-    start = None if video is None else resampled(video, s.frames)
-    latents = make_latents(svd, fit(img), s, device, start, None if end is None else fit(end),
-                           {number: fit(frame) for number, frame in keyframes.items()})
+    latents = make_latents(svd, fit(img), s, device, video and resampled(video, s.frames), fit(end),
+                           {n: fit(picture) for n, picture in keyframes.items()})
     sampled = time.perf_counter()
     check_finite(latents, f"{out}: the latents are not finite: try another --dtype")
-    meta = made_by | {"settings": asdict(s), "keyframes": list(keyframes)}
-    exsvd.save(latents_path(out), {"latents": latents}, meta)  # should decoding fail
+    exsvd.save(latents_path(out), {"latents": latents}, {  # should decoding fail
+        "model": model, "vae": vae_id(model), "settings": asdict(s), "keyframes": list(keyframes)})
     print(f"{latents_path(out)}: latents, to decode again with --decode-only")
     write_video(svd.vae, latents, s, out, keyframes)
     print(f"{out}: {s.frames} frames of {s.size[0]}x{s.size[1]} at {s.fps:g} fps, "
@@ -989,62 +950,50 @@ def idle_cores():
     core holds up all others."""
     if not os.path.exists("/proc/loadavg"):  # not on Linux
         return os.cpu_count()
-    busy = os.cpu_count()
+    running = []
     for _ in range(10):  # what runs for a moment does not count
-        with open("/proc/loadavg") as f:
-            running = int(f.read().split()[3].split("/")[0])
-        busy = min(busy, running - 1)  # without this process
+        running.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]))
         time.sleep(0.02)
-    return max(1, os.cpu_count() - busy)
+    return max(1, os.cpu_count() - (min(running) - 1))  # without this process
 
 
 def main(argv=None):
     """The command. Raises WeightsError, MediaError, FloatingPointError and OSError for what the
     caller can mend."""
-    a, given = parse(argv)
-    batch = len(a.jobs) > 1
+    args, given = parse(argv)
+    check_outputs(args, given.get("fps", 1))
+    batch = len(args.jobs) > 1
     # under torchrun each process makes its share of the videos, on a GPU of its own
-    a.jobs = a.jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
-    for _, _, out in a.jobs:
-        check_writable(out, given.get("fps", 1))
-    device = torch.device(a.device)
+    jobs = args.jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+    device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), idle_cores()))
-    if a.decode_only:
-        for _ in a.jobs:
-            decode_again(a, given, device)
+    if args.decode_only:
+        for _, _, out in jobs:
+            decode_again(args, given, device, out)
         return
-    model, extension = default_model(a)
-
-    # fail on unreadable files before the networks are loaded
-    if a.video and a.video.endswith(".safetensors"):
-        saved_latents(a.video)
-    elif a.video:
-        two_frames = itertools.islice(data.video_frames(a.video), 2)
-        if len(list(two_frames)) < 2:
-            raise data.MediaError(f"{a.video}: holds a single picture: give it as IMAGE")
-    end = data.read_image(a.end) if a.end else None
-    keyframes = {number: data.read_image(path) for number, path in a.keyframe}
+    model, extension = default_model(args)
+    if args.video:  # fail before the networks are loaded
+        open(args.video, "rb").close()
+    end = data.read_image(args.end) if args.end else None
+    keyframes = {n: data.read_image(path) for n, path in args.keyframe}
     svd, video, failed = None, None, []
-    for image, seed, out in a.jobs:
-        if batch and os.path.exists(out) and not a.overwrite:
+    for image, seed, out in jobs:
+        if batch and os.path.exists(out) and not args.overwrite:
             print(f"{out}: exists and is skipped (--overwrite makes it again)")
             continue
         try:
-            img = data.read_image(image) if a.images else None
-            if svd is None:
-                svd = load(a, given, model, extension, device)
-                made_by = {"model": model, "vae": vae_id(model)}
-            if a.video and video is None:
-                video = open_video(a.video, given.get("size"), svd.vae, device)
-            if img is None:
-                img = video.first
-            ready = complete(svd, given | {"seed": seed}, img.shape[1::-1], video, keyframes)
-            check_writable(out, ready.fps)  # a video to refine may be too fast for a GIF
-            make_video(svd, img, ready, device, out, made_by, video, end, keyframes)
+            img = data.read_image(image) if args.images else None
+            svd = svd or load(args, given, model, extension, device)
+            if args.video:
+                video = video or open_video(args.video, given.get("size"), svd.vae, device)
+                img = video.first if img is None else img
+            s = complete(svd, given | {"seed": seed}, img.shape[1::-1], video, keyframes)
+            data.VideoWriter(out, s.fps)  # a video to refine may be too fast for a GIF
+            make_video(svd, img, s, device, out, model, video, end, keyframes)
         except (data.MediaError, FloatingPointError, RuntimeError) as e:
             full = is_out_of_memory(e)
-            if not batch or (isinstance(e, RuntimeError) and not full):
+            if not batch or isinstance(e, RuntimeError) and not full:
                 raise
             # the others are made all the same
             print(f"sample.py: {OUT_OF_MEMORY if full else e}", file=sys.stderr)
@@ -1053,7 +1002,7 @@ def main(argv=None):
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # they wait here
     if failed:
         names = ", ".join(failed)
-        raise data.MediaError(f"{len(failed)} of {len(a.jobs)} videos were not made: {names}")
+        raise data.MediaError(f"{len(failed)} of {len(jobs)} videos were not made: {names}")
 
 
 OUT_OF_MEMORY = """out of memory. While sampling, from what costs least to what costs most:
@@ -1073,14 +1022,13 @@ def command(argv=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("sample.py: terminated"))
     try:
         main(argv)
-    except (exsvd.WeightsError, data.MediaError, FloatingPointError, OSError) as e:
-        sys.exit(f"sample.py: {e}")
     except KeyboardInterrupt:
         sys.exit("sample.py: stopped")
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
+    except (exsvd.WeightsError, data.MediaError, FloatingPointError, OSError, RuntimeError) as e:
+        full = is_out_of_memory(e)
+        if isinstance(e, RuntimeError) and not full:
             raise
-        sys.exit(f"sample.py: {OUT_OF_MEMORY}")
+        sys.exit(f"sample.py: {OUT_OF_MEMORY if full else e}")
 
 
 if __name__ == "__main__":
