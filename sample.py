@@ -10,10 +10,11 @@
     python sample.py photo.jpg --unet animatelcm_svd.safetensors --sampler lcm --steps 4 --cfg 1 1.2
     python sample.py --decode-only out/photo.latents.safetensors   # decode saved latents again
 
-In this order: the samplers, the settings, the conditioning, sampling, decoding, memory, the
-command. The image is encoded by CLIP and the VAE, a sampler removes the noise level by level, the
-latents are saved, then decoded in overlapping chunks and streamed to a video file. Arithmetic on
-latents is float32. On eight GPUs, torchrun --nproc_per_node 8 sample.py ... shares out the videos.
+In this order: the samplers, the settings, the conditioning, sampling, decoding, memory, latents
+from files, the command. The image is encoded by CLIP and the VAE, a sampler removes the noise level
+by level, the latents are saved, then decoded in overlapping chunks and streamed to a video file.
+Arithmetic on latents is float32. On eight GPUs, torchrun --nproc_per_node 8 sample.py ... shares
+out the videos.
 
 Stability's own script also adds an invisible watermark and runs a safety filter. This one does
 neither.
@@ -192,7 +193,8 @@ def setting(default, check, help, in_file=True, flag=None, **options):
     if check is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif callable(check):
-        options = {"type": check, "metavar": "FILE" if check is str else "N"} | options
+        metavar = {str: "FILE", frame_size: "WxH"}.get(check, "N")
+        options |= {"type": check, "metavar": metavar}
     else:
         options["choices"] = tuple(check)
     if default is not None and check is not bool:
@@ -247,8 +249,7 @@ class Settings:
     release."""
     frames: int = setting(None, integer(1), "frames to make, in rounds where the model knows fewer [all it knows]")
     overlap: int = setting(None, integer(1), "frames that a round shares with the one before [an eighth of a round]")
-    size: tuple = setting((512, 512), frame_size, "multiples of 64 [as many pixels; a model file's is exact]",
-                          metavar="WxH")
+    size: tuple = setting((512, 512), frame_size, "multiples of 64 [as many pixels; a model file's is exact]")
     steps: int = setting(50, integer(1), "noise levels")
     sampler: str = setting("euler", SAMPLERS, "heun costs twice, dpm++ needs fewer steps, ddim adds noise (--eta)")
     schedule: str = setting(None, SCHEDULES, "noise levels; ays (Align Your Steps) is for 10 steps [the sampler's]")
@@ -367,7 +368,7 @@ def guided(unet, image_latents, ctx, ids, cfg, frames, interval=None):
         inside = interval is None or interval[0] < sigma <= interval[1]
         sigma = sigma.to(x).expand(len(x))
         D = exsvd.denoise(unet, x, sigma, image_latents, ctx, ids)
-        if set(cfg) != {1} and inside:  # a second pass, since a batch of two would need twice the memory
+        if set(cfg) != {1} and inside:  # in a second pass: a batch of two takes twice the memory
             nothing = torch.zeros_like(image_latents), torch.zeros_like(ctx)
             D0 = exsvd.denoise(unet, x, sigma, *nothing, ids)
             D = D0 + scale * (D - D0)
@@ -436,13 +437,12 @@ def noise_levels(s, refine):
     The authors' second pass spreads all steps over what s.strength leaves of the Karras ramp
     (DiffSynth's scheduler). Other schedules keep the last s.strength of their levels.
     """
-    if not refine:
-        return SCHEDULES[s.schedule](s.steps)
-    if s.schedule == "karras":
+    if refine and s.schedule == "karras":
         low, high = (sigma ** (1 / exsvd.RHO) for sigma in (exsvd.SIGMA_MIN, exsvd.SIGMA_MAX))
         first = (s.strength * high + (1 - s.strength) * low) ** exsvd.RHO
         return exsvd.karras_sigmas(s.steps, sigma_max=first)
-    return SCHEDULES[s.schedule](s.steps)[-1 - max(1, round(s.strength * s.steps)):]
+    sigmas = SCHEDULES[s.schedule](s.steps)
+    return sigmas[-1 - max(1, round(s.strength * s.steps)):] if refine else sigmas
 
 
 def adjust(z, s, keyframes=()):
@@ -541,8 +541,8 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
 def is_out_of_memory(error):
     """Of any device: only CUDA's allocator has an exception type, neither the CPU's nor those of
     cuDNN and cuBLAS."""
-    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
+    phrases = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(p in str(error) for p in phrases)
 
 
 def unless_full(work, can_shrink):
@@ -559,9 +559,9 @@ def decode(vae, z, chunk):
     """Decode in time: unscaled latents (1,T,4,h,w) -> yields float32 (n,3,8h,8w) on the CPU, T
     frames in all.
 
-    Chunks of `chunk` frames overlap by a quarter, by at least 4 frames or half a chunk, and are
-    blended by a linear ramp, so memory does not grow with T. It is not the same as VAE.decode of
-    everything, whose norms see all frames. Out of memory halves the chunk and goes on.
+    Chunks of `chunk` frames overlap by a quarter (at least by 4 frames, or half a chunk if that is
+    less) and are blended by a linear ramp, so memory does not grow with T. It is not the same as
+    VAE.decode of everything, whose norms see all frames. A full memory halves the chunk.
     """
     T, start, tail = z.shape[1], 0, None
     while start < T:
@@ -577,10 +577,10 @@ def decode(vae, z, chunk):
                 start, tail = start + len(tail), None
             continue
         if tail is not None:
-            n = len(tail)  # a chunk's outermost frame saw zero padding for its neighbour: weight 0,
-            ramp = torch.linspace(0, 1, n)
-            if n < 3:      # but where all are outermost, the errors of both chunks partly cancel
-                ramp = torch.arange(1, n + 1) / (n + 1)
+            # A chunk's outermost frame saw zero padding in place of its neighbour: it has weight 0.
+            # Of one or two common frames all are outermost, and the errors partly cancel.
+            n = len(tail)
+            ramp = torch.linspace(0, 1, n) if n > 2 else torch.arange(1, n + 1) / (n + 1)
             blended = torch.lerp(tail, frames[:n], ramp.view(-1, 1, 1, 1))
             frames = torch.cat([blended, frames[n:]])
         overlap = 0
@@ -590,12 +590,12 @@ def decode(vae, z, chunk):
         start, tail = end - overlap, frames[len(frames) - overlap:]
 
 
-def decoded_frame(vae, z, number, chunk):
-    """One frame (3,H,W) of scaled latents (1,T,4,h,w), decoded with its neighbours."""
-    first = max(0, number - chunk // 2)
+def decoded_frame(vae, z, n, chunk):
+    """Frame n, (3,H,W), of scaled latents (1,T,4,h,w), decoded with its neighbours."""
+    first = max(0, n - chunk // 2)
     nearby = z[:, first:first + chunk] / exsvd.VAE_SCALE
     with on_device(z.device, vae.decoder):
-        return torch.cat(list(decode(vae, nearby, chunk)))[number - first].clamp(-1, 1)
+        return torch.cat(list(decode(vae, nearby, chunk)))[n - first].clamp(-1, 1)
 
 
 @torch.inference_mode()
@@ -698,6 +698,84 @@ def on_device(device, *modules):
 
 
 # --------------------------------------------------------------------------------------------------
+# Latents from files: what an earlier run saved, and videos to refine
+
+
+def split_name(out):
+    """-> the name of an output, its extension or final slash"""
+    return (out.rstrip("/"), "/") if out.endswith("/") else os.path.splitext(out)
+
+
+def latents_path(out):
+    """Where the latents of a video are kept: beside it."""
+    return split_name(out)[0] + ".latents.safetensors"
+
+
+def saved_latents(path):
+    """What an earlier run saved: scaled latents (1,T,4,h,w), their Settings, all metadata. Raises
+    WeightsError."""
+    file = exsvd.Tensors(path)
+    latents, saved, shape = None, file.meta.get("settings"), None
+    if "latents" in file.names and isinstance(saved, dict):
+        saved = {name: value for name, value in saved.items() if value is not None}
+        s = Settings(**settings_in_file(Settings, {"defaults": {"saved": saved}}, "saved", path))
+        latents, shape = file.get("latents"), (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8)
+    if latents is None or latents.shape != shape:
+        raise exsvd.WeightsError(f"{path}: holds no latents saved by sample.py")
+    if not latents.isfinite().all():
+        raise exsvd.WeightsError(f"{path}: the latents are not finite: sample with another --dtype")
+    return latents, s, file.meta
+
+
+def vae_id(model):
+    """What tells a model's VAE from others: a hash of its last convolution as the file has it,
+    since --dtype rounds what is loaded."""
+    tensors = exsvd.open_model(model)[0]["vae"]  # SVD's file has another in its conditioner, first
+    name = max(name for name in tensors.names if name.endswith("decoder.conv_out.weight"))
+    return hashlib.blake2b(tensors.get(name).float().numpy(), digest_size=8).hexdigest()
+
+
+# A video to refine: unscaled latents (n,4,h,w) on the CPU, the time of each in seconds, (n,), its
+# first frame as it is seen, uint8 (H,W,3) or float (3,H,W).
+Video = namedtuple("Video", "latents times fps first")
+
+
+@torch.inference_mode()
+def open_video(path, size, vae, device):
+    """--video at `size`, or at its own where that is None. Latents that sample.py saved have one
+    size only."""
+    if path.endswith(".safetensors"):
+        latents, s, meta = saved_latents(path)
+        if size and size != s.size:
+            W, H = s.size
+            raise data.MediaError(f"{path}: the latents are of {W}x{H}: leave out --size")
+        shown = adjust(latents, s, meta.get("keyframes", ()))
+        first = decoded_frame(vae, shown.to(device), 0, s.decode_chunk)
+        return Video(shown[0] / exsvd.VAE_SCALE, torch.arange(s.frames) / s.fps, s.fps, first)
+    latents, times, first = [], [], data.read_image(path)
+    H, W = first.shape[:2]
+    frames = data.video_frames(path, size or data.default_size(W, H, W * H))
+    with on_device(device, vae):
+        for frame, seconds, declared in tqdm(frames, desc="encoding", unit="frame"):
+            frame = data.to_float(frame.permute(2, 0, 1)[None].to(device))
+            latents.append(vae.encode(frame)[0].float().cpu())  # one by one: less memory
+            times.append(seconds)
+    if len(times) < 2:
+        raise data.MediaError(f"{path}: holds a single picture: give it as IMAGE")
+    fps = data.frame_rate(times, declared)
+    if None in times or times != sorted(times):  # a bare stream
+        times = [i / fps for i in range(len(times))]
+    return Video(torch.stack(latents), torch.tensor(times, dtype=torch.float64), fps, first)
+
+
+def resampled(video, frames):
+    """Latents of a Video at evenly spaced times, each of the frame nearest in time:
+    (1,frames,4,h,w)."""
+    at = torch.linspace(video.times[0], video.times[-1], frames, dtype=video.times.dtype)
+    return video.latents[torch.bucketize(at, (video.times[1:] + video.times[:-1]) / 2)][None]
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -762,16 +840,6 @@ def parse(argv):
     return args, given
 
 
-def split_name(out):
-    """-> the name of an output, its extension or final slash"""
-    return (out.rstrip("/"), "/") if out.endswith("/") else os.path.splitext(out)
-
-
-def latents_path(out):
-    """Where the latents of a video are kept: beside it."""
-    return split_name(out)[0] + ".latents.safetensors"
-
-
 def check_outputs(args, fps):
     """Raises MediaError before the work of an hour, not after it, for outputs that cannot be
     written, or would overwrite each other or what is read. Makes their folders."""
@@ -832,31 +900,6 @@ def load(args, given, model, extension, device):
     return svd
 
 
-def saved_latents(path):
-    """What an earlier run saved: scaled latents (1,T,4,h,w), their Settings, all metadata. Raises
-    WeightsError."""
-    file = exsvd.Tensors(path)
-    latents, settings, shape = None, file.meta.get("settings"), None
-    if "latents" in file.names and isinstance(settings, dict):
-        settings = {name: value for name, value in settings.items() if value is not None}
-        s = Settings(**settings_in_file(Settings, {"defaults": {"saved": settings}}, "saved", path))
-        latents = file.get("latents")
-        shape = (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8)
-    if latents is None or latents.shape != shape:
-        raise exsvd.WeightsError(f"{path}: holds no latents saved by sample.py")
-    if not latents.isfinite().all():
-        raise exsvd.WeightsError(f"{path}: the latents are not finite: sample with another --dtype")
-    return latents, s, file.meta
-
-
-def vae_id(model):
-    """What tells a model's VAE from others: a hash of its last convolution as the file has it,
-    since --dtype rounds what is loaded."""
-    tensors = exsvd.open_model(model)[0]["vae"]  # SVD's file has another in its conditioner, first
-    name = max(name for name in tensors.names if name.endswith("decoder.conv_out.weight"))
-    return hashlib.blake2b(tensors.get(name).float().numpy(), digest_size=8).hexdigest()
-
-
 def decode_again(args, given, device, out):
     """--decode-only: a video from the latents of an earlier run, by the VAE of its model."""
     latents, s, meta = saved_latents(args.decode_only)
@@ -869,46 +912,6 @@ def decode_again(args, given, device, out):
     vae = exsvd.load(model, None, getattr(torch, dtype), device, parts=("vae",)).vae
     write_video(vae, latents.to(device), s, out, meta.get("keyframes", ()))
     print(f"{out}: {s.frames} frames at {s.fps:g} fps, {peak_memory(device)} at the peak")
-
-
-# A video to refine: unscaled latents (n,4,h,w) on the CPU, the time of each in seconds, (n,), its
-# first frame as it is seen, uint8 (H,W,3) or float (3,H,W).
-Video = namedtuple("Video", "latents times fps first")
-
-
-@torch.inference_mode()
-def open_video(path, size, vae, device):
-    """--video at `size`, or at its own where that is None. Latents that sample.py saved have one
-    size only."""
-    if path.endswith(".safetensors"):
-        latents, s, meta = saved_latents(path)
-        if size and size != s.size:
-            W, H = s.size
-            raise data.MediaError(f"{path}: the latents are of {W}x{H}: leave out --size")
-        shown = adjust(latents, s, meta.get("keyframes", ()))
-        first = decoded_frame(vae, shown.to(device), 0, s.decode_chunk)
-        return Video(shown[0] / exsvd.VAE_SCALE, torch.arange(s.frames) / s.fps, s.fps, first)
-    latents, times, first = [], [], data.read_image(path)
-    H, W = first.shape[:2]
-    frames = data.video_frames(path, size or data.default_size(W, H, W * H))
-    with on_device(device, vae):
-        for frame, seconds, declared in tqdm(frames, desc="encoding", unit="frame"):
-            frame = data.to_float(frame.permute(2, 0, 1)[None].to(device))
-            latents.append(vae.encode(frame)[0].float().cpu())  # one by one: less memory
-            times.append(seconds)
-    if len(times) < 2:
-        raise data.MediaError(f"{path}: holds a single picture: give it as IMAGE")
-    fps = data.frame_rate(times, declared)
-    if None in times or times != sorted(times):  # a bare stream
-        times = [i / fps for i in range(len(times))]
-    return Video(torch.stack(latents), torch.tensor(times, dtype=torch.float64), fps, first)
-
-
-def resampled(video, frames):
-    """Latents of a Video at evenly spaced times, each of the frame nearest in time:
-    (1,frames,4,h,w)."""
-    at = torch.linspace(video.times[0], video.times[-1], frames, dtype=video.times.dtype)
-    return video.latents[torch.bucketize(at, (video.times[1:] + video.times[:-1]) / 2)][None]
 
 
 def make_video(svd, img, s, device, out, model, video=None, end=None, keyframes={}):
@@ -1005,13 +1008,9 @@ def main(argv=None):
         raise data.MediaError(f"{len(failed)} of {len(jobs)} videos were not made: {names}")
 
 
-OUT_OF_MEMORY = """out of memory. While sampling, from what costs least to what costs most:
-    --dtype float16     half of what --dtype float32 takes
-    --offload           weights are on the device only while they work: some seconds more per video
-    --frames 64         fewer frames: a shorter video
-    --size 512x320      fewer pixels: less detail
-While decoding, which went down to one frame at a time by itself: --decode-only FILE (no UNet in
-memory), or --size."""
+OUT_OF_MEMORY = """out of memory. While sampling these help, what costs least first: --dtype float16
+(half of --dtype float32), --offload (some seconds per video), fewer --frames, a smaller --size.
+While decoding: --decode-only FILE, without the UNet in memory, or a smaller --size."""
 
 
 def command(argv=None):
