@@ -3656,7 +3656,7 @@ def test_killed_while_saving_it_resumes_bit_identically(small, videos, one_rank,
     p = launch(*args, script=tmp_path / "killed.py")
     output = p.communicate()[0]
     assert p.returncode == -signal.SIGKILL, output
-    assert (run / "state-00000003.tmp").exists() and not (run / "state-00000003").exists()
+    assert (run / "state.tmp").exists() and not (run / "state-00000003").exists()
     train_here(*args)
     assert "state-00000002: step 2" in capsys.readouterr().out
     assert not list(run.glob("*.tmp")) and same_state(straight, run)
@@ -3666,7 +3666,7 @@ def test_killed_while_saving_it_resumes_bit_identically(small, videos, one_rank,
     (three, four), every = log_of(run), log_of(straight)
     mean = sum(float(row["loss"]) for row in every[:3]) / 3
     assert three["step"] == "3" and float(three["loss"]) == pytest.approx(mean, abs=2e-5)
-    for column in ("step", "videos", "loss", *train.Log.BINS, "grad_norm", "lr"):
+    for column in ("step", "videos", *train.Log.LOSS, "grad_norm", "lr"):
         assert four[column] == every[3][column]
 
 
@@ -3726,7 +3726,7 @@ def test_a_state_of_other_parameters_is_told(one_rank, change):
     """It would be cut at the wrong places, and the run would go on, corrupted."""
     path = one_rank.out / "state-00000004" / "state.json"
     saved, shards = json.loads(path.read_text())["shards"], one_rank.shards
-    assert shards.difference(saved) is None
+    assert shards.mismatch(saved) is None
     first, second = saved["layout"][0][:2]
     if change == "order":
         first[0], second[0] = second[0], first[0]
@@ -3734,8 +3734,8 @@ def test_a_state_of_other_parameters_is_told(one_rank, change):
         first[1][0] += 1
     else:
         saved["optimizer"] = "Lion"
-    words = "was made with Lion" if change == "optimizer" else "holds .* where this run has"
-    assert re.search(words, shards.difference(saved))
+    words = "holds Lion where" if change == "optimizer" else "holds .* where this run has"
+    assert re.search(words, shards.mismatch(saved))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -4039,7 +4039,7 @@ WARMUP_LR = {"scheduler": {"type": "WarmupLR"}}
     ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage must be 2: "),
     ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps must be 1: "),
     ({"bf16": {"enabled": True}}, "bf16.enabled must be False"),
-    ({"scheduler": {"type": "StepLR"}}, "must be one of LRRangeTest, .*WarmupLR"),
+    ({"scheduler": {"type": "StepLR"}}, "has no attribute 'StepLR'"),
     ({"scheduler": {"type": "WarmupDecayLR"}}, "'total_num_steps'"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "1"}}}, "must be a positive integer")])
 def test_a_deepspeed_config_is_refused_in_one_line(config, words, tmp_path):
@@ -4062,7 +4062,7 @@ def test_half_precision_keeps_fp32_masters(small, clips, tmp_path, dtype):
     """A resumed run keeps its dtype."""
     train_here("--model", small, "--data", clips, "--out", tmp_path, "--frames", 2,
                "--train", "to_q", "--steps", 1, "--dtype", dtype)
-    assert train.last_start(tmp_path)["dtype"] == dtype
+    assert train.starts_of(tmp_path)[-1]["settings"]["dtype"] == dtype
     master = flat(tmp_path, 1, "master", groups=1)[0]
     assert master.dtype == torch.float32
     assert not torch.equal(master, master.to(getattr(torch, dtype)).float())
@@ -4086,7 +4086,7 @@ def test_a_lora_over_a_frozen_release(small, extensions, clips, lora, pictures, 
     for run, steps in (("a", 2), ("a", 4), ("b", 4)):
         train_here(*args, "--out", tmp_path / run, "--steps", steps)
     text, path = capsys.readouterr().out, tmp_path / "a" / "exvideo-000004.safetensors"
-    assert "thousand are trained" in text and "resumed from" in text
+    assert " are trained in float32" in text and "resumed from" in text
     [a], [b] = (flat(tmp_path / run, 4, "master", groups=1) for run in "ab")
     assert torch.equal(a, b)
     below, svd = (exsvd.load(small, files).unet for files in (release, [release, path]))
@@ -4256,7 +4256,7 @@ def test_processes_of_srun_that_do_not_know_of_each_other_are_refused(small, cli
     ("--size 64", "WIDTHxHEIGHT"), ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"),
     ("--motion much", "must be a number"), ("--data missing", "missing"),
     ("--sample-image missing.png", "missing.png"), ("--loss l2", "invalid choice"),
-    ("--train nothing", "names no parameter"), ("--train (", "no regular expression"),
+    ("--train nothing", "names no parameter"), ("--train (", "not a valid regular"),
     ("--deepspeed_config missing.json", "missing.json")])
 def test_train_refuses_in_one_line(args, words, small, clips, tmp_path, capsys):
     with pytest.raises((SystemExit, data.MediaError)) as e:

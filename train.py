@@ -65,7 +65,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -73,8 +72,9 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache, reduce
-from itertools import chain, zip_longest
+from functools import cache
+from itertools import chain, count, zip_longest
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ def pattern(value):
     try:
         re.compile(value)
     except re.error as e:
-        raise argparse.ArgumentTypeError(f"{value}: no regular expression ({e})") from e
+        raise argparse.ArgumentTypeError(f"{value}: not a valid regular expression ({e})") from e
     return value
 
 
@@ -212,27 +212,103 @@ def parse(argv=None):
         p.error("--data is needed with --model: a folder of videos, for example")
     if len(s.size) > 1 and s.batch > 1:
         p.error("--batch must be 1 with several --size: use --accumulate")
-    resumed = last_start(s.out)  # what was chosen for the machine on which the run began
-    if "dtype" not in given:
-        s = replace(s, dtype=resumed.get("dtype") or s.dtype or best_dtype())
-    if "checkpoint" not in given:
-        s = replace(s, checkpoint=resumed.get("checkpoint", s.checkpoint))
+    for start in starts_of(s.out)[-1:]:  # keep what was chosen for the machine on which it began
+        kept = {"dtype", "checkpoint"} - given.keys()
+        s = replace(s, **{name: start["settings"][name] for name in kept})
+    if s.dtype is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        s = replace(s, dtype=str(exsvd.best_dtype(device, training=True)).removeprefix("torch."))
     if s.sample_image:
         data.read_image(s.sample_image)  # fail now, not at the first sample
     return s
 
 
-def last_start(out):
-    """The settings of a run that is resumed; {} of a new run."""
-    if not os.path.isdir(out) or not saved_states(out):
-        return {}
+def starts_of(out):
+    """What run.json holds: an entry for each start; [] of a new run."""
+    if not saved_states(out):
+        return []
     with open(os.path.join(out, "run.json")) as f:
-        return json.load(f)[-1]["settings"]
+        return json.load(f)
 
 
-def best_dtype():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return str(exsvd.best_dtype(device, training=True)).removeprefix("torch.")
+# --------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def join_ranks(s):
+    """Find the other ranks; without a launcher there are none. -> this rank's device"""
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
+        sys.exit("train.py: srun started processes that do not know of each other: have it start "
+                 "torchrun, once per node, and torchrun this file")
+    alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)  # 0: a free one
+    for key, value in alone.items():
+        os.environ.setdefault(key, str(value))
+    if s.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+    import deepspeed  # here, so that --help and wrong arguments answer at once
+    deepspeed.utils.logger.setLevel("WARNING")
+    # An optional op for sums between CPU ranks is compiled at start under a lock file. A run killed
+    # there would leave the lock, and later ones would wait for it without end. gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=timedelta(minutes=s.timeout))
+    if "OMP_NUM_THREADS" not in os.environ:  # else the user or torchrun has said how many
+        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
+        share = max(1, torch.get_num_threads() // int(local))  # ranks share the cores
+        torch.set_num_threads(min(share, sample.idle_cores()))
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def hold(out, rank):
+    """Keep other runs out of a run folder, as long as the file that this returns is open. Its lock
+    ends with this process, however that ends."""
+    file, free = None, True
+    if rank == 0:
+        os.makedirs(out, exist_ok=True)
+        file = open(os.path.join(out, "lock"), "w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:  # of other kinds where the file system has no locks
+            free = not isinstance(e, BlockingIOError)
+    if not all(of_all_ranks(free)):
+        sys.exit(f"train.py: another run writes to {out}: stop it, or give another --out")
+    return file
+
+
+def say(text):
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def of_all_ranks(value):
+    """A list with the value of each rank. Values are pickled: keep them small."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_all_ranks(f):
+    """f() on every rank -> its result. If the disk fails on one rank, all raise OSError;
+    otherwise the others would wait for it."""
+    result = problem = None
+    try:
+        result = f()
+    except (OSError, SafetensorError) as e:
+        problem = e
+    for message in of_all_ranks(problem and str(problem)):
+        if message:
+            raise OSError(message) from problem
+    return result
+
+
+def sum_over_ranks(sums):
+    total = sums.clone()
+    dist.all_reduce(total)
+    return total
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,11 +339,14 @@ def in_extension(name):
 
 
 def is_named(s, name):
-    """Whether --train names a parameter."""
+    """Whether --train names a parameter of UNet or CLIP."""
     if s.train == "temporal":
         return in_extension(name)
-    in_module = name.startswith(("unet.", "clip."))
-    return in_module and (s.train == "all" or re.search(s.train, name) is not None)
+    return s.train == "all" or re.search(s.train, name) is not None
+
+
+def trains(network):
+    return network is not None and any(p.requires_grad for p in network.parameters())
 
 
 def load_networks(s, pixels, device):
@@ -277,6 +356,9 @@ def load_networks(s, pixels, device):
     def keep_float32(name):
         return is_named(s, name) or in_extension(name) or name.startswith(("vae.", "clip."))
 
+    if s.train == "all" and not pixels:
+        sys.exit(f"train.py: {s.data} holds CLIP embeddings, but training CLIP needs the videos")
+    torch.manual_seed(s.seed)  # of what a modified extend() draws
     parts = ("unet", "vae", "clip") if pixels else ("unet",)
     dtype = getattr(torch, s.dtype)
     svd = exsvd.load(s.model, s.extension, dtype, parts=parts, keep_float32=keep_float32)
@@ -297,16 +379,14 @@ def prepare(s, svd):
     """-> the module that DeepSpeed wraps, in its final dtype; {name: parameter} of what is trained;
     fp32 values {name: tensor} of that and of the rest of the extension."""
     module = PostTuning(svd.unet, svd.clip, exsvd.LOSSES[s.loss])
-    trained = {}
     for name, p in module.named_parameters():
         # parameters without effect (exsvd.IDLE) get no gradient: training would only decay them
         p.requires_grad_(is_named(s, name) and not exsvd.IDLE.search(name))
-        if p.requires_grad:
-            trained[name] = p
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
         sys.exit(f"train.py: --train {s.train} names no parameter; names look like "
                  "unet.down.1.attn.temporal.attn1.to_q.weight")
-    if not any(name.startswith("clip.") for name in trained):
+    if not trains(svd.clip):
         module.clip = None
         if svd.clip is not None:
             svd.clip.to(data.encoding_on(svd.clip.proj.device)[0])  # as for encoded latents
@@ -338,18 +418,19 @@ def choose_checkpoint(s, unet, elements, device):
     return name, f"a step takes about {need[name] / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
 
 
+# --------------------------------------------------------------------------------------------------
+# The optimiser and DeepSpeed
+
+
 def parameter_groups(trained, s):
     """Groups for the optimiser: what decays, and what does not. Decay pulls towards 0. That is
     neutral for matrices and convolutions, but not for norms, biases, tables of positions and the
     identity convolution."""
-    decaying, exempt = [], []
-    for name, p in trained.items():
-        if p.ndim > 1 and not re.search("frame_table|frame_conv|positional_embedding", name):
-            decaying.append(p)
-        else:
-            exempt.append(p)
-    groups = [{"params": decaying, "weight_decay": s.weight_decay},
-              {"params": exempt, "weight_decay": 0.0}]
+    exempt = {name for name, p in trained.items()
+              if p.ndim < 2 or re.search("frame_table|frame_conv|positional_embedding", name)}
+    groups = [{"params": [trained[name] for name in trained if name not in exempt],
+               "weight_decay": s.weight_decay},
+              {"params": [trained[name] for name in trained if name in exempt], "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
@@ -379,8 +460,8 @@ def deepspeed_config(s):
         "fp16": {"enabled": s.dtype == "float16", "min_loss_scale": 1},
     }
     if s.offload:
-        pinned = torch.cuda.is_available()
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+        config["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu", "pin_memory": torch.cuda.is_available()}
     else:  # with --offload DeepSpeed would keep these sums on the GPU, 4 bytes per parameter
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if s.deepspeed_config:
@@ -394,14 +475,22 @@ def deepspeed_config(s):
     return config
 
 
-def merge(ours, theirs, name="the file"):
+SET_BY_FLAGS = {  # or, of the last two, by Shards, which is written for ZeRO-2
+    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16.enabled", "fp16.enabled",
+    "zero_optimization.stage", "zero_optimization.round_robin_gradients"}
+
+
+def merge(ours, theirs, path=""):
     """Settings with theirs in place of ours. "auto" means ours, or else DeepSpeed's default."""
     if not isinstance(theirs, dict):
-        raise ValueError(f"{name} must be an object in braces")
+        raise ValueError(f"{path or 'the file'} must be an object in braces")
     for key, value in theirs.items():
+        name = f"{path}.{key}" if path else key
         if isinstance(value, dict) or (isinstance(ours.get(key), dict) and value != "auto"):
-            ours[key] = merge(ours.get(key, {}), value, key)
+            ours[key] = merge(ours.get(key, {}), value, name)
         elif value != "auto":
+            if name in SET_BY_FLAGS and value != ours[key]:
+                raise ValueError(f"{name} must be {ours[key]}: see --batch, --accumulate, --dtype, Shards")
             ours[key] = value
     return ours
 
@@ -426,22 +515,14 @@ def check_config(s, config):
     DeepSpeedConfig(Config(config))
     if not known.issuperset(config):
         raise ValueError(f"DeepSpeed does not know {', '.join(config.keys() - known)}")
-    own = deepspeed_config(replace(s, deepspeed_config=None))
-    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16.enabled",
-                 "fp16.enabled", "zero_optimization.stage", "zero_optimization.round_robin_gradients"):
-        theirs, ours = (reduce(dict.get, name.split("."), settings) for settings in (config, own))
-        if theirs != ours:  # Shards is written for ZeRO-2
-            raise ValueError(f"{name} must be {ours}: see --batch, --accumulate, --dtype, Shards")
     if "scheduler" in config:
         if s.warmup or s.cooldown:
             raise ValueError("its scheduler and --warmup or --cooldown would both set the rate: give "
                              "--warmup 0 --cooldown 0 (a model's file may set them), or take it out")
-        kind, kinds = config["scheduler"].get("type"), lr_schedules.VALID_LR_SCHEDULES
-        if kind not in kinds:
-            raise ValueError(f"its scheduler must be one of {', '.join(kinds)}")
+        scheduler = getattr(lr_schedules, config["scheduler"].get("type", ""))
         params = config["scheduler"].setdefault("params", {})  # a list has an entry per group
         one = {key: value[0] if isinstance(value, list) else value for key, value in params.items()}
-        getattr(lr_schedules, kind)(torch.optim.AdamW([torch.zeros(1)], lr=s.lr), **one)
+        scheduler(torch.optim.AdamW([torch.zeros(1)], lr=s.lr), **one)
 
 
 class Shards:
@@ -453,40 +534,33 @@ class Shards:
     zeros at the end) cut into equal parts, one per rank; the fp32 master of our part is
     single_partition_of_fp32_groups. This is no documented API, hence the pinned minor version.
     """
-    def __init__(self, engine, decay):
-        self.engine, self.zero = engine, engine.optimizer
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.decay, self.device = decay, engine.device
-        self.masters = self.zero.single_partition_of_fp32_groups
-        name_of = {id(p): name for name, p in engine.module.named_parameters()}
-        self.layout = []  # a list per group: [name, shape, offset in the flat tensor]
-        groups = zip(self.zero.round_robin_bit16_groups, self.zero.round_robin_bit16_offsets)
-        for group, offsets in groups:
-            self.layout.append(
-                [[name_of[id(p)], list(p.shape), offset] for p, offset in zip(group, offsets)])
-        for master, flat in zip(self.masters, self.zero.bit16_groups_flat):
-            assert master.dtype == torch.float32 and master.numel() * self.world == flat.numel()
-        self.updates = 0  # of the average, which start_from() makes
-
-    def pieces(self, rank):
-        """Where a rank's parts and parameters overlap: (group, slice of the part, name, shape,
-        slice of the flattened parameter)"""
-        for i, group in enumerate(self.layout):
-            size = self.masters[i].numel()
-            begin, end = rank * size, (rank + 1) * size
-            for name, shape, offset in group:
-                low, high = max(offset, begin), min(offset + math.prod(shape), end)
-                if low < high:
-                    part = slice(low - begin, high - begin)
-                    yield i, part, name, shape, slice(low - offset, high - offset)
-
     @torch.no_grad()
-    def start_from(self, weights):
-        """Set masters and average to fp32 weights {name: tensor}. DeepSpeed made its masters from
-        copies in half precision."""
-        for i, part, name, _, piece in self.pieces(self.rank):
-            self.masters[i].data[part] = weights[name].flatten()[piece].to(self.masters[i])
+    def __init__(self, engine, decay, weights):
+        """weights: {name: fp32 tensor} from which masters and average start (DeepSpeed made its
+        masters from copies in half precision), and what else is saved with them"""
+        self.engine, self.zero, self.decay = engine, engine.optimizer, decay
+        self.masters = self.zero.single_partition_of_fp32_groups
+        self.updates = 0   # of the average
+        self.layout = []   # [name, shape, group, offset in the group's flat tensor]
+        self.overlap = {}  # {name: (group, slice of our part, slice of the flattened parameter)}
+        name_of = {id(p): name for name, p in engine.module.named_parameters()}
+        groups = zip(self.masters, self.zero.round_robin_bit16_groups,
+                     self.zero.round_robin_bit16_offsets, self.zero.bit16_groups_flat)
+        for i, (master, group, offsets, flat) in enumerate(groups):
+            size = master.numel()
+            begin, end = dist.get_rank() * size, (dist.get_rank() + 1) * size
+            assert master.dtype == torch.float32 and flat.numel() == size * dist.get_world_size()
+            for p, offset in zip(group, offsets):
+                name = name_of[id(p)]
+                self.layout.append([name, list(p.shape), i, offset])
+                low, high = max(offset, begin), min(offset + p.numel(), end)
+                if low < high:
+                    part, piece = slice(low - begin, high - begin), slice(low - offset, high - offset)
+                    master.data[part] = weights[name].flatten()[piece].to(master)
+                    self.overlap[name] = i, part, piece
         self.average = [m.detach().clone() for m in self.masters]
+        trained = {name for name, *_ in self.layout}
+        self.untrained = {name: t for name, t in weights.items() if name not in trained}
 
     @torch.no_grad()
     def update_average(self):
@@ -512,80 +586,65 @@ class Shards:
         self.zero.update_lp_params()  # the model's weights, from the masters
 
     def gather_average(self):
-        """The average of all ranks, {name: fp32 tensor on the CPU}, on rank 0 and {} elsewhere.
-        Every rank must call it."""
-        weights = {}
-        for rank in range(self.world):
-            for group, own in enumerate(self.average):
-                flat = own
-                if self.world > 1:
-                    flat = (own if rank == self.rank else torch.empty_like(own)).to(self.device)
-                    dist.broadcast(flat, rank)
-                for i, part, name, shape, piece in self.pieces(rank) if self.rank == 0 else ():
-                    if i == group:
-                        weight = weights.setdefault(name, torch.empty(shape))
-                        weight.view(-1)[piece] = flat[part].cpu()
+        """What weight files hold, {name: fp32 tensor on the CPU}: the average of all ranks. On
+        rank 0, {} elsewhere. Every rank must call it."""
+        weights = dict(self.untrained) if dist.get_rank() == 0 else {}
+        for name, shape, *_ in self.layout:
+            weight = torch.zeros(shape, device=self.engine.device)
+            if name in self.overlap:
+                i, part, piece = self.overlap[name]
+                weight.view(-1)[piece] = self.average[i][part].to(weight.device)
+            dist.reduce(weight, 0)  # of which each element is from one rank
+            if dist.get_rank() == 0:
+                weights[name] = weight.cpu()
         return weights
 
     def save(self, path):
         """Write this rank's parts. -> what else resuming needs, the same on all ranks, for JSON"""
-        tensors, numbers = {}, []
+        tensors = {}
         for i, master in enumerate(self.masters):
-            tensors |= {f"{i}.master": master.detach(), f"{i}.average": self.average[i]}
-            others = {}
-            for key, value in self.zero.optimizer.state[master].items():
-                if torch.is_tensor(value) and value.shape == master.shape:
-                    tensors[f"{i}.{key}"] = value
-                else:  # a step count: [its value, whether it is a tensor]
-                    assert not torch.is_tensor(value) or value.numel() == 1, f"can't save {key}"
-                    others[key] = [float(value), torch.is_tensor(value)]
-            numbers.append(others)
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)
+            parts = {"master": master.detach(), "average": self.average[i]}
+            for key, value in (parts | self.zero.optimizer.state[master]).items():
+                value = torch.as_tensor(value)  # a count of steps may be an integer
+                assert value.shape in (master.shape, ()), f"can't save {key}"
+                tensors[f"{i}.{key}"] = value.cpu().contiguous()
+        save_file(tensors, path)
         sync(path)
         scheduler, scaler = self.engine.lr_scheduler, vars(self.zero.loss_scaler)
         return {
             "layout": self.layout,
             "optimizer": type(self.zero.optimizer).__name__,
-            "numbers": numbers,
             "updates": self.updates,
             "loss_scaler": {k: v for k, v in scaler.items() if type(v) in (bool, int, float)},
             "scheduler": scheduler.state_dict() if scheduler else None,
         }
 
-    def difference(self, saved):
+    def mismatch(self, saved):
         """The first difference between these parameters and those of a state, or None."""
-        now = type(self.zero.optimizer).__name__
-        if saved["optimizer"] != now:
-            return f"was made with {saved['optimizer']} (now {now})"
-        both = zip_longest(chain(*self.layout), chain(*saved["layout"]))
-        for ours, theirs in both:
-            if ours != theirs:
-                return f"holds {theirs} where this run has {ours} (name, shape, offset)"
-        return None
+        ours = [type(self.zero.optimizer).__name__, *self.layout]
+        theirs = [saved["optimizer"], *saved["layout"]]
+        return next((f"holds {there} where this run has {here} (name, shape, group, offset)"
+                     for here, there in zip_longest(ours, theirs) if here != there), None)
 
     @torch.no_grad()
     def load(self, paths, saved):
         """Continue from the files of all ranks of a run, whatever their number: the flat tensors
         are cut anew."""
         files = [safe_open(path, "pt") for path in paths]
-        for i, master in enumerate(self.masters):
+        for name in files[0].keys():
+            i, key = name.split(".", 1)
+            master, average = self.masters[int(i)], self.average[int(i)]
             state = self.zero.optimizer.state[master]
-            for name in files[0].keys():
-                group, _, key = name.partition(".")
-                if group != str(i):
-                    continue
-                if key == "master":
-                    target = master.data
-                elif key == "average":
-                    target = self.average[i]
-                else:
+            if files[0].get_slice(name).get_shape():
+                target = {"master": master.data, "average": average}.get(key)
+                if target is None:
                     target = state.setdefault(key, torch.zeros_like(master.data))
-                read_range(files, name, self.rank * master.numel(), target)
-            for key, (value, was_tensor) in saved["numbers"][i].items():
-                state[key] = torch.tensor(value) if was_tensor else int(value)
+                read_range(files, name, dist.get_rank() * master.numel(), target)
+            else:
+                value = files[0].get_tensor(name)
+                state[key] = value if value.is_floating_point() else value.item()
         self.updates = saved["updates"]
-        for key, value in saved["loss_scaler"].items():
-            setattr(self.zero.loss_scaler, key, value)
+        vars(self.zero.loss_scaler).update(saved["loss_scaler"])
         scheduler = self.engine.lr_scheduler
         if scheduler and saved["scheduler"]:
             scheduler.load_state_dict(saved["scheduler"])
@@ -605,10 +664,35 @@ def read_range(files, name, begin, out):
             out[low - begin:high - begin] = file.get_slice(name)[low - r * size:high - r * size]
 
 
+def start_engine(s, svd, config, device):
+    """-> Shards, and the settings, in which --checkpoint is chosen"""
+    import deepspeed
+    module, trained, weights = prepare(s, svd)
+    zero, elements = config["zero_optimization"], sum(p.numel() for p in trained.values())
+    zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], elements)  # all of it is allocated
+    optimizer = make_optimizer(parameter_groups(trained, s), s)
+    if isinstance(optimizer, torch.optim.Muon):
+        sys.exit("train.py: torch's Muon needs matrices; ZeRO-2 flattens groups: see make_optimizer")
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if s.dtype == "float16":  # or DeepSpeed raises before MAX_SKIPPED steps
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    shards, why = Shards(engine, s.ema, weights), "as given"
+    if s.checkpoint == "auto":
+        name, why = choose_checkpoint(s, svd.unet, elements, device)
+        s = replace(s, checkpoint=name)
+    svd.unet.checkpointing, svd.unet.slice_size = CHECKPOINTS[s.checkpoint][:2]
+    whole = sum(p.numel() for p in svd.unet.parameters())
+    say(f"UNet of {whole:,} parameters; {elements:,} are trained in {s.dtype}, "
+        f"{dist.get_world_size()} ranks on {device.type}")
+    say(f"--checkpoint {s.checkpoint}: {why}")
+    if svd.extension == {}:
+        say(f"warning: {s.extension[-1]} has none of our metadata. If it is ExVideo's release, it "
+            "was tuned on latents scaled by 0.13025, and training here moves it to 0.18215")
+    return shards, s
+
+
 # --------------------------------------------------------------------------------------------------
 # States: folders that get their names when they are complete.
-
-STATE = re.compile(r"state-(\d+)")
 
 
 def sync(path):
@@ -628,61 +712,32 @@ def write(path, text):
 
 def saved_states(out):
     """Folders of states in order of steps."""
-    names = sorted((int(m[1]), m[0]) for m in map(STATE.fullmatch, os.listdir(out)) if m)
-    return [os.path.join(out, name) for _, name in names]
+    return sorted(map(str, Path(out).glob("state-" + 8 * "[0-9]")))
 
 
-def of_all_ranks(value):
-    """A list with the value of each rank. Values are pickled: keep them small."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def on_all_ranks(f, *args):
-    """f(*args) on every rank -> its result. If the disk fails on one rank, all raise OSError;
-    otherwise the others would wait for it."""
-    result = problem = None
-    try:
-        result = f(*args)
-    except (OSError, SafetensorError, json.JSONDecodeError) as e:
-        problem = e
-    for message in of_all_ranks(problem and str(problem)):
-        if message:
-            raise OSError(message) from problem
-    return result
-
-
-def save_state(out, shards, position):
+def save_state(out, shards, about):
     """Write state-<step>, and remove all states but the last two. Every rank must call it. Raises
-    OSError on all alike. A run killed in here leaves a .tmp folder, which the next save removes."""
-    final = os.path.join(out, f"state-{position['step']:08d}")
-    part = final + ".tmp"
+    OSError on all alike; what was written until then stays in state.tmp for the next one."""
+    rank, folder = dist.get_rank(), os.path.join(out, "state.tmp")
 
-    def begin():
-        if shards.rank == 0:
-            for name in os.listdir(out):
-                if STATE.match(name) and name.endswith(".tmp"):
-                    shutil.rmtree(os.path.join(out, name))
-            os.makedirs(part)
+    def write_parts():
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, f"rank-{rank}.safetensors")
+        Path(path).unlink(missing_ok=True)  # of a save that failed, perhaps for lack of room
+        return shards.save(path)
 
     def finish():
-        if shards.rank == 0:
-            about = position | {"shards": saved, "ranks": shards.world, "threads": threads}
-            write(os.path.join(part, "state.json"), json.dumps(about))
-            sync(part)
-            if os.path.exists(final):  # damaged, or the run would not come to this step
-                shutil.rmtree(final)
-            os.rename(part, final)
-            sync(out)
-            for folder in saved_states(out)[:-2]:
-                os.rename(folder, folder + ".tmp")  # first, so that a state is never half there
-                shutil.rmtree(folder + ".tmp")
+        write(os.path.join(folder, "state.json"), json.dumps(state))
+        sync(folder)
+        os.rename(folder, os.path.join(out, f"state-{about['step']:08d}"))
+        sync(out)
+        for old in saved_states(out)[:-2]:
+            os.rename(old, folder)  # first, so that a state is never half there
+            shutil.rmtree(folder)
 
-    on_all_ranks(begin)
-    saved = on_all_ranks(shards.save, os.path.join(part, f"rank-{shards.rank}.safetensors"))
-    threads = of_all_ranks(torch.get_num_threads())
-    on_all_ranks(finish)
+    parts, threads = on_all_ranks(write_parts), of_all_ranks(torch.get_num_threads())
+    state = about | {"shards": parts, "ranks": dist.get_world_size(), "threads": threads}
+    on_all_ranks(lambda: finish() if rank == 0 else None)
 
 
 def read_state(out):
@@ -691,21 +746,59 @@ def read_state(out):
     folders = of_all_ranks(saved_states(out))[0]  # a shared disk may show other ranks older ones
     if not folders:
         return None
-
     newest, before = folders[-1], f"go on from {folders[-2]}" if folders[1:] else "begin anew"
-
-    def read():
+    try:
         with open(os.path.join(newest, "state.json")) as f:
             info = json.load(f)
         paths = [os.path.join(newest, f"rank-{r}.safetensors") for r in range(info["ranks"])]
         for path in paths:
             safe_open(path, "pt")  # compares the length of the file with what its header says
-        return newest, info, paths
-
-    try:
-        return on_all_ranks(read)
-    except OSError as e:
+    except (OSError, ValueError, SafetensorError) as e:
         sys.exit(f"train.py: {newest} cannot be read ({e}): remove it to {before}")
+    return newest, info, paths
+
+
+def origin(s, svd):
+    """What a resumed run must have too: settings, and checksums of weights that are not trained."""
+    same = {key: value for key, value in asdict(s).items() if key not in MAY_CHANGE}
+    same |= {"architecture": exsvd.ARCHITECTURE, "ids": svd.unet.config.ids}
+    for part in ("unet", "vae", "clip"):
+        network, checksum = getattr(svd, part), 0
+        if network is not None:
+            for p in network.parameters():
+                if not p.requires_grad:
+                    values = p.detach().cpu().flatten().view(torch.uint8).numpy()
+                    checksum = zlib.crc32(values, checksum)
+            same[f"frozen weights of {part}"] = checksum
+    return json.loads(json.dumps(same))  # as it will be read again: tuples become lists
+
+
+def resume(s, shards, made_with, clips):
+    """Go on from the newest state, if there is one. -> step, videos seen, sums of losses since the
+    last row of log.csv, see add_losses(). clips: the id of the dataset"""
+    engine = shards.engine
+    sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=engine.device)
+    newest = read_state(s.out)
+    if newest is None:
+        return 0, 0, sums
+    folder, info, paths = newest
+    changed = [f"{key} {value} (now {made_with[key]})" for key, value in info["settings"].items()
+               if made_with.get(key, value) != value]  # latents have no VAE
+    mismatch = f"was made with {', '.join(changed)}" if changed else shards.mismatch(info["shards"])
+    if mismatch:
+        sys.exit(f"train.py: {folder} {mismatch}: use what it was made with, or another --out "
+                 "(and --extension to start from its weights)")
+    shards.load(paths, info["shards"])
+    rank, step, videos = dist.get_rank(), info["step"], info["videos"]
+    if len(info["threads"]) == dist.get_world_size() and engine.device.type == "cpu":
+        torch.set_num_threads(info["threads"][rank])  # their number changes the last bits
+    engine.global_steps, engine.global_samples = step, videos  # for its own lines and curves
+    if rank == 0:
+        sums += torch.tensor(info["sums"], device=engine.device)
+    say(f"resumed from {folder}: step {step}, {videos} videos seen")
+    if info["clips"] != clips:
+        say(f"warning: {s.data} holds other clips than when that was saved")
+    return step, videos, sums
 
 
 # --------------------------------------------------------------------------------------------------
@@ -713,38 +806,37 @@ def read_state(out):
 
 
 class Log:
-    """log.csv. Resuming drops rows beyond the state: those steps come again."""
-    BINS = [f"loss_sigma_{low}_{high}" for low, high in zip((0, *SIGMA_BINS), (*SIGMA_BINS, "inf"))]
+    """log.csv, and curves in TensorBoard, W&B, ... of --deepspeed_config. For rank 0."""
+    LOSS = ["loss", *(f"loss_sigma_{low}_{high}"
+                      for low, high in zip((0, *SIGMA_BINS), (*SIGMA_BINS, "inf")))]
     VAL = ["val_loss", *(f"val_loss_sigma_{sigma:g}" for sigma in VAL_SIGMAS)]
-    COLUMNS = ["step", "videos", "loss", *BINS, "grad_norm", "lr", "seconds_per_step",
-               "frames_per_second", "peak_memory_GB", *VAL]
+    COLUMNS = ["step", "videos", *LOSS, "grad_norm", "lr", "seconds_per_step", "frames_per_second",
+               "peak_memory_GB", *VAL]
 
-    def __init__(self, out, step):
-        self.path, rows = os.path.join(out, "log.csv"), []
+    def __init__(self, out, step, monitor):
+        """Resuming drops rows beyond the state: those steps come again."""
+        self.path, self.monitor, rows = os.path.join(out, "log.csv"), monitor, []
         if step > 0 and os.path.exists(self.path):
             with open(self.path) as f:
                 rows = [row for row in f.readlines()[1:] if int(row.split(",")[0]) <= step]
         write(self.path, "".join([",".join(self.COLUMNS) + "\n", *rows]))
 
-    def row(self, step, videos, sums, grad_norm, lr, seconds_per_step, frames_per_second, device, val):
-        """sums: see add_losses(). val: see validate()"""
-        loss = [f"{total / n:.5f}" if n else "" for total, n in zip(*sums.tolist())]
-        norm = "" if grad_norm is None else f"{grad_norm:.4f}"
-        memory = sample.peak_memory(device).split()[0]
-        speed = f"{seconds_per_step:.3f}", f"{frames_per_second:.1f}"
-        row = [step, videos, *loss, norm, f"{lr:.3g}", *speed, memory]
-        self.add(dict(zip(self.COLUMNS, row)) | val)
+    def add(self, step, videos, values):
+        """Append a row of {column: number, None if there is none}; other columns stay empty."""
+        values = {column: float(value) for column, value in values.items() if value is not None}
+        row = {column: f"{value:.6g}" for column, value in values.items()}
+        try:
+            with open(self.path, "a") as f:
+                writer = csv.DictWriter(f, self.COLUMNS, lineterminator="\n")
+                writer.writerow({"step": step, "videos": videos} | row)
+        except OSError as e:
+            say(f"warning: step {step} is missing in log.csv ({e})")
+        self.draw({column.replace("_", "/", 1) if column in self.VAL else f"train/{column}": value
+                   for column, value in values.items()}, videos)
 
-    def add(self, values):
-        """A row of {column: value}; the other columns stay empty."""
-        with open(self.path, "a") as f:
-            csv.DictWriter(f, self.COLUMNS, lineterminator="\n").writerow(values)
-
-
-def sum_over_ranks(sums):
-    total = sums.clone()
-    dist.all_reduce(total)
-    return total
+    def draw(self, points, videos):
+        """Points of curves {name: value}, over videos, as DeepSpeed itself draws them."""
+        self.monitor.write_events([(name, value, videos) for name, value in points.items()])
 
 
 def add_losses(sums, loss, sigma):
@@ -755,167 +847,9 @@ def add_losses(sums, loss, sigma):
         sums.index_add_(1, where, torch.stack([loss, torch.ones_like(loss)]).double())
 
 
-# --------------------------------------------------------------------------------------------------
-# A run
-
-
-@dataclass
-class Run:
-    """What the stages of a run share."""
-    s: Settings
-    rank: int
-    world: int
-    device: torch.device
-    dataset: object
-    item: dict          # the first one
-    svd: exsvd.SVD
-    module: PostTuning
-    shards: Shards
-    untrained: dict     # {name: fp32 tensor}: what an extension file holds besides what is trained
-    is_extension: bool  # nothing but the extension is trained, so an extension is saved
-    fixed: dict         # settings and model that a resumed run must have too
-
-    def say(self, *words, **options):
-        if self.rank == 0:
-            print(*words, **options, flush=True)
-
-    def decoders(self):
-        """VAE and CLIP, for samples and whole models. If clips are latents, they are read anew."""
-        if self.svd.vae is not None:
-            return self.svd.vae, self.svd.clip
-        loaded = exsvd.load(self.s.model, parts=("vae", "clip"), device=self.device)
-        return loaded.vae, loaded.clip
-
-    def monitor(self, values, videos):
-        """To TensorBoard, W&B, ... of --deepspeed_config; over videos, as DeepSpeed itself does."""
-        events = [(name, value, videos) for name, value in values.items()]
-        self.shards.engine.monitor.write_events(events)
-
-
-def join_ranks(s):
-    """Find the other ranks; without a launcher there are none. -> rank, world, device"""
-    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
-        sys.exit("train.py: srun started processes that do not know of each other: have it start "
-                 "torchrun, once per node, and torchrun this file")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    for key, value in alone.items():
-        os.environ.setdefault(key, str(value))
-    if s.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-    import deepspeed  # here, so that --help and wrong arguments answer at once
-    deepspeed.utils.logger.setLevel("WARNING")
-    # An optional op for sums between CPU ranks is compiled at start under a lock file. A run killed
-    # there would leave the lock, and later ones would wait for it without end. gloo does the same.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=timedelta(minutes=s.timeout))
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    local = local or dist.get_world_size()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = max(1, cores // int(local))  # ranks share the cores
-    torch.set_num_threads(min(torch.get_num_threads(), share, sample.idle_cores()))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def hold(out, rank):
-    """Keep other runs out of a run folder, as long as the file that this returns is open. Its lock
-    ends with this process, however that ends."""
-    file, free = None, True
-    if rank == 0:
-        os.makedirs(out, exist_ok=True)
-        file = open(os.path.join(out, "lock"), "w")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:  # of other kinds where the file system has no locks
-            free = not isinstance(e, BlockingIOError)
-    if not all(of_all_ranks(free)):
-        sys.exit(f"train.py: another run writes to {out}: stop it, or give another --out")
-    return file
-
-
-def open_clips(s, rank):
-    """-> the dataset, which checks its items, and the first one. Rank 0 comes first: it builds the
-    index of a folder of videos, which the other ranks then find."""
-    options = dict(stride=s.stride, fps=s.fps, motion=s.motion, skip_static=s.skip_static)
-    if rank > 0:
-        dist.barrier()
-    model = s.model if rank == 0 else None  # one rank is enough to compare latents with it
-    dataset = data.open_dataset(s.data, s.frames, s.size, s.seed, model, **options)
-    if rank == 0:
-        dist.barrier()
-    config = exsvd.open_model(s.model)[1][0]
-    dataset = data.Checked(dataset, s.frames, s.size, config.context_dim, config.ids)
-    return dataset, dataset[0]
-
-
-def begin(s, rank, world, device):
-    """All that comes before the first step -> Run"""
-    config = deepspeed_config(s)
-    dataset, item = open_clips(s, rank)
-    if "latents" in item and s.train == "all":
-        sys.exit(f"train.py: {s.data} holds CLIP embeddings, but training CLIP needs the videos")
-    torch.manual_seed(s.seed)  # of what a modified extend() draws
-    svd = load_networks(s, "video" in item, device)
-    module, trained, values = prepare(s, svd)
-    fixed = {key: value for key, value in asdict(s).items() if key not in MAY_CHANGE}
-    fixed |= {"architecture": exsvd.ARCHITECTURE, "ids": svd.unet.config.ids}
-    for name in ("unet", "vae", "clip"):
-        if getattr(svd, name) is not None:
-            fixed[f"frozen weights of {name}"] = checksum_of_frozen(getattr(svd, name))
-    fixed = json.loads(json.dumps(fixed))  # as it will be read again: tuples become lists
-
-    import deepspeed
-    zero, elements = config["zero_optimization"], sum(p.numel() for p in trained.values())
-    zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], elements)  # all of it is allocated
-    optimizer = make_optimizer(parameter_groups(trained, s), s)
-    if isinstance(optimizer, torch.optim.Muon):
-        sys.exit("train.py: torch's Muon needs matrices; ZeRO-2 flattens groups: see make_optimizer")
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    if s.dtype == "float16":  # or DeepSpeed raises before MAX_SKIPPED steps
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
-    shards = Shards(engine, s.ema)
-    shards.start_from(values)
-    why = "as given"
-    if s.checkpoint == "auto":
-        name, why = choose_checkpoint(s, svd.unet, elements, device)
-        s = replace(s, checkpoint=name)
-    svd.unet.checkpointing, svd.unet.slice_size = CHECKPOINTS[s.checkpoint][:2]
-    untrained = {name: t for name, t in values.items() if name not in trained}
-    is_extension = svd.unet.max_frames is not None and all(map(in_extension, trained))
-    run = Run(s, rank, world, device, dataset, item, svd, module, shards, untrained, is_extension,
-              fixed)
-
-    if hasattr(dataset, "describe"):
-        run.say(dataset.describe())
-    run.say(f"UNet of {count(svd.unet.parameters())} parameters; {count(trained.values())} are "
-            f"trained in {s.dtype}, {world} ranks on {device.type}")
-    run.say(f"--checkpoint {s.checkpoint}: {why}")
-    if svd.extension == {}:
-        run.say(f"warning: {s.extension[-1]} has none of our metadata. If it is ExVideo's release, "
-                "it was tuned on latents scaled by 0.13025, and training here moves it to 0.18215")
-    return run
-
-
-def count(parameters):
-    """How many numbers they hold, for people."""
-    n = sum(p.numel() for p in parameters)
-    return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n / 1e3:,.1f} thousand"
-
-
-def checksum_of_frozen(network):
-    """Of the parameters that are not trained."""
-    checksum = 0
-    for p in network.parameters():
-        if not p.requires_grad:
-            checksum = zlib.crc32(p.detach().cpu().flatten().view(torch.uint8).numpy(), checksum)
-    return checksum
+def losses_of(sums):
+    """-> {column of log.csv: the mean loss, None if there was none}"""
+    return {name: total / n if n else None for name, total, n in zip(Log.LOSS, *sums.tolist())}
 
 
 @cache  # what runs is the commit at the start
@@ -926,62 +860,31 @@ def commit():
     return git and subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def add_to_run_json(run, step):
-    """Add this start to run.json. A new run has no others."""
+def add_to_run_json(s, step, config):
+    """Add this start to run.json."""
     import deepspeed
-    path, starts = os.path.join(run.s.out, "run.json"), []
-    if step > 0 and os.path.exists(path):
-        with open(path) as f:
-            starts = json.load(f)
-    python = sys.version.split()[0]
-    versions = {"python": python, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
-    start = {"time": time.strftime("%F %T %z"), "step": step, "ranks": run.world, "commit": commit(),
-             "settings": asdict(run.s), "deepspeed": run.shards.engine.config, "versions": versions}
-    write(path, json.dumps([*starts, start], indent=1))
-
-
-def resume(run):
-    """Go on from the newest state, if there is one. -> step, videos seen, sums of losses since the
-    last row of log.csv, see add_losses()"""
-    s, shards, fixed = run.s, run.shards, run.fixed
-    sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=run.device)
-    newest = read_state(s.out)
-    if newest is None:
-        return 0, 0, sums
-    folder, info, paths = newest
-    changed = [f"{key} {value} (now {fixed[key]})" for key, value in info["settings"].items()
-               if fixed.get(key, value) != value]  # latents have no VAE
-    difference = shards.difference(info["shards"])
-    if changed:
-        difference = f"was made with {', '.join(changed)}"
-    if difference:
-        sys.exit(f"train.py: {folder} {difference}: use what it was made with, or another --out "
-                 "(and --extension to start from its weights)")
-    shards.load(paths, info["shards"])
-    if len(info["threads"]) == run.world and run.device.type == "cpu":
-        torch.set_num_threads(info["threads"][run.rank])  # their number changes the last bits
-    engine = shards.engine  # which counts for its own lines and curves
-    engine.global_steps, engine.global_samples = info["step"], info["videos"]
-    if run.rank == 0:
-        sums += torch.tensor(info["sums"], device=run.device)
-    run.say(f"resumed from {folder}: step {info['step']}, {info['videos']} videos seen")
-    if info["data"] != getattr(run.dataset, "id", ""):
-        run.say(f"warning: {s.data} holds other clips than when that was saved")
-    if info["step"] >= s.steps:
-        run.say(f"nothing is left to do: --steps {s.steps} is reached")
-    return info["step"], info["videos"], sums
+    versions = {"python": sys.version, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    start = {"time": time.strftime("%F %T %z"), "step": step, "ranks": dist.get_world_size(),
+             "commit": commit(), "settings": asdict(s), "deepspeed": config, "versions": versions}
+    write(os.path.join(s.out, "run.json"), json.dumps([*starts_of(s.out), start], indent=1))
 
 
 # --------------------------------------------------------------------------------------------------
-# The videos of a pass, and what is drawn for them
+# Clips, and what is drawn for them
 
 
-def videos_of(rank, world, batch, videos):
-    """Numbers of the videos that this rank sees from number `videos` on, a pass at a time, without
-    end."""
-    while True:
-        yield [videos + rank * batch + i for i in range(batch)]
-        videos += world * batch
+def open_clips(s, rank):
+    """The dataset, which checks its items. Rank 0 comes first: it builds the index of a folder of
+    videos, which the other ranks then find."""
+    options = dict(stride=s.stride, fps=s.fps, motion=s.motion, skip_static=s.skip_static)
+    if rank > 0:
+        dist.barrier()
+    model = s.model if rank == 0 else None  # one rank is enough to compare latents with it
+    dataset = data.open_dataset(s.data, s.frames, s.size, s.seed, model, **options)
+    if rank == 0:
+        dist.barrier()
+    config = exsvd.open_model(s.model)[1][0]
+    return data.Checked(dataset, s.frames, s.size, config.context_dim, config.ids)
 
 
 def ignore_signals(_):
@@ -1001,28 +904,20 @@ def draw(s, n, shape):
 
 
 @torch.no_grad()
-def encode(run, item):
-    """A batch of clips to latents (B,T,4,h,w) and cond (B,4,h,w), both unscaled; ctx (B,1,D), or
-    where CLIP is trained its input (B,3,224,224); and aug (B,)."""
-    frames = data.to_float(item["video"].to(run.device))  # (B,T,3,H,W)
-    first, clip = frames[:, 0], run.svd.clip
-    aug, noise = data.draw_conditions(run.s.seed, item["name"], frames.shape[:2:-1])
-    cond, ctx = data.encode_condition(run.svd.vae, clip, first, aug, noise)
-    ctx = ctx[:, None] if run.module.clip is None else exsvd.preprocess_clip(first, clip.config.image)
-    latents = data.encode_frames(run.svd.vae, frames.flatten(0, 1))
-    return latents.unflatten(0, frames.shape[:2]), cond, ctx, aug
-
-
-def inputs(run, item):
-    """The model's inputs for a batch, fp32 on the device: x (B,T,4,h,w), scaled, cond (B,1,4,h,w),
-    ctx (B,1,D), ids (B,3)."""
+def inputs(s, svd, item):
+    """The model's inputs for a batch of clips or latents, fp32 on the device: x (B,T,4,h,w),
+    scaled, cond (B,1,4,h,w), ids (B,3), and ctx (B,1,D), or CLIP's input where that is trained."""
+    device, item = svd.unet.conv_out.weight.device, dict(item)
     if "video" in item:
-        x, cond, ctx, aug = encode(run, item)
-        item = item | {"aug": aug}
+        frames = data.to_float(item["video"].to(device))  # (B,T,3,H,W)
+        first = frames[:, 0]
+        item["aug"], noise = data.draw_conditions(s.seed, item["name"], frames.shape[:2:-1])
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, first, item["aug"], noise)
+        x = data.encode_frames(svd.vae, frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
     else:
-        x, cond, ctx = (item[key].to(run.device) for key in ("latents", "cond", "ctx"))
-        ctx = ctx[:, None]
-    ids = exsvd.unet_ids(run.module.unet.config.ids, item, run.device)
+        x, cond, ctx = (item[key].to(device) for key in ("latents", "cond", "ctx"))
+    ctx = exsvd.preprocess_clip(first, svd.clip.config.image) if trains(svd.clip) else ctx[:, None]
+    ids = exsvd.unet_ids(svd.unet.config.ids, item, device)
     return x.float() * exsvd.VAE_SCALE, cond[:, None].float(), ctx.float(), ids
 
 
@@ -1030,71 +925,51 @@ def inputs(run, item):
 # Validation, samples and weights along the way
 
 
-def hold_out(run):
+def hold_out(s, svd, pixels):
     """This rank's share of the first VAL_CLIPS clips of --val, encoded, with their noise: a list of
     what the model takes, (x, noise, cond, ctx, ids), on the CPU."""
-    s = replace(run.s, data=run.s.val, seed=VAL_SEED)
-    dataset, first = open_clips(s, run.rank)
-    if ("video" in first) != ("video" in run.item):
+    rank, s = dist.get_rank(), replace(s, data=s.val, seed=VAL_SEED)
+    dataset, clips = open_clips(s, rank), []
+    if ("video" in dataset[0]) != pixels:
         sys.exit("train.py: clips of --val must be encoded if those of --data are, and only then")
-    clips = []
-    for n in range(run.rank, VAL_CLIPS, run.world):
-        item = torch.utils.data.default_collate([dataset[n]])
-        x, *conditions = inputs(replace(run, s=s), item)
-        _, noise, _ = draw(s, n, x.shape[1:])
-        clips.append([t.cpu() for t in (x, noise[None], *conditions)])
+    for n in range(rank, VAL_CLIPS, dist.get_world_size()):
+        x, *conditions = inputs(s, svd, torch.utils.data.default_collate([dataset[n]]))
+        noise = draw(s, n, x.shape[1:])[1][None]
+        clips.append([t.cpu() for t in (x, noise, *conditions)])
     return clips
 
 
 @torch.no_grad()
-def validate(run, held_out, step, videos):
-    """The loss of the average on the held-out clips of all ranks: {column of log.csv: its text}.
-    Every rank must call it."""
-    sums = torch.zeros(len(VAL_SIGMAS), dtype=torch.float64, device=run.device)
-    kept = torch.ones(1, device=run.device)
-    with run.shards.averaged():
+def validate(shards, held_out, step):
+    """The loss of the average on the held-out clips of all ranks: {column of log.csv: loss}. Every
+    rank must call it."""
+    device = shards.engine.device
+    sums = torch.zeros(len(VAL_SIGMAS), dtype=torch.float64, device=device)
+    kept = torch.ones(1, device=device)
+    with shards.averaged():
         for clip in held_out:
-            x, noise, *conditions = (t.to(run.device) for t in clip)
+            x, noise, *conditions = (t.to(device) for t in clip)
             for i, sigma in enumerate(VAL_SIGMAS):
-                sums[i] += run.module(x, sigma * kept, noise, *conditions, kept)[0].double()
+                sums[i] += shards.engine.module(x, sigma * kept, noise, *conditions, kept)[0].double()
     losses = sum_over_ranks(sums) / VAL_CLIPS
-    values = dict(zip(Log.VAL, [losses.mean().item(), *losses.tolist()]))
-    run.monitor({name.replace("_", "/", 1): value for name, value in values.items()}, videos)
-    text = ", ".join(f"{loss:.4f} at {sigma:g}" for loss, sigma in zip(losses.tolist(), VAL_SIGMAS))
-    run.say(f"step {step}: validation loss {losses.mean():.4f}; by noise level {text}")
-    return {name: f"{value:.5f}" for name, value in values.items()}
+    say(f"step {step}: validation loss {losses.mean():.4f}")
+    return dict(zip(Log.VAL, [losses.mean().item(), *losses.tolist()]))
 
 
-def sample_start(run):
-    """The image that samples start from: (3,H,W) in [-1,1]."""
-    if run.s.sample_image:
-        return data.fit_image(data.read_image(run.s.sample_image), *run.s.size[0])
-    if "video" in run.item:
-        return data.to_float(run.item["video"][0])
-    vae, _ = run.decoders()
-    z = run.item["latents"][None, :1].to(run.device)
-    return vae.decode(z)[0, 0].float().clamp(-1, 1).cpu()
+def decoders(s, svd):
+    """VAE and CLIP, for samples and whole models. If clips are latents, they are read anew."""
+    if svd.vae is None:
+        svd = exsvd.load(s.model, parts=("vae", "clip"), device=svd.unet.conv_out.weight.device)
+    return {"vae": svd.vae, "clip": svd.clip}
 
 
-def own_sampling(run):
+def own_sampling(s, svd):
     """How what is trained is to be sampled: as the model and extension that it began with, at the
     (first) size it is trained at."""
     sampling = {}
-    for meta in (run.svd.meta, run.svd.extension or {}):
+    for meta in (svd.meta, svd.extension or {}):
         sampling |= meta.get("defaults", {}).get("sample", {})
-    return sampling | {"size": run.s.size[0]}
-
-
-@torch.no_grad()
-def sample_video(run, img):
-    """Frames (T,3,H,W) in [-1,1], and their sample.Settings, which are the model's own."""
-    s = run.s
-    vae, clip = run.decoders()
-    meta = {"defaults": {"sample": own_sampling(run)}}
-    svd = replace(run.svd, unet=run.module.unet, vae=vae, clip=clip, extension=meta)
-    given = dict(seed=s.seed, frames=s.frames, size=tuple(img.shape[:0:-1]))
-    settings = sample.settings_for(svd, given, s.model)
-    return sample.generate(svd, img, settings, run.device), settings
+    return sampling | {"size": s.size[0]}
 
 
 def add_progress(out, step, frames):
@@ -1103,91 +978,106 @@ def add_progress(out, step, frames):
     T = len(frames)
     chosen = sorted({T * i // 8 for i in range(8)} | {T - 1})
     every = math.ceil(frames.shape[1] / 256)  # small enough to look at
-    folder = os.path.join(out, "progress")
+    folder, own = os.path.join(out, "progress"), f"{step:08d}.png"
     os.makedirs(folder, exist_ok=True)
     row = torch.cat([frames[i, ::every, ::every] for i in chosen], dim=1)  # (H, 9 W, 3)
-    data.write_png(os.path.join(folder, f"{step:08d}.png"), row)
-    names = sorted(name for name in os.listdir(folder) if name <= f"{step:08d}.png")
-    rows = [data.read_image(os.path.join(folder, name)) for name in names]
+    data.write_png(os.path.join(folder, own), row)
+    for name in os.listdir(folder):
+        if name > own:  # of steps that come again
+            os.remove(os.path.join(folder, name))
+    rows = [data.read_image(os.path.join(folder, name)) for name in sorted(os.listdir(folder))]
     data.write_png(os.path.join(out, "progress.png"), torch.cat(rows))
 
 
-def save_sample(run, step, frames, img, settings):
-    """Write sample-<step>.mp4 and its row of progress.png. -> {name: what was measured}"""
-    pixels = sample.to_pixels(frames)
-    path = os.path.join(run.s.out, f"sample-{step:06d}.mp4")
-    with data.VideoWriter(path, settings.fps, asdict(settings)) as video:
-        video.write(pixels)
-    add_progress(run.s.out, step, pixels)
+def start_image(s, svd, clip):
+    """The image that samples start from, (3,H,W) in [-1,1]. clip: the first one"""
+    if s.sample_image:
+        return data.fit_image(data.read_image(s.sample_image), *s.size[0])
+    if "video" in clip:
+        return data.to_float(clip["video"][0])
+    z = clip["latents"][None, :1].to(svd.unet.conv_out.weight.device)
+    return svd.vae.decode(z)[0, 0].float().clamp(-1, 1).cpu()
+
+
+@torch.no_grad()
+def take_sample(s, svd, clip, step, measure=None):
+    """Write sample-<step>.mp4 with the model's own settings and a row of progress.png, for rank 0.
+    -> {name: what was measured}; measure: the dataset's. If disk or memory is full, the run warns
+    and goes on."""
+    meta = {"defaults": {"sample": own_sampling(s, svd)}}
+    path = os.path.join(s.out, f"sample-{step:06d}.mp4")
+    try:
+        svd = replace(svd, extension=meta, **decoders(s, svd))
+        image = start_image(s, svd, clip)
+        given = dict(seed=s.seed, frames=s.frames, size=tuple(image.shape[:0:-1]))
+        settings = sample.settings_for(svd, given, s.model)
+        frames = sample.generate(svd, image, settings, svd.unet.conv_out.weight.device)
+        pixels = sample.to_pixels(frames)
+        with data.VideoWriter(path, settings.fps, asdict(settings)) as video:
+            video.write(pixels)
+        add_progress(s.out, step, pixels)
+    except (OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not sample.is_out_of_memory(e):
+            raise
+        say(f"warning: there is no sample of step {step} ({e})")
+        return {}
     measured = {"motion_score": data.motion_score(pixels)}
-    if hasattr(run.dataset, "measure"):
-        measured |= run.dataset.measure(frames, img, settings.fps, settings.motion)
+    if measure:
+        measured |= measure(frames, image, settings.fps, settings.motion)
+    values = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    say(f"step {step}: {path} and a row of progress.png, at motion {settings.motion:g} and "
+        f"{settings.fps:g} fps: {values}")
     return measured
 
 
-def take_sample(run, step, videos, img):
-    """A video from the average. If disk or memory is full, the run warns and goes on."""
-    with run.shards.averaged():
-        if run.rank > 0:
-            return
-        try:
-            frames, settings = sample_video(run, img)
-            measured = save_sample(run, step, frames, img, settings)
-        except (OSError, RuntimeError) as e:
-            if isinstance(e, RuntimeError) and not sample.is_out_of_memory(e):
-                raise
-            run.say(f"warning: there is no sample of step {step} ({e})")
-        else:
-            run.monitor({f"sample/{name}": value for name, value in measured.items()}, videos)
-            values = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-            run.say(f"step {step}: sample-{step:06d}.mp4 and a row of progress.png, at motion "
-                    f"{settings.motion:g} and {settings.fps:g} fps: {values}")
+def is_extension(svd):
+    """Whether nothing else is trained: then an extension is saved, otherwise a whole model."""
+    trained = [name for name, p in svd.unet.named_parameters() if p.requires_grad]
+    in_file = all(map(exsvd.is_extension_parameter, trained))
+    return in_file and svd.unet.max_frames is not None and not trains(svd.clip)
 
 
-def save_weights(run, path, average, **about):
-    """Write the live module with the average in place of what is trained, in float16. For rank 0.
-
-    average: {name: fp32 tensor}, see Shards.gather_average(). Of a whole model, what is not trained
-    has been rounded to --dtype. about: goes into the file's metadata."""
-    unet, weights = run.module.unet, run.untrained | average
-    defaults = {"sample": own_sampling(run)}
-    about |= {"settings": run.fixed, "data": run.s.data, "commit": commit()}
-    if run.is_extension:
+def save_weights(s, svd, path, weights, **about):
+    """Write the live module with `weights`, see Shards.gather_average(), in place of its own, in
+    float16. For rank 0. Of a whole model, what is not trained has been rounded to --dtype. about:
+    goes into the file's metadata."""
+    defaults = {"sample": own_sampling(s, svd)}
+    about |= {"data": s.data, "commit": commit()}
+    if is_extension(svd):
         weights = {name.removeprefix("unet."): t for name, t in weights.items()}
-        exsvd.save_extension(path, unet, weights, torch.float16, run.s.extension or (), defaults=defaults, **about)
+        exsvd.save_extension(path, svd.unet, weights, torch.float16, s.extension or (),
+                             defaults=defaults, **about)
     else:
-        defaults = run.svd.meta.get("defaults", {}) | defaults
-        exsvd.save_model(path, unet, *run.decoders(), torch.float16, weights, defaults=defaults, **about)
+        defaults = svd.meta.get("defaults", {}) | defaults
+        exsvd.save_model(path, svd.unet, *decoders(s, svd).values(), torch.float16, weights,
+                         defaults=defaults, **about)
 
 
-def try_saving(run):
+def try_saving(s, svd, shards):
     """Write the weights once as they will be written, and check them as sample.py will, which takes
     no memory. What can't be saved or loaded ends the run now, and not after a day."""
-    average = run.shards.gather_average()
-    if run.rank == 0:
-        path = os.path.join(run.s.out, "trial.tmp")
-        save_weights(run, path, average)
-        if run.is_extension:
-            files = [*(run.s.extension or ()), path]
-            exsvd.load(run.s.model, files, parts=("unet",), device="meta")
+    weights = shards.gather_average()
+    if dist.get_rank() == 0:
+        path = os.path.join(s.out, "trial.tmp")
+        save_weights(s, svd, path, weights)
+        if is_extension(svd):
+            exsvd.load(s.model, [*(s.extension or ()), path], parts=("unet",), device="meta")
         else:
             exsvd.load(path, device="meta")
         os.remove(path)
     dist.barrier()
 
 
-def save(run, about, sums, with_weights):
+def save(s, svd, shards, about, sums, with_weights):
     """Weights and state of a step. Every rank must call it. Raises OSError on all alike. about:
-    {"step", "videos", "lr", "loss"}, the loss as last logged."""
-    total = sum_over_ranks(sums).tolist()
+    {name: value}, for the metadata of both"""
     if with_weights:  # before the state: a run that resumes from it does not write them again
-        average = run.shards.gather_average()
-        name = "exvideo" if run.is_extension else "model"
-        path = os.path.join(run.s.out, f"{name}-{about['step']:06d}.safetensors")
-        on_all_ranks(lambda: None if run.rank > 0 else save_weights(run, path, average, **about))
-        run.say(f"step {about['step']}: saved {path}")
-    clips = getattr(run.dataset, "id", "")
-    save_state(run.s.out, run.shards, about | {"sums": total, "settings": run.fixed, "data": clips})
+        weights = shards.gather_average()
+        name = "exvideo" if is_extension(svd) else "model"
+        path = os.path.join(s.out, f"{name}-{about['step']:06d}.safetensors")
+        on_all_ranks(lambda: weights and save_weights(s, svd, path, weights, **about))
+        say(f"step {about['step']}: saved {path}")
+    save_state(s.out, shards, about | {"sums": sum_over_ranks(sums).tolist()})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1208,44 +1098,66 @@ def not_finite(seen):
     return "loss" if bad else "gradients", ", ".join(bad or [name for name, _ in losses])
 
 
-def main(argv=None):
-    s = parse(argv)
-    rank, world, device = join_ranks(s)
-    lock = hold(s.out, rank)  # noqa: F841, see there
-    run = begin(s, rank, world, device)
-    shards, engine = run.shards, run.shards.engine
-    learning_rates = [group["lr"] for group in engine.optimizer.param_groups]
-    step, videos, sums = resume(run)
-    if rank == 0:
-        add_to_run_json(run, step)
-    try_saving(run)
-    loader = iter(torch.utils.data.DataLoader(
-        run.dataset, batch_sampler=videos_of(rank, world, s.batch, videos), num_workers=s.workers,
-        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
-        multiprocessing_context="fork" if s.workers else None))  # your clips can't be pickled
-    log = Log(s.out, step) if rank == 0 else None
-    held_out = hold_out(run) if s.val else None
-    if s.val and step == 0:
-        val = validate(run, held_out, step, videos)
-        if rank == 0:
-            log.add({"step": step, "videos": videos} | val)
-    start = sample_start(run) if s.sample_every and rank == 0 else None
-    if s.sample_every and step == 0:
-        shutil.rmtree(os.path.join(s.out, "progress"), ignore_errors=True)  # left without states
-        take_sample(run, step, videos, start)
-    stop = []
+def note_signals():
+    """-> a list, to which signals that ask for an early end are appended"""
+    received = []
 
-    def note(received, _):
-        stop.append(received)
+    def note(stop, _):
+        received.append(stop)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
-    for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, note)
-    run.say(f"rank 0 is process {os.getpid()}: send SIGTERM to it, or another rank, to stop early")
+    for stop in STOP_SIGNALS:
+        signal.signal(stop, note)
+    say(f"rank 0 is process {os.getpid()}: send SIGTERM to it, or another rank, to stop early")
+    return received
 
+
+def main(argv=None):
+    s = parse(argv)
+    device = join_ranks(s)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    lock = hold(s.out, rank)  # noqa: F841, see there
+    config = deepspeed_config(s)
+    dataset = open_clips(s, rank)
+    first, clips = dataset[0], getattr(dataset, "id", "")
+    if hasattr(dataset, "describe"):
+        say(dataset.describe())
+    svd = load_networks(s, "video" in first, device)
+    shards, s = start_engine(s, svd, config, device)
+    engine = shards.engine
+    learning_rates = [group["lr"] for group in engine.optimizer.param_groups]
+    made_with = origin(s, svd)
+    step, videos, sums = resume(s, shards, made_with, clips)
+    if rank == 0:
+        add_to_run_json(s, step, engine.config)
+    try_saving(s, svd, shards)
+    firsts = count(videos + rank * s.batch, world * s.batch)  # this rank's videos, pass by pass
+    loader = iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=([*range(n, n + s.batch)] for n in firsts), num_workers=s.workers,
+        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
+        multiprocessing_context="fork" if s.workers else None))  # your clips can't be pickled
+    log = Log(s.out, step, engine.monitor) if rank == 0 else None
+    held_out = hold_out(s, svd, "video" in first) if s.val else None
+
+    def due(every):
+        return step % every == 0 or step == s.steps
+
+    def evaluate():
+        """Validate and sample, where it is time to. -> what validate() returns, or {}"""
+        if s.sample_every and due(s.sample_every):
+            with shards.averaged():
+                if rank == 0:
+                    measured = take_sample(s, svd, first, step, getattr(dataset, "measure", None))
+                    log.draw({f"sample/{name}": value for name, value in measured.items()}, videos)
+        return validate(shards, held_out, step) if s.val and due(s.val_every) else {}
+
+    validated = evaluate() if step == 0 else {}
+    if validated and rank == 0:
+        log.add(step, videos, validated)
+    received = note_signals()
     bar = tqdm(total=s.steps, initial=step, desc="training", unit="step", disable=rank > 0)
     skipped = 0  # steps in a row that were not applied, since gradients were not finite
-    logged, began, mean = step, time.perf_counter(), None
+    logged, began, row = step, time.perf_counter(), {}
     while step < s.steps:
         # 1. forward and backward, --accumulate times
         if engine.lr_scheduler is None:  # else that sets the rate, when a step ends
@@ -1254,7 +1166,7 @@ def main(argv=None):
         lr, seen = engine.optimizer.param_groups[0]["lr"], []
         for _ in range(s.accumulate):
             item = next(loader)
-            x, cond, ctx, ids = inputs(run, item)
+            x, cond, ctx, ids = inputs(s, svd, item)
             numbers = range(videos + rank * s.batch, videos + (rank + 1) * s.batch)
             drawn = zip(*(draw(s, n, x.shape[1:]) for n in numbers))
             sigma, noise, conditioned = (torch.stack(t).to(device) for t in drawn)
@@ -1274,41 +1186,36 @@ def main(argv=None):
         else:
             what, names = not_finite(seen)
             if what == "loss" or s.dtype != "float16":  # which skips steps to find its loss scale
-                run.say(f"warning: step {step} is left out: no finite {what} on {names}")
+                say(f"warning: step {step} is left out: no finite {what} on {names}")
             if skipped == MAX_SKIPPED:
                 sys.exit(f"train.py: no finite gradients in {skipped} steps, on {names}")
 
-        # 3. validate, log, sample, save; leave together
-        leaving = step == s.steps or any(of_all_ranks(bool(stop)))
-        validating = s.val and (step % s.val_every == 0 or step == s.steps)
-        if step % s.log_every == 0 or step == s.steps or validating:
-            total, seconds = sum_over_ranks(sums), time.perf_counter() - began
-            val = validate(run, held_out, step, videos) if validating else {}
+        # 3. sample, validate, log, save; leave together
+        leaving = step == s.steps or any(of_all_ranks(bool(received)))
+        seconds = (time.perf_counter() - began) / (step - logged)
+        validated = evaluate()
+        if due(s.log_every) or validated:
+            total = sum_over_ranks(sums)
             if rank == 0:
-                n = step - logged
-                speed = n * s.accumulate * world * s.batch * s.frames / seconds
-                norm = engine.get_global_grad_norm()
-                try:
-                    log.row(step, videos, total, norm, lr, seconds / n, speed, device, val)
-                except OSError as e:
-                    run.say(f"warning: step {step} is missing in log.csv ({e})")
-                mean = float(total[0, 0] / total[1, 0])
-                run.monitor({"train/loss": mean, "train/lr": lr}, videos)
-                bar.set_postfix(loss=f"{mean:.4f}")
+                row = losses_of(total) | {
+                    "grad_norm": engine.get_global_grad_norm(), "lr": lr, "seconds_per_step": seconds,
+                    "frames_per_second": s.accumulate * world * s.batch * s.frames / seconds,
+                    "peak_memory_GB": sample.peak_memory(device).split()[0]}
+                log.add(step, videos, row | validated)
+                bar.set_postfix(loss=f"{row['loss']:.4f}")
             sums.zero_()
             logged, began = step, time.perf_counter()
-        if s.sample_every and (step % s.sample_every == 0 or step == s.steps):
-            take_sample(run, step, videos, start)
         with_weights = step % s.weights_every == 0 or leaving
         if step % s.save_every == 0 or with_weights:
-            about = {"step": step, "videos": videos, "lr": lr, "loss": mean}
+            about = {"step": step, "videos": videos, "lr": lr, "loss": row.get("loss"),
+                     "settings": made_with, "clips": clips}
             try:
-                save(run, about, sums, with_weights)
+                save(s, svd, shards, about, sums, with_weights)
             except OSError as e:
                 if leaving:
                     sys.exit(f"train.py: step {step} could not be saved ({e}). Make room: the same "
                              "command goes on from the last state")
-                run.say(f"warning: step {step} could not be saved ({e}); the next save is tried")
+                say(f"warning: step {step} could not be saved ({e}); the next save is tried")
         if leaving:
             break
     bar.close()
