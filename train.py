@@ -97,7 +97,7 @@ TOY_IMAGE = os.path.join(HERE, "assets", "img.png")
 SIGMA_BINS = (0.7, 2.0, 6.0)  # the loss is logged apart between these: quartiles of EDM's sigmas
 BUCKET = 50_000_000           # gradients that DeepSpeed reduces at once, a tenth of its default
 MAX_SKIPPED = 50              # steps in a row without an update that end a run; float16 needs some
-VAL_CLIPS = 8                 # held-out clips of --val, and the noise levels at which they are judged
+VAL_CLIPS = 8                 # held-out clips of --val, and the noise levels of their losses
 VAL_SIGMAS = (0.2, 1.0, 5.0, 25.0)
 VAL_SEED = 1_000_000          # of these clips and their noise, whatever --seed is
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -240,8 +240,8 @@ def join_ranks(s):
     if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
         sys.exit("train.py: srun started processes that do not know of each other: have it start "
                  "torchrun, once per node, and torchrun this file")
-    alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)  # 0: a free one
-    for key, value in alone.items():
+    alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
+    for key, value in alone.items():  # port 0: a free one
         os.environ.setdefault(key, str(value))
     if s.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -253,8 +253,9 @@ def join_ranks(s):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(minutes=s.timeout))
     if "OMP_NUM_THREADS" not in os.environ:  # else the user or torchrun has said how many
-        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
-        share = max(1, torch.get_num_threads() // int(local))  # ranks share the cores
+        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+        local = int(local or dist.get_world_size())  # ranks that share the cores
+        share = max(1, torch.get_num_threads() // local)
         torch.set_num_threads(min(share, sample.idle_cores()))
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -430,7 +431,8 @@ def parameter_groups(trained, s):
               if p.ndim < 2 or re.search("frame_table|frame_conv|positional_embedding", name)}
     groups = [{"params": [trained[name] for name in trained if name not in exempt],
                "weight_decay": s.weight_decay},
-              {"params": [trained[name] for name in trained if name in exempt], "weight_decay": 0.0}]
+              {"params": [trained[name] for name in trained if name in exempt],
+               "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
@@ -490,7 +492,7 @@ def merge(ours, theirs, path=""):
             ours[key] = merge(ours.get(key, {}), value, name)
         elif value != "auto":
             if name in SET_BY_FLAGS and value != ours[key]:
-                raise ValueError(f"{name} must be {ours[key]}: see --batch, --accumulate, --dtype, Shards")
+                raise ValueError(f"{name} must be {ours[key]}: see --batch, --accumulate, --dtype")
             ours[key] = value
     return ours
 
@@ -517,8 +519,8 @@ def check_config(s, config):
         raise ValueError(f"DeepSpeed does not know {', '.join(config.keys() - known)}")
     if "scheduler" in config:
         if s.warmup or s.cooldown:
-            raise ValueError("its scheduler and --warmup or --cooldown would both set the rate: give "
-                             "--warmup 0 --cooldown 0 (a model's file may set them), or take it out")
+            raise ValueError("its scheduler and --warmup or --cooldown would both set the rate: "
+                             "give --warmup 0 --cooldown 0, or take it out")
         scheduler = getattr(lr_schedules, config["scheduler"].get("type", ""))
         params = config["scheduler"].setdefault("params", {})  # a list has an entry per group
         one = {key: value[0] if isinstance(value, list) else value for key, value in params.items()}
@@ -863,7 +865,7 @@ def commit():
 def add_to_run_json(s, step, config):
     """Add this start to run.json."""
     import deepspeed
-    versions = {"python": sys.version, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    versions = {"python": sys.version} | {m.__name__: m.__version__ for m in (torch, deepspeed)}
     start = {"time": time.strftime("%F %T %z"), "step": step, "ranks": dist.get_world_size(),
              "commit": commit(), "settings": asdict(s), "deepspeed": config, "versions": versions}
     write(os.path.join(s.out, "run.json"), json.dumps([*starts_of(s.out), start], indent=1))
@@ -943,14 +945,14 @@ def hold_out(s, svd, pixels):
 def validate(shards, held_out, step):
     """The loss of the average on the held-out clips of all ranks: {column of log.csv: loss}. Every
     rank must call it."""
-    device = shards.engine.device
+    module, device = shards.engine.module, shards.engine.device
     sums = torch.zeros(len(VAL_SIGMAS), dtype=torch.float64, device=device)
     kept = torch.ones(1, device=device)
     with shards.averaged():
         for clip in held_out:
             x, noise, *conditions = (t.to(device) for t in clip)
             for i, sigma in enumerate(VAL_SIGMAS):
-                sums[i] += shards.engine.module(x, sigma * kept, noise, *conditions, kept)[0].double()
+                sums[i] += module(x, sigma * kept, noise, *conditions, kept)[0].double()
     losses = sum_over_ranks(sums) / VAL_CLIPS
     say(f"step {step}: validation loss {losses.mean():.4f}")
     return dict(zip(Log.VAL, [losses.mean().item(), *losses.tolist()]))
@@ -1198,7 +1200,8 @@ def main(argv=None):
             total = sum_over_ranks(sums)
             if rank == 0:
                 row = losses_of(total) | {
-                    "grad_norm": engine.get_global_grad_norm(), "lr": lr, "seconds_per_step": seconds,
+                    "grad_norm": engine.get_global_grad_norm(), "lr": lr,
+                    "seconds_per_step": seconds,
                     "frames_per_second": s.accumulate * world * s.batch * s.frames / seconds,
                     "peak_memory_GB": sample.peak_memory(device).split()[0]}
                 log.add(step, videos, row | validated)
