@@ -907,8 +907,8 @@ def draw(s, n, shape):
 
 @torch.no_grad()
 def inputs(s, svd, item):
-    """The model's inputs for a batch of clips or latents, fp32 on the device: x (B,T,4,h,w),
-    scaled, cond (B,1,4,h,w), ids (B,3), and ctx (B,1,D), or CLIP's input where that is trained."""
+    """The model's inputs for a batch of clips or latents, fp32 on the device: x (B,T,4,h,w), scaled;
+    cond (B,1,4,h,w); ctx (B,1,D), or where CLIP is trained its input (B,3,224,224); ids (B,3)"""
     device, item = svd.unet.conv_out.weight.device, dict(item)
     if "video" in item:
         frames = data.to_float(item["video"].to(device))  # (B,T,3,H,W)
@@ -991,10 +991,11 @@ def add_progress(out, step, frames):
     data.write_png(os.path.join(out, "progress.png"), torch.cat(rows))
 
 
-def start_image(s, svd, clip):
-    """The image that samples start from, (3,H,W) in [-1,1]. clip: the first one"""
+def start_image(s, svd, dataset):
+    """The image that samples start from, (3,H,W) in [-1,1]"""
     if s.sample_image:
         return data.fit_image(data.read_image(s.sample_image), *s.size[0])
+    clip = dataset[0]
     if "video" in clip:
         return data.to_float(clip["video"][0])
     z = clip["latents"][None, :1].to(svd.unet.conv_out.weight.device)
@@ -1002,15 +1003,14 @@ def start_image(s, svd, clip):
 
 
 @torch.no_grad()
-def take_sample(s, svd, clip, step, measure=None):
+def take_sample(s, svd, dataset, step):
     """Write sample-<step>.mp4 with the model's own settings and a row of progress.png, for rank 0.
-    -> {name: what was measured}; measure: the dataset's. If disk or memory is full, the run warns
-    and goes on."""
+    -> {name: what was measured}. If disk or memory is full, the run warns and goes on."""
     meta = {"defaults": {"sample": own_sampling(s, svd)}}
     path = os.path.join(s.out, f"sample-{step:06d}.mp4")
     try:
         svd = replace(svd, extension=meta, **decoders(s, svd))
-        image = start_image(s, svd, clip)
+        image = start_image(s, svd, dataset)
         given = dict(seed=s.seed, frames=s.frames, size=tuple(image.shape[:0:-1]))
         settings = sample.settings_for(svd, given, s.model)
         frames = sample.generate(svd, image, settings, svd.unet.conv_out.weight.device)
@@ -1024,8 +1024,8 @@ def take_sample(s, svd, clip, step, measure=None):
         say(f"warning: there is no sample of step {step} ({e})")
         return {}
     measured = {"motion_score": data.motion_score(pixels)}
-    if measure:
-        measured |= measure(frames, image, settings.fps, settings.motion)
+    if hasattr(dataset, "measure"):
+        measured |= dataset.measure(frames, image, settings.fps, settings.motion)
     values = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
     say(f"step {step}: {path} and a row of progress.png, at motion {settings.motion:g} and "
         f"{settings.fps:g} fps: {values}")
@@ -1121,10 +1121,10 @@ def main(argv=None):
     lock = hold(s.out, rank)  # noqa: F841, see there
     config = deepspeed_config(s)
     dataset = open_clips(s, rank)
-    first, clips = dataset[0], getattr(dataset, "id", "")
+    pixels, clips = "video" in dataset[0], getattr(dataset, "id", "")
     if hasattr(dataset, "describe"):
         say(dataset.describe())
-    svd = load_networks(s, "video" in first, device)
+    svd = load_networks(s, pixels, device)
     shards, s = start_engine(s, svd, config, device)
     engine = shards.engine
     learning_rates = [group["lr"] for group in engine.optimizer.param_groups]
@@ -1139,7 +1139,7 @@ def main(argv=None):
         worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
         multiprocessing_context="fork" if s.workers else None))  # your clips can't be pickled
     log = Log(s.out, step, engine.monitor) if rank == 0 else None
-    held_out = hold_out(s, svd, "video" in first) if s.val else None
+    held_out = hold_out(s, svd, pixels) if s.val else None
 
     def due(every):
         return step % every == 0 or step == s.steps
@@ -1149,7 +1149,7 @@ def main(argv=None):
         if s.sample_every and due(s.sample_every):
             with shards.averaged():
                 if rank == 0:
-                    measured = take_sample(s, svd, first, step, getattr(dataset, "measure", None))
+                    measured = take_sample(s, svd, dataset, step)
                     log.draw({f"sample/{name}": value for name, value in measured.items()}, videos)
         return validate(shards, held_out, step) if s.val and due(s.val_every) else {}
 
