@@ -4006,7 +4006,8 @@ def test_estimates_of_what_checkpoints_keep_hold():
     T, H, W, part = 8, 24, 24, 64
     s = train.Settings(frames=T, size=((8 * W, 8 * H),))
     config = exsvd.UNetConfig(channels=(32, 64, 128, 128), heads=(1, 1, 2, 2), context_dim=8)
-    for name, (level, slice_size, *costs) in train.CHECKPOINTS.items():
+    for name in ("none", "balanced", "memory"):  # the others differ in their slices alone
+        level, slice_size, *costs = train.CHECKPOINTS[name]
         cut = {name: (level, slice_size // part, *costs)}
         with patch.dict(train.CHECKPOINTS, cut), compare.computing():
             unet = exsvd.extend(exsvd.UNet(config), 128).bfloat16().train().to("meta")
