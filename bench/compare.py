@@ -370,23 +370,19 @@ def step_stages(level, shape, ranks=1, offload=False):
           # as on CUDA, where AdamW keeps one temporary tensor, not two
           patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["meta"])):
         svd = train.load_networks(s, True, device)
-        module, trained, values = train.prepare(s, svd)
-        svd.unet.checkpointing, svd.unet.slice_size = train.CHECKPOINTS[level][:2]
-        config = train.deepspeed_config(s)
+        config, make_optimizer = train.deepspeed_config(s), train.make_optimizer
         config["zero_force_ds_cpu_optimizer"] = False  # with --offload torch's does, on the CPU
-        groups = train.parameter_groups(trained, s)
-        optimizer = train.make_optimizer(groups, replace(s, offload=False))
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        shards = train.Shards(engine, s.ema)
-        shards.start_from(values)
+        with patch.object(train, "make_optimizer", lambda groups, s: make_optimizer(
+                groups, replace(s, offload=False))):
+            shards, s = train.start_engine(s, svd, config, device)
+        engine = shards.engine
         # DeepSpeed keeps shapes of parameters as tensors on "meta", which take no memory
         shapes = sum(t.nbytes for group in engine.optimizer.round_robin_bit16_meta for t in group)
         for T, H, W in ((2, 8, 8), shape):
             meter.stage()
-            run = argparse.Namespace(s=s, svd=svd, module=module, device=device)
             item = {"video": torch.empty(1, T, 3, 8 * H, 8 * W, dtype=torch.uint8), "name": ["0"],
                     "fps": torch.ones(1), "motion": torch.ones(1)}
-            x, cond, ctx, ids = train.inputs(run, item)
+            x, cond, ctx, ids = train.inputs(s, svd, item)
             stages["encoding"] = meter.stage()
             sigma, noise, conditioned = (t[None].to(device) for t in train.draw(s, 0, x.shape[1:]))
             loss = engine(x, sigma, noise, cond, ctx, ids, conditioned)
