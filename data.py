@@ -29,6 +29,7 @@ import math
 import numbers
 import os
 import re
+import shlex
 import sys
 import tempfile
 import threading
@@ -83,7 +84,7 @@ def unreadable(path, reason):
 
 def unusable(path, reason, options="-crf 16"):
     """The MediaError of a video that is readable but cannot be used. options: of ffmpeg's."""
-    command = f'ffmpeg -i "{os.path.basename(path)}" {options} out.mp4'
+    command = f"ffmpeg -i {shlex.quote(os.path.basename(path))} {options} out.mp4"
     return MediaError(f"{path}: {reason}; encode it again, for example with {command}")
 
 
@@ -109,6 +110,9 @@ def _open_picture(path):
             # Pillow ignores the numbers with which AVIF, HEIC and PNG name HDR.
             named = re.search(rb"colrnclx\0(.)\0(.)|cICP(.)(.)", file.read(2**16), re.DOTALL)
             picture = Image.open(file, formats=PICTURES)
+            tags = getattr(picture, "tag_v2", {})
+            if 50706 in tags or tags.get(254, 0) & 1:  # DNG, or a thumbnail comes first
+                raise ValueError("a raw photograph: export it as JPEG or PNG")
             picture.load()
         picture.info["named"] = named and [x[0] for x in named.groups() if x]
         return ImageOps.exif_transpose(picture)
@@ -163,14 +167,16 @@ def _container(path):
 
 def _decode(path, seek=None):
     """Yields (PyAV frame, stream) for the frames of a video in the order in which they are shown,
-    from the start or from the key frame at or before the time stamp `seek`. Damaged frames are left
-    out. Raises MediaError, also if no frame is left, or if one is interlaced."""
+    from the start or from the key frame at or before the time stamp `seek`. Frames that the decoder
+    calls damaged are left out. Raises MediaError, also if no frame is left, or if one is interlaced."""
     decoded = False
     with _container(path) as container:
         stream = container.streams.best("video")
         decoder = stream and stream.codec_context
         if not decoder:  # FFmpeg finds SVG, but does not decode it
             raise unreadable(path, "it holds no picture that can be decoded")
+        if decoder.name in ("exr", "hdr"):  # linear light, of which FFmpeg says nothing
+            raise unreadable(path, "it holds linear light: export it as PNG or JPEG")
         # FFmpeg's own decoders of VP8 and VP9 drop an alpha channel, those of libvpx keep it.
         libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
         alpha = {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode")
@@ -556,12 +562,17 @@ def list_files(source):
     source = Path(source)
     root = os.path.abspath(source if source.is_dir() else source.parent)
     paths, seen = [] if source.is_dir() else _read_list(source), set()
-    for folder, folders, names in os.walk(source, followlinks=True):  # nothing if it is a list
+
+    def cannot_list(error):
+        raise unreadable(error.filename, error)
+
+    onerror = cannot_list if source.is_dir() else None
+    for folder, folders, names in os.walk(source, onerror=onerror, followlinks=True):
         if os.path.realpath(folder) in seen:  # links may lead around in a circle
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        folders.sort()
+        folders[:] = sorted(name for name in folders if name[0] not in ".@")  # of systems
         paths += [os.path.abspath(os.path.join(folder, name)) for name in names if name[0] != "."
                   and os.path.splitext(name)[1].lower() in SUFFIXES]
     files = {}
@@ -661,8 +672,11 @@ def build_index(source, files):
                     f.write("\n" + json.dumps([name, known[name]]))
                     f.flush()
     except OSError as e:
+        makes = f"find {shlex.quote(str(cache.parent))} -type f > list.txt makes one"
+        if not source.is_dir():
+            makes = "copy this one, with absolute paths"
         raise MediaError(f"{cache}: the index cannot be written ({e.strerror}): give a list of "
-                         f"your own: find {cache.parent} -type f > list.txt makes one") from e
+                         f"your own elsewhere: {makes}") from e
     return {name: known[name] for name in files}
 
 
@@ -976,7 +990,10 @@ def latents_in(folder):
 
 def check_encoded(folder, wanted):
     """-> with what a folder was encoded. Raises MediaError if that is not what is wanted."""
-    encoded = json.loads(Path(folder, SETTINGS).read_text())
+    try:
+        encoded = dict(json.loads(Path(folder, SETTINGS).read_text()))
+    except (ValueError, TypeError) as e:
+        raise unreadable(os.path.join(folder, SETTINGS), e) from e
     for key, value in wanted.items():
         if encoded.get(key) != value:
             raise MediaError(f"{folder}: was encoded with {key} {encoded.get(key)}, not {value}: "
@@ -1098,12 +1115,14 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
     frames = sum(dataset.index[name]["frames"] for name in todo)
     with tqdm(desc="encode", total=frames, unit="frame") as progress:
         for name in todo:
+            path = os.path.join(out, f"{name}.safetensors")
             try:
+                if len(os.path.basename(path)) > 240:  # with the name of a temporary file
+                    raise MediaError(f"{name}: its name is too long: rename it")
                 tensors = _encode_file(dataset, name, svd, dtype, progress)
             except MediaError as e:
                 failed.append(str(e))
                 continue
-            path = os.path.join(out, f"{name}.safetensors")
             os.makedirs(os.path.dirname(path), exist_ok=True)
             exsvd.save(path, tensors, {"index": dataset.index[name]})
     if failed:
@@ -1137,7 +1156,7 @@ def main():
     flag("--size", type=frame_size, metavar="WxH", nargs="+",
          help="of several, a video takes the nearest in aspect [the model's, else 512x512]")
     flag("--stride", type=integer(1), help="take every so many frames [1]")
-    flag("--fps", type=number(1e-3), help="take frames at this rate, not by a stride")
+    flag("--fps", type=number(1), help="take frames at this rate, not by a stride")
     flag("--skip-static", type=number(0, 1), help="least change of a shot; 0.002 finds stills [0]")
 
     parser = argparse.ArgumentParser(description="Check or encode a set of videos for training.")

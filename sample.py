@@ -35,6 +35,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -223,7 +224,7 @@ def settings_in_file(cls, meta, part, path):
     """The settings that a model's file holds in meta["defaults"][part], as if they had been given
     as flags: {name: value}. Raises WeightsError for what a flag would refuse, and for a path."""
     def refuse(message):
-        raise exsvd.WeightsError(f"{path}: its default of {name} is not usable: {message}")
+        raise exsvd.WeightsError(f"{path}: its setting {name} is not usable: {message}")
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = refuse
@@ -332,7 +333,7 @@ def complete(svd, given=None, picture=None, video=None, keyframes=()):
         raise data.MediaError(f"--overlap {overlap}: must be less than a round of {known} frames")
     if max(keyframes, default=0) >= frames:
         raise data.MediaError(f"--keyframe: the video has the frames 0 to {frames - 1}")
-    usual = settings_for(svd)
+    usual = replace(settings_for(svd), eta=0.0)  # a model's own eta is for its own sampler
     for name, has_effect, where in (
             ("eta", SAMPLERS[s.sampler].eta, "--sampler ddim"), ("strength", video, "--video"),
             ("encode_scale", video or keyframes, "--video or --keyframe"),
@@ -604,14 +605,21 @@ def generate(svd, image, settings=None, device=None, **given):
 
     image: a path, a Pillow image, uint8 (H,W,3), or float (3,H,W) in [-1,1]. It is scaled and
     cropped to the size of the video. settings: Settings; given: some by name, such as steps=25.
-    What they leave open or None is completed as for the command, see complete(). device: to compute
-    on, by default where the UNet is. Raises MediaError.
+    What they leave open or None is completed as for the command, see complete(); a Settings leaves
+    little open, so to change one thing about a model's own settings, give it by name. device: to
+    compute on, by default where the UNet is. Raises MediaError.
     """
-    img = image if torch.is_tensor(image) else data.read_image(image)
-    H, W, channels = img.shape if img.dtype == torch.uint8 else img.permute(1, 2, 0).shape
-    if channels != 3 or img.dtype != torch.uint8 and img.abs().max() > 1.01:
+    pixels = isinstance(image, (torch.Tensor, np.ndarray))
+    img = torch.as_tensor(image) if pixels else data.read_image(image)
+    channels = -1 if img.dtype == torch.uint8 else 0
+    if img.ndim != 3 or img.shape[channels] != 3 or not -1.01 <= img.min() <= img.max() <= 255 or (
+            img.dtype != torch.uint8 and not img.max() <= 1.01):
         raise data.MediaError("a picture is uint8 (H,W,3), or float (3,H,W) from -1 to 1: got "
                               f"{img.dtype} {tuple(img.shape)} up to {img.max():g}")
+    img = img if channels else img.float()
+    W, H = img.shape[1::-1] if channels else img.shape[:0:-1]
+    given = {name: value for name, value in given.items() if value is not None}
+    given = settings_in_file(Settings, {"defaults": {"given": given}}, "given", "generate()")
     s = complete(svd, (asdict(settings) if settings else {}) | given, (W, H))
     home = svd.unet.stream or next(svd.unet.parameters())
     device = torch.device(device or home.device)
@@ -669,10 +677,13 @@ def settle(svd, s, device):
     """Before a video on a GPU: networks that cannot stay there stay in CPU memory, from where
     on_device() lends them."""
     if device.type == "cuda" and svd.unet.stream is None:
-        # what PyTorch holds is ours; a tenth is for what it does not count, and for fragments
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        stay, svd.unet.slice_size = what_fits(svd, s, 0.9 * free)
-        for network in (svd.unet, svd.vae, svd.clip):
+        networks = svd.unet, svd.vae, svd.clip
+        ours = sum(p.nbytes for m in networks for p in m.parameters() if p.is_cuda)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        # a tenth is for what PyTorch does not count, and for fragments
+        free = 0.9 * (torch.cuda.mem_get_info(device)[0] + unused + ours)
+        stay, svd.unet.slice_size = what_fits(svd, s, free)
+        for network in networks:
             network.to(device if stay else "cpu")
 
 
@@ -900,6 +911,14 @@ def load(args, given, model, extension, device):
     return svd
 
 
+def check_vae(latents, model):
+    """Raises WeightsError for saved latents of another VAE than the model's."""
+    meta = exsvd.Tensors(latents).meta
+    if meta.get("vae") not in (None, vae_id(model)):
+        raise exsvd.WeightsError(f"{latents}: was made with {meta['model']}, and the VAE of {model} is "
+                                 "another: give that as --model, or the video itself as --video")
+
+
 def decode_again(args, given, device, out):
     """--decode-only: a video from the latents of an earlier run, by the VAE of its model."""
     latents, s, meta = saved_latents(args.decode_only)
@@ -966,8 +985,9 @@ def main(argv=None):
     args, given = parse(argv)
     check_outputs(args, given.get("fps", 1))
     batch = len(args.jobs) > 1
-    # under torchrun each process makes its share of the videos, on a GPU of its own
-    jobs = args.jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+    jobs, torchrun = args.jobs, "TORCHELASTIC_RUN_ID" in os.environ
+    if torchrun:  # each process makes its share of the videos, on a GPU of its own
+        jobs = jobs[int(os.environ["RANK"])::int(os.environ["WORLD_SIZE"])]
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), idle_cores()))
@@ -989,6 +1009,8 @@ def main(argv=None):
             img = data.read_image(image) if args.images else None
             svd = svd or load(args, given, model, extension, device)
             if args.video:
+                if args.video.endswith(".safetensors"):
+                    check_vae(args.video, model)
                 video = video or open_video(args.video, given.get("size"), svd.vae, device)
                 img = video.first if img is None else img
             s = complete(svd, given | {"seed": seed}, img.shape[1::-1], video, keyframes)
@@ -1001,8 +1023,8 @@ def main(argv=None):
             # the others are made all the same
             print(f"sample.py: {OUT_OF_MEMORY if full else e}", file=sys.stderr)
             failed.append(out)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends all processes when one has failed, so
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # they wait here
+    if torchrun:  # it ends all processes when one has failed, so they wait for each other here
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     if failed:
         names = ", ".join(failed)
         raise data.MediaError(f"{len(failed)} of {len(jobs)} videos were not made: {names}")
@@ -1013,10 +1035,15 @@ OUT_OF_MEMORY = """out of memory. While sampling these help, what costs least fi
 While decoding: --decode-only FILE, without the UNet in memory, or a smaller --size."""
 
 
+def print_any_name():
+    """A file name that the terminal cannot print must not cost a video."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
+
 def command(argv=None):
     """main(), for a shell: what the user can fix is one line and exit code 1."""
-    for stream in (sys.stdout, sys.stderr):  # a name that cannot be printed must not cost a video
-        stream.reconfigure(errors="backslashreplace")
+    print_any_name()
     # as an exception, which removes temporary files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("sample.py: terminated"))
     try:

@@ -1484,6 +1484,9 @@ def test_unreadable_files_raise_one_line(tmp_path, capfd):
             data.read_image(tmp_path / name)
         assert str(e.value).isprintable() and data.one_line(tmp_path / name) in str(e.value), name
         assert name != "large.png" or "more than 179 megapixels; shrink it" in str(e.value)
+    Image.fromarray(noise).save(tmp_path / "raw.dng", "TIFF", tiffinfo={254: 1})  # a thumbnail comes first
+    with pytest.raises(data.MediaError, match="a raw photograph: export it"):
+        data.read_image(tmp_path / "raw.dng")
     assert capfd.readouterr() == ("", "")
 
 
@@ -2023,6 +2026,9 @@ def test_links_to_folders_are_followed_but_not_in_circles(mixed, tmp_path):
     (tmp_path / "elsewhere" / "back").symlink_to(mixed, target_is_directory=True)
     names = list(data.list_files(mixed))
     assert "there/x.mp4" in names and len(names) == 9
+    (mixed / ".trash").mkdir()
+    shutil.copy(tmp_path / "elsewhere" / "x.mp4", mixed / ".trash")
+    assert list(data.list_files(mixed)) == names, "hidden folders are not searched"
 
 
 def test_items_depend_on_seed_and_number_alone(mixed):
@@ -2902,7 +2908,7 @@ def test_a_file_states_its_size_and_published_weights_follow_the_image(small):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--sampler euler --eta 0.5", "eta has no effect without --sampler ddim"),
+    ("--sampler euler --eta 1", "eta has no effect without --sampler ddim"),
     ("--strength 1", "strength has no effect without --video"),
     ("--encode-scale 0.13", "encode_scale has no effect without --video or --keyframe"),
     ("--cfg-interval 1 2", "cfg_interval has no effect without --cfg other than 1"),
@@ -2924,9 +2930,14 @@ def test_one_call_makes_what_the_command_makes(make, small, pictures):
     for settings in (sample.settings_for(svd, given), sample.complete(svd, given)):
         assert torch.equal(sample.generate(svd, pixels, settings), frames)
     assert len(sample.generate(svd, pixels, settings, frames=3)) == 3
-    for bad in (pixels.permute(2, 0, 1), floats(pixels[None])[0] * 255, torch.zeros(1, 64, 64)):
+    assert torch.equal(sample.generate(svd, pixels.numpy(), settings), frames)
+    for bad in (pixels.permute(2, 0, 1), floats(pixels[None])[0] * 255, torch.zeros(1, 64, 64),
+                pixels[..., 0], pixels[None], torch.full((3, 64, 64), math.nan)):
         with pytest.raises(data.MediaError, match="a picture is"):
             sample.generate(svd, bad)
+    for name, bad in (("sampler", "eulr"), ("steps", 0), ("cfg", 2.0), ("size", (100, 100))):
+        with pytest.raises(exsvd.WeightsError, match=f"setting {name} is not usable"):
+            sample.generate(svd, pixels, **{name: bad})
 
 
 def test_latents_survive_a_failing_decoder(make, tmp_path, monkeypatch):

@@ -58,6 +58,7 @@ Ctrl-C on, torchrun SIGTERM too; both kill 30 s later. Several nodes without a h
 import argparse
 import csv
 import fcntl
+import inspect
 import json
 import math
 import multiprocessing
@@ -147,7 +148,7 @@ class Settings:
     size: tuple = setting(((512, 512),), frame_size, "WIDTHxHEIGHT, multiples of 64; of several a video takes the "
                           "nearest in aspect ratio", nargs="+")
     stride: int = setting(1, integer(1), "take every k-th frame of a video")
-    fps: float = setting(None, number(1e-3), "take frames at this rate instead of a stride")
+    fps: float = setting(None, number(1), "take frames at this rate instead of a stride")
     motion: str = setting("exvideo", bucket, "exvideo: the release's buckets, 0..127; or one number for all")
     skip_static: float = setting(0.0, number(0, 1), "leave out shots that change less per frame; 0.002 finds stills")
 
@@ -163,7 +164,7 @@ class Settings:
     loss: str = setting("edm", exsvd.LOSSES, "noise levels and weighting")
     sigma_scale: float = setting(1.0, number(1e-3), "factor on the drawn noise levels; at high ones motion is decided")
     drop: float = setting(0.1, number(0, 1), "share of videos that lose their image, so that guidance keeps working")
-    seed: int = setting(0, integer(0), "of all random numbers")
+    seed: int = setting(0, integer(0, 2**32 - 1), "of all random numbers")
 
     dtype: str = setting(None, sample.DTYPES, "of the weights; float16 scales the loss [by device: exsvd.best_dtype]")
     offload: bool = setting(False, bool, "optimiser, masters, moments and EMA in CPU memory")
@@ -227,7 +228,10 @@ def starts_of(out):
     """What run.json holds: an entry for each start; [] of a new run."""
     if not saved_states(out):
         return []
-    with open(os.path.join(out, "run.json")) as f:
+    path = os.path.join(out, "run.json")
+    if not os.path.exists(path):
+        sys.exit(f"train.py: {path} is missing: without it the run cannot be resumed. Give another --out")
+    with open(path) as f:
         return json.load(f)
 
 
@@ -521,8 +525,13 @@ def check_config(s, config):
         if s.warmup or s.cooldown:
             raise ValueError("its scheduler and --warmup or --cooldown would both set the rate: "
                              "give --warmup 0 --cooldown 0, or take it out")
+        if not isinstance(config["scheduler"], dict):
+            raise ValueError('its scheduler must be an object such as {"type": "WarmupLR"}')
         scheduler = getattr(lr_schedules, config["scheduler"].get("type", ""))
         params = config["scheduler"].setdefault("params", {})  # a list has an entry per group
+        for key, ours in {"total_num_steps": s.steps, "warmup_max_lr": s.lr}.items():
+            if key in inspect.signature(scheduler).parameters:
+                params.setdefault(key, ours)  # in place of DeepSpeed's own, as for "auto"
         one = {key: value[0] if isinstance(value, list) else value for key, value in params.items()}
         scheduler(torch.optim.AdamW([torch.zeros(1)], lr=s.lr), **one)
 
@@ -1227,9 +1236,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sample.print_any_name()
     try:
         main()
-    except (exsvd.WeightsError, data.MediaError) as e:
+    except (exsvd.WeightsError, data.MediaError, OSError) as e:
         sys.exit(f"train.py: {e}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped")
