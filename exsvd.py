@@ -257,7 +257,7 @@ class ResBlock(nn.Module):
             return h if e is None else h + e
 
         def second(h):
-            return self.conv2(F.silu(self.norm2(h), inplace=inplace))
+            return self.conv2(F.silu(self.norm2(h)))
 
         if before is not None:
             x = again(before, x)
@@ -265,8 +265,12 @@ class ResBlock(nn.Module):
             x, skip = joined(x, skip), None
         shortcut = again(lambda *xs: self.skip(joined(*xs)), x, skip)
         h = again(first, x, skip)
-        del x  # before the second convolution needs as much
-        return shortcut + again(second, h)
+        if not inplace:
+            return shortcut + again(second, h)
+        del x
+        h = F.silu(self.norm2(h), inplace=True)
+        h = self.conv2(h)  # a line each, so that what goes in is free as early as possible
+        return shortcut + h
 
     def embed(self, emb, n, ndim):
         """Noise embeddings of videos (B, emb_dim), for n entries: (n, c_out, 1, ...), of ndim."""
