@@ -183,7 +183,8 @@ def frame_size(text):
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text}: write WIDTHxHEIGHT, like 512x512") from None
     if min(W, H) < 64 or W % 64 or H % 64:
-        raise argparse.ArgumentTypeError(f"{text}: use multiples of 64, like 576x448")
+        near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
+        raise argparse.ArgumentTypeError(f"{text}: use multiples of 64; the nearest is {near}")
     return W, H
 
 

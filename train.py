@@ -518,6 +518,8 @@ def check_config(s, config):
 
     if "optimizer" in config:
         raise ValueError("take its optimizer out: make_optimizer() in train.py makes the optimiser")
+    if not isinstance(config.get("scheduler", {}), dict):
+        raise ValueError('its scheduler must be an object such as {"type": "WarmupLR"}')
     DeepSpeedConfig(Config(config))
     if not known.issuperset(config):
         raise ValueError(f"DeepSpeed does not know {', '.join(config.keys() - known)}")
@@ -525,13 +527,12 @@ def check_config(s, config):
         if s.warmup or s.cooldown:
             raise ValueError("its scheduler and --warmup or --cooldown would both set the rate: "
                              "give --warmup 0 --cooldown 0, or take it out")
-        if not isinstance(config["scheduler"], dict):
-            raise ValueError('its scheduler must be an object such as {"type": "WarmupLR"}')
         scheduler = getattr(lr_schedules, config["scheduler"].get("type", ""))
         params = config["scheduler"].setdefault("params", {})  # a list has an entry per group
+        theirs = inspect.signature(scheduler).parameters
         for key, ours in {"total_num_steps": s.steps, "warmup_max_lr": s.lr}.items():
-            if key in inspect.signature(scheduler).parameters:
-                params.setdefault(key, ours)  # in place of DeepSpeed's own, as for "auto"
+            if key in theirs and theirs[key].default is not None:  # None means the groups' rates
+                params.setdefault(key, ours)
         one = {key: value[0] if isinstance(value, list) else value for key, value in params.items()}
         scheduler(torch.optim.AdamW([torch.zeros(1)], lr=s.lr), **one)
 
