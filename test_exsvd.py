@@ -643,6 +643,9 @@ def test_the_readme_says_what_is_computed(row, compute):
         theirs, ours = ([float(n.replace(",", "")) for n in re.findall(r"[\d.,]+", text)]
                         for text in (cell, computed[column]))
         assert theirs == pytest.approx(ours, rel=0.03), column
+    with open(os.path.join(HERE, "README.md")) as file:
+        shown = re.search({sampling: r"no slices \| ([\d.]+) GB"}.get(compute, "()"), file.read())[1]
+    assert not shown or float(shown) == pytest.approx(float(published[0]), rel=0.03)
 
 
 def test_decoding_fits_a_small_card():
