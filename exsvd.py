@@ -129,10 +129,9 @@ def flash_fits(q):
     """Whether flash-attn has a kernel for q (b, n, h, d)."""
     if flash_attn_func is None or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return False
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
-        return False
     head_size = q.shape[-1]  # 64 in the UNet, 80 in CLIP; the VAE's 512 does not fit
-    return head_size <= 256 and head_size % 8 == 0
+    new_enough = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return new_enough and head_size <= 256 and head_size % 8 == 0
 
 
 def attention(q, k, v, heads):
@@ -144,10 +143,6 @@ def attention(q, k, v, heads):
         return rearrange(out, "b n h d -> b n (h d)")
     q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-
-
-def apply(f, *xs):
-    return f(*xs)
 
 
 class SelfAttention(nn.Module):
@@ -181,7 +176,7 @@ def no_idle_autograd(method):
     that it takes as little memory for a caller who forgets torch.no_grad()."""
     @wraps(method)
     def run(self, *inputs, **named):
-        tensors = [t for t in (*inputs, *named.values(), *self.parameters()) if torch.is_tensor(t)]
+        tensors = filter(torch.is_tensor, (*inputs, *named.values(), *self.parameters()))
         needed = any(t.requires_grad for t in tensors)
         with torch.set_grad_enabled(torch.is_grad_enabled() and needed):
             return method(self, *inputs, **named)
@@ -238,7 +233,7 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=eps), Conv(c_out, c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, skip=None, e=None, before=None, again=apply):
+    def forward(self, x, skip=None, e=None, before=None, again=lambda f, *xs: f(*xs)):
         """x (b, c, H, W), and skip (b, c', H, W) where c + c' = c_in -> (b, c_out, H, W).
 
         e: from embed(). before: applied to x first. again: see Slices.again(). The parts that it is
@@ -280,8 +275,7 @@ class ResBlock(nn.Module):
 
 class SpatioTemporalRes(nn.Module):
     """A residual block per frame, and one over frames on its output, blended. Without emb_dim it
-    is the VAE decoder's. Call over_pixels(), then over_frames(): there is no forward(), so that the
-    input of the first can be freed before the second begins."""
+    is the VAE decoder's."""
 
     def __init__(self, c_in, c_out, emb_dim=None, groups=32, eps=EPS_UNET_RES,
                  eps_temporal=EPS_UNET_RES):
@@ -290,19 +284,30 @@ class SpatioTemporalRes(nn.Module):
         self.temporal = ResBlock(c_out, c_out, emb_dim, True, groups, eps_temporal)
         self.mix = nn.Parameter(torch.tensor([0.5 if emb_dim else 0.0]))
 
-    def over_pixels(self, x, skip=None, emb=None, before=None, *, slices, out=None):
-        """x (B*T, c, H, W), and skip (B*T, c', H, W) where c + c' = c_in -> (B*T, c_out, H, W).
+    def forward(self, inputs, B, emb=None, before=None, *, slices):
+        """inputs: a list of x (B*T, c, H, W) or of x and skip (B*T, c', H, W), where c + c' = c_in
+        -> (B*T, c_out, H, W).
 
-        before: applied to x first (the upsampling that ends the previous level). out: see Slices.
+        before: applied to x first (the upsampling that ends the previous level). The list is
+        emptied. Activations are the largest tensors there are, and the call of a module keeps its
+        arguments alive to its end. So a list holds them, and no variable of the caller does: what
+        went into the first block is free before the second begins.
         """
+        h = self.over_pixels(*inputs, emb=emb, before=before, slices=slices)
+        inputs.clear()
+        return self.over_frames(h, B, emb, slices)
+
+    def over_pixels(self, x, skip=None, *, emb, before, slices):
         e = None if emb is None else self.spatial.embed(emb, len(x), 4)
+        same_shape = before is None and isinstance(self.spatial.skip, nn.Identity)
+        reusable = emb is None and same_shape  # in the UNet, x waits as a skip, too
 
         def per_frame(x, skip, e):
             return self.spatial(x, skip, e, before, slices.again)
 
-        return slices(per_frame, x, skip, e, out=out, parts=True)
+        return slices(per_frame, x, skip, e, out=x if reusable else None, parts=True)
 
-    def over_frames(self, x, B, emb=None, *, slices):
+    def over_frames(self, x, B, emb, slices):
         """(B*T, C, H, W) -> (B*T, C, H, W). x may be overwritten where autograd is off.
 
         The norms see all frames and all pixels, so a clip that is cut in time has other results
@@ -561,14 +566,8 @@ class Block(nn.Module):
         self.res, self.attn, self.conv = res, attn, conv
 
     def forward(self, inputs, emb, ctx, before, slices):
-        """res and attn; conv is left to UNet.forward. inputs: [x, skip] of over_pixels().
-
-        The list is emptied here. These are the largest tensors there are, and the call of a module
-        keeps its arguments alive to its end.
-        """
-        h = self.res.over_pixels(*inputs, emb, before, slices=slices)
-        inputs.clear()
-        h = self.res.over_frames(h, len(ctx), emb, slices=slices)
+        """res and attn; conv is left to UNet.forward. inputs: see SpatioTemporalRes."""
+        h = self.res(inputs, len(ctx), emb, before, slices=slices)
         return h if self.attn is None else self.attn(h, ctx, slices)
 
 
@@ -659,40 +658,33 @@ class UNet(nn.Module):
         slices = Slices(self.slice_size, checkpointing)
         if checkpointing == "balanced" and self.slice_size:
             slices.size *= BALANCED_SLICES
+        visit = self.stream.visit if self.stream else lambda blocks, skips=(): blocks
+        put = self.stream.put if self.stream else lambda skip: skip
 
         def run(block, inputs, before=None):
-            if checkpointing != "memory" or block.attn is None:
-                return block(inputs, emb, ctx, before, slices)
+            if block.res is None:
+                return block.conv(*inputs)
+            if checkpointing == "memory" and block.attn is not None:
+                return recomputed(lambda *xs: block(list(xs), emb, ctx, before, slices), *inputs)
+            return block(inputs, emb, ctx, before, slices)
 
-            def again(*inputs):
-                return block(list(inputs), emb, ctx, before, slices)
-
-            return recomputed(again, *inputs)
-
-        # inputs: the list alone holds what goes into a block, see Block.forward
-        stream = self.stream or Resident()
-        h = self.down[0].conv(x.to(dtype).flatten(0, 1))                      # (B*T, C, H, W)
-        skips = [stream.put(h)]
-        for block in stream.visit(self.down[1:]):
-            inputs = [h, None]
-            del h
-            h = block.conv(inputs[0]) if block.res is None else run(block, inputs)
-            skips.append(stream.put(h))
-        for block in stream.visit(self.mid):
-            inputs = [h, None]
-            del h
-            h = run(block, inputs)
-        upsample = None
-        for block in stream.visit(self.up, skips):
-            inputs = [h, skips.pop()]
-            del h
-            h = run(block, inputs, upsample)
-            upsample = block.conv  # waits for the next block, which does it slice by slice
+        # lists, which alone hold the activations: see SpatioTemporalRes.forward
+        h = [self.down[0].conv(x.to(dtype).flatten(0, 1))]                    # (B*T, C, H, W)
+        skips = [put(h[0])]
+        for block in visit(self.down[1:]):
+            h = [run(block, h)]
+            skips.append(put(h[0]))
+        for block in visit(self.mid):
+            h = [run(block, h)]
+        upsamplings = [None, *(block.conv for block in self.up)]  # which the next block does
+        for block, upsample in zip(visit(self.up, skips), upsamplings):
+            h.append(skips.pop())
+            h = [run(block, h, upsample)]
 
         def out(h):
             return self.conv_out(F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled()))
 
-        return slices(out, h).unflatten(0, (B, T)).to(x.dtype)                # (B, T, 4, H, W)
+        return slices(out, *h).unflatten(0, (B, T)).to(x.dtype)               # (B, T, 4, H, W)
 
 
 def unet_ids(names, values, device=None):
@@ -809,22 +801,16 @@ class Decoder(nn.Module):
         def out(h):
             return self.conv_out(F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled()))
 
-        h = self.conv_in(z.flatten(0, 1))                                     # (B*T, C, h, w)
-        h = self.mid.block_1.over_pixels(h, slices=slices)
-        h = self.mid.block_1.over_frames(h, B, slices=slices)
-        h = slices(self.mid.attn_1, h)
-        h = self.mid.block_2.over_pixels(h, slices=slices)
-        h = self.mid.block_2.over_frames(h, B, slices=slices)
+        h = [self.conv_in(z.flatten(0, 1))]          # (B*T, C, h, w), see SpatioTemporalRes.forward
+        h = [self.mid.block_1(h, B, slices=slices)]
+        h = [slices(self.mid.attn_1, *h)]
+        h = [self.mid.block_2(h, B, slices=slices)]
         for level in reversed(self.up):
             for block in level.block:
-                same_shape = upsample is None and isinstance(block.spatial.skip, nn.Identity)
-                out_h = h if same_shape else None
-                h = block.over_pixels(h, before=upsample, slices=slices, out=out_h)
-                del out_h
-                h = block.over_frames(h, B, slices=slices)
+                h = [block(h, B, before=upsample, slices=slices)]
                 upsample = None
             upsample = level.upsample  # waits for the next block, which does it slice by slice
-        h = slices(out, h)                                                    # (B*T, 3, 8h, 8w)
+        h = slices(out, *h)                                                   # (B*T, 3, 8h, 8w)
         h = self.time_conv_out(rearrange(h, "(b t) c h w -> b c t h w", b=B))
         return rearrange(h, "b c t h w -> b t c h w")
 
@@ -891,11 +877,8 @@ def preprocess_clip(img, size=224):
         sigma = max((n / size - 1) / 2, 0.001)
         k = int(max(4 * sigma, 3)) | 1  # made odd
         taps = torch.exp(-0.5 * ((torch.arange(k, device=img.device) - k // 2) / sigma) ** 2)
-        taps = taps / taps.sum()
-        if axis == 2:
-            taps, pad = taps.view(1, 1, k, 1), (0, 0, k // 2, k // 2)
-        else:
-            taps, pad = taps.view(1, 1, 1, k), (k // 2, k // 2, 0, 0)
+        taps = (taps / taps.sum()).view((1, 1, k, 1) if axis == 2 else (1, 1, 1, k))
+        pad = (0, 0, k // 2, k // 2) if axis == 2 else (k // 2, k // 2, 0, 0)
         x = F.conv2d(F.pad(x, pad, mode="reflect"), taps.repeat(3, 1, 1, 1), groups=3)
     x = F.interpolate(x, (size, size), mode="bicubic", align_corners=True)
     mean, std = (torch.tensor(v).view(3, 1, 1).to(img.device) for v in (CLIP_MEAN, CLIP_STD))
@@ -990,28 +973,15 @@ class Loss(NamedTuple):
     target: float = 1.0  # factor on the clean latents
 
 
-def edm_draw(n, T, generator):
-    """ln sigma ~ N(0.7, 1.6^2)."""
-    return (0.7 + 1.6 * torch.randn(n, generator=generator)).exp()
-
-
-def edm_weight(sigma, T):
-    """EDM's lambda for sigma_data = 1. An untrained F has a loss of about 1 at every level."""
-    return (sigma**2 + 1) / sigma**2
-
-
-def exvideo_draw(n, T, generator):
-    """Uniform on the 1000 Karras sigmas, as in ExVideo's released training script."""
-    return karras_sigmas(1000)[torch.randint(1000, (n,), generator=generator)]
-
-
-def exvideo_weight(sigma, T):
-    return (sigma**2 + 1).sqrt() / sigma
-
-
 LOSSES = {
-    "edm": Loss(edm_draw, edm_weight),
-    "exvideo": Loss(exvideo_draw, exvideo_weight, target=1.01),  # against videos that turn grey
+    # ln sigma ~ N(0.7, 1.6^2). EDM's lambda for sigma_data = 1, under which an untrained F has a
+    # loss of about 1 at every level.
+    "edm": Loss(lambda n, T, g: (0.7 + 1.6 * torch.randn(n, generator=g)).exp(),
+                lambda sigma, T: (sigma**2 + 1) / sigma**2),
+    # Uniform on the 1000 Karras sigmas, as in ExVideo's released training script. The target is its
+    # remedy for videos that turn grey.
+    "exvideo": Loss(lambda n, T, g: karras_sigmas(1000)[torch.randint(1000, (n,), generator=g)],
+                    lambda sigma, T: (sigma**2 + 1).sqrt() / sigma, target=1.01),
 }
 
 
@@ -1072,16 +1042,12 @@ class Slices:
         most = math.ceil(n / min(n, self.count(*xs)))
         if torch.is_grad_enabled():  # the fewer slices, the less is computed again
             return most
-        for length in range(most, most // 2, -1):
-            if n % length == 0:
-                return length
-        return most
+        return next((length for length in range(most, most // 2, -1) if n % length == 0), most)
 
     def for_cache(self, x):
         """These slices; for inference on a CPU smaller ones, which its cache holds."""
-        if self.size is None or not x.is_cpu or torch.is_grad_enabled():
-            return self
-        return replace(self, size=math.ceil(self.size / CPU_SLICES))
+        smaller = self.size and x.is_cpu and not torch.is_grad_enabled()
+        return replace(self, size=math.ceil(self.size / CPU_SLICES)) if smaller else self
 
     def __call__(self, f, *xs, dim=0, out=None, parts=False):
         """f(*xs), where f treats the entries of one dimension independently. xs may contain None.
@@ -1104,12 +1070,10 @@ class Slices:
         the frames without these neighbours, (B, ., n, C).
         """
         T, length = x.shape[1], self.length(1, x)
-        order = [min(1, T - 1), *range(T), max(T - 2, 0)]
         frames = x.unbind(1)  # not x[:, t], the gradient of which is as large as x
-        slabs = []
-        for begin in range(0, T, length):
-            end = begin + length + 2
-            slabs.append((positions[begin:end], *(frames[t] for t in order[begin:end])))
+        frames = [frames[min(1, T - 1)], *frames, frames[max(T - 2, 0)]]
+        cuts = [slice(begin, begin + length + 2) for begin in range(0, T, length)]
+        slabs = [(positions[cut], *frames[cut]) for cut in cuts]
         f = partial(self.again, f)
         return f(*slabs[0]) if len(slabs) == 1 else self.join(f, slabs, T, dim=1)
 
@@ -1162,17 +1126,7 @@ def group_norm_(norm, x):
     return x
 
 
-class Resident:
-    """What UNet.forward uses without a Stream: nothing moves."""
-
-    def visit(self, blocks, skips=()):
-        return blocks
-
-    def put(self, skip):
-        return skip
-
-
-class Stream(Resident):
+class Stream:
     """For small cards: keeps in CPU memory what a pass does not need yet. Inference only.
 
     Use it by unet.stream = Stream(unet, device). The device holds the weights of two blocks, a flat
@@ -1380,15 +1334,14 @@ def file_names(module, layout):
     names = {}
     for ours, _ in module.named_parameters():
         name = ours if layout == "ours" else ours.replace(".base.", ".")
-        if layout == "exvideo":
-            block, temporal, inner = name.partition(".attn.temporal.")
-            if temporal:
-                number = numbers[f"{block}.attn.temporal"]
-                name = f"blocks.{number}.{rename(inner, 'exvideo', TemporalBlock)}"
-            elif not is_extension_parameter(ours):
-                continue
-        elif layout != "ours":
+        block, temporal, inner = name.partition(".attn.temporal.")
+        if layout in ("sgm", "diffusers"):
             name = rename(name, layout, type(module))
+        elif layout == "exvideo" and temporal:
+            number = numbers[f"{block}.attn.temporal"]
+            name = f"blocks.{number}.{rename(inner, layout, TemporalBlock)}"
+        elif layout == "exvideo" and not is_extension_parameter(ours):
+            continue
         names[ours] = [name.replace("{qkv}", c) for c in "qkv"] if "{qkv}" in name else [name]
     return names
 
@@ -1401,15 +1354,16 @@ def rename(name, layout, network):
 
 
 def convert(names, tensors, shape):
-    """The tensors that a file has under these names, as one parameter of ours."""
+    """The tensors that a file has under these names, as one parameter of ours. It has the wanted
+    shape if theirs fit; RuntimeError if they cannot be joined."""
     t = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # CLIP's q, k, v, split in diffusers
     if names == ["visual_projection.weight"] and t.ndim == 2:
         t = t.T  # a Linear in diffusers, a matrix in the single file
     if re.search(r"(label_emb\.0\.0|add_embedding\.linear_1|cond_embed\.0)\.weight", names[0]):
-        lacking = shape[1] - t.shape[1]  # columns of ids that the file does not know
-        if lacking > 0 and lacking % ID_DIM == 0 and t.shape[1] >= 3 * ID_DIM:
+        lacking = shape[1] - t.shape[-1]  # columns of ids that the file does not know
+        if lacking > 0 and lacking % ID_DIM == 0 and t.shape[-1] >= 3 * ID_DIM:
             t = F.pad(t, (0, lacking))  # they have no effect yet
-    if tuple(t.shape) + (1, 1) == shape:
+    if t.shape + (1, 1) == shape:
         t = t.view(shape)  # a Linear in diffusers, a 1x1 convolution here
     return t
 
@@ -1422,13 +1376,13 @@ class Tensors:
     """
 
     def __init__(self, path):
-        self.label = path = os.fspath(path)
+        self.path = path = os.fspath(path)
         if not os.path.isfile(path):
             raise WeightsError(f"{path}: no such weight file")
         try:
             self.file = safe_open(path, framework="pt")
-            self.meta = json.loads((self.file.metadata() or {}).get("exsvd", "{}"))
-        except (SafetensorError, ValueError) as e:
+            self.meta = dict(json.loads((self.file.metadata() or {}).get("exsvd", "{}")))
+        except (SafetensorError, ValueError, TypeError) as e:
             with open(path, "rb") as f:  # only now: a good file can begin like a pickle
                 begin = f.read(20)
             it = f"is not a complete safetensors file ({e}): download or save it again"
@@ -1437,8 +1391,6 @@ class Tensors:
             if begin.startswith(b"version https://git-"):
                 it = "is a Git LFS pointer in place of the file: fetch it with git lfs pull"
             raise WeightsError(f"{path} {it}") from e
-        if not isinstance(self.meta, dict):
-            raise WeightsError(f"{path}: its metadata is not understood")
         names = list(self.file.keys())
         tools = r"(module\.|_orig_mod\.|unet\.|model\.(?!diffusion_model\.))*"
         self.prefix = re.match(tools, os.path.commonprefix(names))[0]
@@ -1453,16 +1405,11 @@ class Tensors:
         return self.file.get_slice(self.prefix + name).get_shape()
 
     def frames(self):
-        """The frames that the weights are extended to, None for a base. If our metadata does not
-        say so (the release), frame tables do."""
-        noted = self.meta.get("frames")
-        if isinstance(noted, int) and noted > 0:
-            return noted
-        for name in sorted(self.names):
-            if name.endswith(("positional_embedding.embeddings", "frame_table")):
-                shape = self.shape(name)
-                return shape[0] if len(shape) > 1 and shape[0] > 0 else None
-        return None
+        """The frames that the weights are extended to, None for a base. The release has no metadata
+        that says so, but frame tables."""
+        tables = ("positional_embedding.embeddings", "frame_table")
+        lengths = [self.shape(name)[0] for name in self.names if name.endswith(tables)]
+        return self.meta.get("frames") or max(lengths, default=None)
 
     def fingerprint(self):
         """A hash of the names and of some values of every tensor, in float16, whatever the file's
@@ -1484,7 +1431,7 @@ def locate(module, tensors):
     extension = network == "UNet" and tensors.is_extension
     architecture = tensors.meta.get("architecture", ARCHITECTURE)
     if network == "UNet" and architecture != ARCHITECTURE:
-        raise WeightsError(f"{tensors.label} holds the extension {architecture!r}, but this code has "
+        raise WeightsError(f"{tensors.path} holds the extension {architecture!r}, but this code has "
                            f"{ARCHITECTURE!r}: see section 4 of exsvd.py")
 
     def hits(names):
@@ -1493,7 +1440,7 @@ def locate(module, tensors):
     layouts = ("exvideo",) if extension else ("ours", "sgm", "diffusers")
     names = max((file_names(module, layout) for layout in layouts), key=hits)
     if network != "UNet" and not hits(names):
-        raise WeightsError(f"{tensors.label} has nothing of the {network}: if it holds a UNet alone, "
+        raise WeightsError(f"{tensors.path} has nothing of the {network}: if it holds a UNet alone, "
                            "give it as --unet beside --model")
     if extension and tensors.meta:
         names = {ours: group for ours, group in names.items() if group[0] in in_file}
@@ -1504,49 +1451,42 @@ def locate(module, tensors):
         names = {ours: group for ours, group in names.items()
                  if group in base or added.fullmatch(group[0])}
 
-    expected = {n for group in names.values() for n in group}
+    expected, misfits = {n for group in names.values() for n in group}, []
+    for ours, group in names.items():
+        if not in_file.issuperset(group):
+            continue
+        want, shapes = module.get_parameter(ours).shape, [tuple(tensors.shape(n)) for n in group]
+        try:
+            t = convert(group, [torch.empty(shape, device="meta") for shape in shapes], want)
+        except RuntimeError:  # they can't be joined
+            t = None
+        if t is None or t.shape != want:
+            found = ", ".join(f"{n} {shape}" for n, shape in zip(group, shapes))
+            misfits.append(f"{found} instead of {tuple(want)}")
     others = [pattern for cls, pattern in SGM_PART.items() if not isinstance(module, cls)]
     ignored = re.compile("|".join([IGNORED, *others]))
-    misfits = []
-    for ours, group in names.items():
-        want = module.get_parameter(ours).shape
-        if in_file.issuperset(group) and not fits(group, [tensors.shape(n) for n in group], want):
-            found = ", ".join(f"{n} {tuple(tensors.shape(n))}" for n in group)
-            misfits.append(f"{found} instead of {tuple(want)}")
     problems = {"missing": sorted(expected - in_file), "mis-shaped": misfits,
                 "unexpected": sorted(n for n in in_file - expected if not ignored.match(n))}
     problems = "; ".join(f"{len(found)} {what}, such as {', '.join(found[:3])}"
                          for what, found in problems.items() if found)
     if problems:
         hint = " (was it made with another section 4 of exsvd.py?)" if extension else ""
-        raise WeightsError(f"{tensors.label} does not fit {network} ({len(expected)} tensors): "
+        raise WeightsError(f"{tensors.path} does not fit {network} ({len(expected)} tensors): "
                            f"{problems}{hint}")
     return names
 
 
-def fits(names, shapes, want):
-    """Whether tensors of these shapes together make a parameter of the shape `want`."""
-    try:
-        return convert(names, [torch.empty(s, device="meta") for s in shapes], want).shape == want
-    except (RuntimeError, IndexError):  # they can't be joined
-        return False
-
-
 @torch.no_grad()
-def read_into(module, tensors, names, dtype_of=None, device=None):
-    """Read what locate() found into a module, tensor by tensor. Parameters on the meta device
-    become real ones on the given device, of dtype_of(our name)."""
+def read_into(module, tensors, names, dtype_of=lambda name: None, device=None):
+    """Read what locate() found into a module, tensor by tensor. Parameters get dtype_of(our name)
+    and the device, or keep their own."""
     for ours, group in names.items():
         path, _, leaf = ours.rpartition(".")
         parent = module.get_submodule(path)
         p = getattr(parent, leaf)
-        t = convert(group, [tensors.get(n) for n in group], tuple(p.shape))
-        if p.is_meta:
-            copy = torch.empty(p.shape, dtype=dtype_of(ours), device=device)
-            copy.copy_(t)  # always, as t changes with the file
-            setattr(parent, leaf, nn.Parameter(copy))
-        else:
-            p.copy_(t)
+        t = convert(group, [tensors.get(n) for n in group], p.shape)
+        copy = torch.empty_like(p, dtype=dtype_of(ours), device=device)
+        setattr(parent, leaf, nn.Parameter(copy.copy_(t)))  # copied, as t changes with the file
 
 
 @dataclass
@@ -1583,16 +1523,16 @@ def open_network(path, stem, part, default):
     """
     in_folder = {}
     if os.path.isdir(path):
-        folder, path = path, os.path.join(path, f"{stem}.safetensors")
-        if not os.path.isfile(path):
-            path = os.path.join(folder, f"{stem}.fp16.safetensors")
-        if not os.path.isfile(path):
+        folder, names = path, (f"{stem}.safetensors", f"{stem}.fp16.safetensors")
+        paths = [os.path.join(folder, name) for name in names]
+        path = next(filter(os.path.isfile, paths), None)
+        if path is None:
             hint = "a diffusers folder of SVD has one"
-            if os.path.isfile(os.path.join(folder, os.path.basename(stem) + ".safetensors")):
+            if os.path.isfile(os.path.join(folder, os.path.basename(names[0]))):
                 hint = "it holds a UNet alone: give it as --unet beside --model"
-            if glob.glob(glob.escape(os.path.join(folder, stem)) + "*.index*.json"):
+            if glob.glob(f"{stem}*.index*.json", root_dir=folder):
                 hint = "it is split into several files: save it with a larger max_shard_size"
-            raise WeightsError(f"{folder}: no {stem}.safetensors (or .fp16.safetensors); {hint}")
+            raise WeightsError(f"{folder}: no {names[0]} (or .fp16.safetensors); {hint}")
         config = os.path.join(os.path.dirname(path), "config.json")
         if part == "unet" and os.path.exists(config):
             try:
@@ -1601,6 +1541,12 @@ def open_network(path, stem, part, default):
             except (ValueError, AttributeError) as e:
                 raise WeightsError(f"{config}: not readable as JSON of diffusers ({e})") from e
     tensors = Tensors(path)
+    if tensors.is_extension:
+        raise WeightsError(f"{path} is an extension, not a model: give SVD-XT's file as the model, "
+                           "and this one as the extension")
+    if "first_stage_model.post_quant_conv.weight" in tensors.names:
+        raise WeightsError(f"{path} is the image-decoder variant, without temporal layers: use "
+                           "svd_xt.safetensors (or svd.safetensors) instead")
     noted = tensors.meta.get("config", {})
     noted = noted.get(part, {}) if isinstance(noted, dict) else noted
     return tensors, configure(configure(default, noted, path), in_folder, path)
@@ -1612,12 +1558,10 @@ def configure(default, values, path):
         raise WeightsError(f"{path}: its configuration is not understood")
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     for key, value in values.items():
-        fits = type(value) is type(getattr(default, key, None))
-        for v in value if isinstance(value, tuple) else (value,):
-            fits = fits and (isinstance(v, str) or (isinstance(v, int) and v > 0))
-        if not fits:
-            raise WeightsError(f"{path}: {key} = {value} of its configuration is not understood; "
-                               "was it written by a newer version?")
+        parts = value if isinstance(value, tuple) else (value,)
+        if type(value) is not type(getattr(default, key, None)) or not all(
+                isinstance(v, str) or (isinstance(v, int) and v > 0) for v in parts):
+            raise WeightsError(f"{path}: {key} = {value} of its configuration is not understood")
     ids = values.pop("ids", None)  # the code may have more of them, see convert()
     if ids and ids != default.ids[:len(ids)]:
         raise WeightsError(f"{path} is conditioned on {', '.join(ids)}, but this code on "
@@ -1634,16 +1578,16 @@ def open_extensions(paths):
         if not tensors.is_extension or not tensors.frames():
             raise WeightsError(f"{path} is not an extension: it has no tensors blocks.*, or no "
                                "frame tables")
+        below = [file.fingerprint() for file in opened]
         for name, fingerprint in tensors.meta.get("over", ()):
-            if fingerprint not in [below.fingerprint() for below in opened]:
-                raise WeightsError(f"{path} was trained over {name}: give that extension, too, and "
-                                   "before it")
+            if fingerprint not in below:
+                raise WeightsError(f"{path} was trained over {name}: give that extension before it")
         opened.append(tensors)
     return opened
 
 
 def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet", "vae", "clip"),
-         unet=None, keep_float32=None):
+         unet=None, keep_float32=lambda name: False):
     """SVD from published weights or our own: .unet, .vae and .clip, in eval mode, all parameters
     with requires_grad False.
 
@@ -1658,9 +1602,6 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
 
     Tensors are converted one by one: memory peaks at the size of the model. Raises WeightsError.
     """
-    unknown = set(parts) - FOLDER.keys()
-    if unknown:
-        raise ValueError(f"load() knows the parts {', '.join(FOLDER)}, not {', '.join(unknown)}")
     only_check = torch.device(device).type == "meta"
     if extension and not only_check:  # before gigabytes are read
         load(path, extension, device="meta", parts=parts, unet=unet)
@@ -1670,17 +1611,10 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
     if unet is not None:
         stem = os.path.basename(FOLDER["unet"])
         files["unet"], unet_config = open_network(unet, stem, "unet", unet_config)
-    for tensors in files.values():
-        if tensors.is_extension:
-            raise WeightsError(f"{tensors.label} is an extension, not a model: give SVD-XT's file "
-                               "as the model, and this one as the extension")
-        if "first_stage_model.post_quant_conv.weight" in tensors.names:
-            raise WeightsError(f"{tensors.label} is the image-decoder variant, without temporal "
-                               "layers: use svd_xt.safetensors (or svd.safetensors) instead")
     extensions = open_extensions(extension)
     for tensors in extensions:
         noted = {key: tensors.meta[key] for key in ("native_frames", "ids") if key in tensors.meta}
-        unet_config = configure(unet_config, noted, tensors.label)
+        unet_config = configure(unet_config, noted, tensors.path)
 
     with torch.device("meta"):  # nothing is initialised that is then overwritten
         networks = nn.ModuleDict({"unet": UNet(unet_config), "vae": VAE(vae_config),
@@ -1691,7 +1625,7 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
     def dtype_of(part, name):
         name = f"{part}.{name}"
         wide = dtype == torch.float16 and name.startswith(("vae.encoder.", "vae.quant_conv."))
-        return torch.float32 if wide or (keep_float32 and keep_float32(name)) else dtype
+        return torch.float32 if wide or keep_float32(name) else dtype
 
     names = {part: locate(networks[part], files[part]) for part in parts}
     if not only_check:
@@ -1699,14 +1633,15 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
         for part in parts:
             read_into(networks[part], files[part], names[part], partial(dtype_of, part), device)
     for tensors in extensions if "unet" in parts else ():
-        if networks["unet"].max_frames != tensors.frames():
+        extended = networks["unet"]
+        if extended.max_frames != tensors.frames():
             with torch.device(device):  # where a modified extend() creates parameters
-                extend(networks["unet"], tensors.frames())
-            for name, p in networks["unet"].named_parameters():
+                extend(extended, tensors.frames())
+            for name, p in extended.named_parameters():
                 p.data = p.data.to(dtype_of("unet", name))
-        added = locate(networks["unet"], tensors)
+        added = locate(extended, tensors)
         if not only_check:
-            read_into(networks["unet"], tensors, added)
+            read_into(extended, tensors, added)
     networks.eval().requires_grad_(False)
     unet, vae, clip = (networks[part] if part in parts else None for part in FOLDER)
     return SVD(unet, vae, clip, meta, extensions[-1].meta if extensions else None)
@@ -1723,34 +1658,31 @@ def warn_of_cudnn():
 def save(path, tensors, meta):
     """Write a .safetensors file with our metadata, whole or not at all. Raises OSError, for example
     on a full disk."""
-    partial_path = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     note = {"exsvd": json.dumps(meta)}  # a single key: safetensors writes several in random order
     try:
-        save_file(tensors, partial_path, metadata=note)
-        with open(partial_path, "rb+") as f:  # Windows refuses it for a file opened to read
+        save_file(tensors, temporary, metadata=note)
+        with open(temporary, "rb+") as f:  # Windows refuses it for a file opened to read
             os.fsync(f.fileno())  # a crash of the machine must not leave an empty file
-        os.chmod(partial_path, 0o644)  # safetensors makes files that only their owner can read
-        os.replace(partial_path, path)
+        os.chmod(temporary, 0o644)  # safetensors makes files that only their owner can read
+        os.replace(temporary, path)
     except SafetensorError as e:
         raise OSError(f"{path} cannot be written ({e}): is the disk full?") from e
     finally:
-        if os.path.exists(partial_path):
-            os.remove(partial_path)
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
-def extension_note(unet):
-    """What the metadata of our files says of an extended UNet."""
-    if unet.max_frames is None:
-        return {}
-    return {"architecture": ARCHITECTURE, "frames": unet.max_frames, "ids": unet.config.ids,
-            "native_frames": unet.config.native_frames}
-
-
-def under_names(module, names, state, dtype):
-    """{name in a file: tensor} of a module, with `state` in place of some of its parameters."""
-    state = dict(module.named_parameters()) | state
-    return {name: state[ours].to(dtype or state[ours].dtype) for ours, (name,) in names.items()}
+def save_parameters(path, module, names, state, dtype, meta, unet):
+    """save() of a module's parameters under names {ours: [in the file]}, or of what `state` has in
+    their place. The metadata says how the unet was extended."""
+    state = dict(module.named_parameters()) | (state or {})
+    tensors = {name: state[ours].to(dtype or state[ours].dtype) for ours, (name,) in names.items()}
+    if unet.max_frames is not None:
+        meta |= {"architecture": ARCHITECTURE, "frames": unet.max_frames, "ids": unet.config.ids,
+                 "native_frames": unet.config.native_frames}
+    save(path, tensors, meta)
 
 
 def save_extension(path, unet, state=None, dtype=None, over=(), **meta):
@@ -1770,10 +1702,11 @@ def save_extension(path, unet, state=None, dtype=None, over=(), **meta):
     unknown = sorted((state or {}).keys() - names.keys())
     if unknown:
         raise ValueError(f"{path}: {unknown[0]} is no parameter of an extension")
-    tensors = under_names(unet, names, state or {}, dtype)
-    below = [file for file in map(Tensors, over) if not file.names <= tensors.keys()]
-    needs = [(os.path.basename(file.label), file.fingerprint()) for file in below]
-    save(path, tensors, meta | extension_note(unet) | ({"over": needs} if needs else {}))
+    held = {name for (name,) in names.values()}
+    below = [file for file in map(Tensors, over) if not file.names <= held]
+    if below:
+        meta["over"] = [(os.path.basename(file.path), file.fingerprint()) for file in below]
+    save_parameters(path, unet, names, state, dtype, meta, unet)
 
 
 def save_model(path, unet, vae, clip, dtype=None, state=None, **meta):
@@ -1785,6 +1718,5 @@ def save_model(path, unet, vae, clip, dtype=None, state=None, **meta):
     networks = nn.ModuleDict({"unet": unet, "vae": vae, "clip": clip})
     names = {f"{part}.{ours}": group for part, network in networks.items()
              for ours, group in file_names(network, "sgm").items()}
-    config = {part: asdict(network.config) for part, network in networks.items()}
-    tensors = under_names(networks, names, state or {}, dtype)
-    save(path, tensors, meta | {"config": config} | extension_note(unet))
+    meta["config"] = {part: asdict(network.config) for part, network in networks.items()}
+    save_parameters(path, networks, names, state, dtype, meta, unet)
