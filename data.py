@@ -282,6 +282,14 @@ def read_video(path):
     return torch.stack(frames), frame_rate(times, declared[-1])
 
 
+def read_settings(path):
+    """The settings that VideoWriter stored in an .mp4 or .webm; None if there are none."""
+    with _container(path) as container:
+        tags = {key.lower(): value for key, value in container.metadata.items()}
+    with contextlib.suppress(ValueError):  # a comment of another program
+        return json.loads(tags.get("comment", "null"))
+
+
 def fit_image(img, width, height):
     """uint8 (H, W, 3), or float (3, H, W) in [-1, 1], -> float32 (3, height, width) in [-1, 1]:
     scaled to cover that size, then centre cropped. Antialiased bicubic, undistorted."""

@@ -1620,11 +1620,6 @@ def write(path, parts, fps=7.5, settings=None):
             v.write(part)
 
 
-def read_settings(path):
-    with av.open(str(path)) as c:
-        return json.loads({k.lower(): v for k, v in c.metadata.items()}.get("comment", "null"))
-
-
 @pytest.mark.parametrize("name, least", [("x.mp4", 38), ("x.webm", 36), ("x.gif", 32)])
 def test_a_video_survives_writing(tmp_path, name, least):
     settings = {"seed": 3, "prompt": "ü \"quoted\"", "cfg": [1.0, 3.0]}
@@ -1634,7 +1629,7 @@ def test_a_video_survives_writing(tmp_path, name, least):
     mse = (video.double() - ramps().double()).square().mean()
     assert 10 * torch.log10(255 ** 2 / mse) >= least
     assert torch.equal(data.read_image(tmp_path / name), video[0])
-    assert read_settings(tmp_path / name) == (None if name == "x.gif" else settings)
+    assert data.read_settings(tmp_path / name) == (None if name == "x.gif" else settings)
 
 
 def test_a_folder_of_pngs_is_lossless_and_replaced(tmp_path):
@@ -2724,7 +2719,7 @@ def test_video_from_an_image(make, monkeypatch, capsys):
     assert sorted(asked) == sorted(sigmas + [s for s in sigmas if 0.1 < s <= 10])
     video, fps = data.read_video(out)
     assert video.shape == (8, 64, 64, 3) and fps == 8
-    settings = read_settings(out)
+    settings = data.read_settings(out)
     assert settings == settings | {"frames": 8, "steps": 6, "seed": 0, "cfg_interval": [0.1, 10]}
     assert not any("/" in str(value) for value in settings.values()), "a path gives away too much"
     text = capsys.readouterr().out
@@ -2735,7 +2730,7 @@ def test_defaults_and_flags_reach_the_file(make, extensions):
     """Only the published extension is corrected, unless flags say otherwise."""
     out = make("--extension", extensions[1], "--frames", 3, "--contrast", 1.1, "--sampler", "heun",
                name="a.webm")
-    settings = read_settings(out)
+    settings = data.read_settings(out)
     assert data.read_video(out)[0].shape == (3, 64, 64, 3) and settings == settings | {
         "frames": 3, "match_stats": True, "contrast": 1.1, "encode_scale": 0.13025,
         "sampler": "heun", "schedule": "karras", "eta": 1.0}
@@ -3006,7 +3001,7 @@ def test_the_toy_that_ships(all_threads, tmp_path):
     frames, fps = data.read_video(out)
     size = frames.shape[1]
     picture = data.fit_image(data.read_image(image), size, size)
-    m = measure.measure(floats(frames), picture, read_settings(out)["motion"], fps)
+    m = measure.measure(floats(frames), picture, data.read_settings(out)["motion"], fps)
     assert len(frames) == 40
     assert 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.08 and m["back"] < 0.03, m
 
@@ -3062,7 +3057,7 @@ def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
     assert "first-4.mp4: exists and is skipped" in capsys.readouterr().out
     assert sorted(tmp_path.glob("*.mp4")) == outs and len({o.read_bytes() for o in outs}) == 4
     assert data.read_video(outs[0])[0].shape == (2, 64, 128, 3)
-    assert read_settings(outs[1])["seed"] == 4
+    assert data.read_settings(outs[1])["seed"] == 4
     count = len(made)
     make(*flags, "--overwrite", name="{name}.mp4")
     assert len(made) == count + 2
