@@ -1974,7 +1974,8 @@ def test_index_is_built_once_and_again_for_what_changed(mixed, monkeypatch):
 def test_an_index_that_cannot_be_written_is_named_with_the_remedy(pair, capsys, monkeypatch):
     (pair / data.INDEX).mkdir()  # stands in for a folder that is read-only, which does not stop root
     assert run_data(monkeypatch, "check", pair) == 1
-    assert re.search(r"the index cannot be written .*: give a list .*list.txt makes one$", capsys.readouterr().err.strip())
+    said = capsys.readouterr().err.strip()
+    assert re.search(r"the index cannot be written .*: give a list .*list.txt makes one$", said)
 
 
 NAMES = ["good.mp4", "deep/vp9.webm"]

@@ -555,7 +555,8 @@ def step_rows(a):
             model = os.path.join(folder, "random.safetensors")
             networks = (network() for network in (exsvd.UNet, exsvd.VAE, exsvd.ImageEncoder))
             exsvd.save_model(model, *(network.bfloat16() for network in networks))
-        for settings in (*(f"--checkpoint {level}" for level in train.CHECKPOINTS if level != "none"), "--checkpoint memory --offload"):
+        levels = [level for level in train.CHECKPOINTS if level != "none"]
+        for settings in (*(f"--checkpoint {level}" for level in levels), "--checkpoint memory --offload"):
             out = os.path.join(folder, settings.replace(" ", ""))
             command = [sys.executable, "train.py", "--model", model, "--data", "bench/noise.py",
                        "--out", out, "--frames", str(T), "--size", f"{8 * W}x{8 * H}", "--steps",
