@@ -674,16 +674,23 @@ def what_fits(svd, s, free):
     return unet + vae + clip + max(needs[size], decoding) <= free, size
 
 
+USABLE = 0.9  # of free memory; the rest is for what PyTorch does not count, and for fragments
+
+
+def free_bytes(device):
+    """What a GPU has for more tensors: free memory, and what PyTorch holds but does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def settle(svd, s, device):
     """Before a video on a GPU: networks that cannot stay there stay in CPU memory, from where
     on_device() lends them."""
     if device.type == "cuda" and svd.unet.stream is None:
         networks = svd.unet, svd.vae, svd.clip
         ours = sum(p.nbytes for m in networks for p in m.parameters() if p.is_cuda)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        # a tenth is for what PyTorch does not count, and for fragments
-        free = 0.9 * (torch.cuda.mem_get_info(device)[0] + unused + ours)
-        stay, svd.unet.slice_size = what_fits(svd, s, free)
+        free = free_bytes(device) + ours
+        stay, svd.unet.slice_size = what_fits(svd, s, USABLE * free)
         for network in networks:
             network.to(device if stay else "cpu")
 
@@ -1009,11 +1016,11 @@ def main(argv=None):
         try:
             img = data.read_image(image) if args.images else None
             svd = svd or load(args, given, model, extension, device)
-            if args.video:
+            if args.video and video is None:
                 if args.video.endswith(".safetensors"):
                     check_vae(args.video, model)
-                video = video or open_video(args.video, given.get("size"), svd.vae, device)
-                img = video.first if img is None else img
+                video = open_video(args.video, given.get("size"), svd.vae, device)
+            img = video.first if img is None else img
             s = complete(svd, given | {"seed": seed}, img.shape[1::-1], video, keyframes)
             data.VideoWriter(out, s.fps)  # a video to refine may be too fast for a GIF
             make_video(svd, img, s, device, out, model, video, end, keyframes)

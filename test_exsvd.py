@@ -4042,10 +4042,10 @@ def test_the_fastest_checkpoints_that_fit_are_chosen(run, monkeypatch, capsys):
     with monkeypatch.context() as m:
         m.setattr(train, "of_all_ranks", lambda free: [free, 300e9])
         m.setattr(train.dist, "get_world_size", lambda: 8)
-        m.setattr(torch.cuda, "memory_reserved", lambda: 2e9)
-        m.setattr(torch.cuda, "memory_allocated", lambda: 1e9)
+        m.setattr(torch.cuda, "memory_reserved", lambda device: 2e9)
+        m.setattr(torch.cuda, "memory_allocated", lambda device: 1e9)
         for free in (8, 24, 34, 40, 300):
-            m.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * 1e9, 0))
+            m.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 1e9, 0))
             chosen[free], why = train.choose_checkpoint(s, unet, 833_000_000, torch.device("cuda"))
     assert chosen == {8: "memory", 24: "memory-large", 34: "balanced-small", 40: "balanced", 300: "none"}
     assert "226.9 GB of the 270.0 GB that are free" in why

@@ -415,8 +415,7 @@ def choose_checkpoint(s, unet, elements, device):
     ranks, and a line that says so. elements: how many numbers are trained, and have gradients."""
     if device.type != "cuda":
         return "none", "nothing is computed again on a CPU"
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    free = 0.9 * min(of_all_ranks(free))  # a tenth for what PyTorch does not count, and fragments
+    free = sample.USABLE * min(of_all_ranks(sample.free_bytes(device)))
     gradients = elements * (unet.conv_out.weight.itemsize + 4 / dist.get_world_size())
     need = {name: activations(name, s, unet) + gradients for name in CHECKPOINTS}
     name = next((name for name in CHECKPOINTS if need[name] <= free), "memory")
