@@ -340,18 +340,10 @@ ENCODERS = {  # extension: codec, its options
 PNG_NAME = "frame_{:04d}.png"
 
 
-def write_whole(path, content):
-    """Writes a file of these bytes. A killed process leaves no half of it."""
-    part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    part.write_bytes(content)
-    os.replace(part, path)
-
-
 def write_png(path, img):
     """Writes uint8 (H, W, 3) as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(img)).save(file, "PNG")
-    write_whole(path, file.getbuffer())
+    with exsvd.written_whole(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(img)).save(temporary, "PNG")
 
 
 class VideoWriter:
@@ -400,7 +392,7 @@ class VideoWriter:
             raise ValueError(f"{frames.dtype} {frames.shape}: not uint8 (T, H, W, 3) of one size")
         for x in frames:
             if not self.kind:
-                write_png(self.new / PNG_NAME.format(self.count), x)
+                Image.fromarray(x).save(self.new / PNG_NAME.format(self.count))
             else:
                 frame = self._frame(x)
                 if not self.count:
@@ -1112,7 +1104,8 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
     os.makedirs(out, exist_ok=True)
     if os.path.exists(os.path.join(out, SETTINGS)):
         check_encoded(out, ours)
-    write_whole(os.path.join(out, SETTINGS), json.dumps(ours).encode())
+    with exsvd.written_whole(os.path.join(out, SETTINGS)) as temporary:
+        Path(temporary).write_text(json.dumps(ours))
     encoded, failed = latents_in(out), []
     gone = sorted(encoded.keys() - dataset.usable.keys())
     if gone:

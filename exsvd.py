@@ -1655,23 +1655,32 @@ def warn_of_cudnn():
               "convolutions (pytorch#163539): install one from 9.15 on", file=sys.stderr)
 
 
-def save(path, tensors, meta):
-    """Write a .safetensors file with our metadata, whole or not at all. Raises OSError, for example
-    on a full disk."""
+@contextmanager
+def written_whole(path):
+    """For `with`: the name of a temporary file beside `path`. At the end of the block it takes the
+    place of `path`, complete and on the disk; after an error it is removed."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    note = {"exsvd": json.dumps(meta)}  # a single key: safetensors writes several in random order
     try:
-        save_file(tensors, temporary, metadata=note)
-        with open(temporary, "rb+") as f:  # Windows refuses it for a file opened to read
+        yield temporary
+        with open(temporary, "rb+") as f:  # Windows refuses fsync for a file opened to read
             os.fsync(f.fileno())  # a crash of the machine must not leave an empty file
-        os.chmod(temporary, 0o644)  # safetensors makes files that only their owner can read
         os.replace(temporary, path)
-    except SafetensorError as e:
-        raise OSError(f"{path} cannot be written ({e}): is the disk full?") from e
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def save(path, tensors, meta):
+    """Write a .safetensors file with our metadata, whole or not at all. Raises OSError, for example
+    on a full disk."""
+    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    note = {"exsvd": json.dumps(meta)}  # a single key: safetensors writes several in random order
+    try:
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, metadata=note)
+            os.chmod(temporary, 0o644)  # safetensors makes files that only their owner can read
+    except SafetensorError as e:
+        raise OSError(f"{path} cannot be written ({e}): is the disk full?") from e
 
 
 def save_parameters(path, module, names, state, dtype, meta, unet):

@@ -173,8 +173,8 @@ def normalise(vae, pictures):
 def save_state(path, **state):
     """Saves what a resumed run needs. Each step seeds its own random numbers, so no generator's
     state is saved."""
-    torch.save(state, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    with exsvd.written_whole(path) as temporary:
+        torch.save(state, temporary)
 
 
 def set_rate(opt, peak, step, steps, warmup, least):

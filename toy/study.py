@@ -213,9 +213,8 @@ def measure_row(a, row):
             exsvd.save(path.replace(".json", ".safetensors"), {"video": sample.to_pixels(video)}, {})
         if model:
             found["short"][name] = measure.measure(generate(svd, first, SHORT), picture, MOTION, world.FPS)
-    with open(path + ".tmp", "w") as f:
-        json.dump(found, f)
-    os.replace(path + ".tmp", path)
+    with exsvd.written_whole(path) as temporary:
+        Path(temporary).write_text(json.dumps(found))
 
 
 # --------------------------------------------------------------------------------------------------
