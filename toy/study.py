@@ -22,6 +22,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from glob import glob
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
