@@ -205,6 +205,11 @@ class FeedForward(nn.Module):
 LayerNorm = partial(nn.LayerNorm, eps=EPS_LAYER_NORM)
 
 
+def silu(x):
+    """In place where autograd is off: only a gradient needs x once more."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class Upsample(nn.Conv2d):
     """Nearest neighbour 2x, then the convolution."""
 
@@ -239,7 +244,7 @@ class ResBlock(nn.Module):
         e: from embed(). before: applied to x first. again: see Slices.again(). The parts that it is
         given end in a convolution, which it therefore need not compute again.
         """
-        inplace = not torch.is_grad_enabled()  # only autograd needs a SiLU's input once more
+        inplace = not torch.is_grad_enabled()
         fresh = before is not None and skip is None and isinstance(self.skip, nn.Conv2d)
 
         def joined(x, skip):
@@ -248,11 +253,11 @@ class ResBlock(nn.Module):
         def first(x, skip):
             x = joined(x, skip)
             h = group_norm_(self.norm1, x) if fresh and inplace else self.norm1(x)
-            h = self.conv1(F.silu(h, inplace=inplace))
+            h = self.conv1(silu(h))
             return h if e is None else h + e
 
         def second(h):
-            return self.conv2(F.silu(self.norm2(h)))
+            return self.conv2(silu(self.norm2(h)))
 
         if before is not None:
             x = again(before, x)
@@ -263,7 +268,7 @@ class ResBlock(nn.Module):
         if not inplace:
             return shortcut + again(second, h)
         del x
-        h = F.silu(self.norm2(h), inplace=True)
+        h = silu(self.norm2(h))
         h = self.conv2(h)  # a line each, so that what goes in is free as early as possible
         return shortcut + h
 
@@ -314,7 +319,7 @@ class SpatioTemporalRes(nn.Module):
         (see VAE.decode). The convolutions see all frames of one pixel. So statistics are taken in
         slices of frames, the rest in slices of rows.
         """
-        block, inplace = self.temporal, not torch.is_grad_enabled()
+        block = self.temporal
         e = 0 if emb is None else block.embed(emb, B, 5)
         # The block adds to its input, so blending means weighting what it adds. Trap: alpha weights
         # the spatial branch in the UNet, but the temporal branch in the VAE decoder.
@@ -323,12 +328,12 @@ class SpatioTemporalRes(nn.Module):
 
         def first(x):
             x = rearrange(x, "(b t) c h w -> b c t h w", b=B)
-            h = block.conv1(F.silu(norm1(x), inplace=inplace)) + e
+            h = block.conv1(silu(norm1(x))) + e
             return rearrange(h, "b c t h w -> (b t) c h w")
 
         def second(x, h):
             h = rearrange(h, "(b t) c h w -> b c t h w", b=B)
-            h = block.conv2(F.silu(norm2(h), inplace=inplace))
+            h = block.conv2(silu(norm2(h)))
             return torch.addcmul(x, rearrange(h, "b c t h w -> (b t) c h w"), weight)
 
         norm1 = norm_over_frames(block.norm1, x, B, slices)
@@ -682,7 +687,7 @@ class UNet(nn.Module):
             h = [run(block, h, upsample)]
 
         def out(h):
-            return self.conv_out(F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled()))
+            return self.conv_out(silu(self.norm_out(h)))
 
         return slices(out, *h).unflatten(0, (B, T)).to(x.dtype)               # (B, T, 4, H, W)
 
@@ -772,7 +777,7 @@ class Encoder(nn.Module):
             if level.downsample is not None:
                 h = level.downsample(h)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -799,7 +804,7 @@ class Decoder(nn.Module):
         B, slices, upsample = len(z), Slices().for_cache(z), None
 
         def out(h):
-            return self.conv_out(F.silu(self.norm_out(h), inplace=not torch.is_grad_enabled()))
+            return self.conv_out(silu(self.norm_out(h)))
 
         h = [self.conv_in(z.flatten(0, 1))]          # (B*T, C, h, w), see SpatioTemporalRes.forward
         h = [self.mid.block_1(h, B, slices=slices)]
