@@ -223,7 +223,8 @@ def words(value, nargs=None):
 
 def settings_in_file(cls, meta, part, path):
     """The settings that a model's file holds in meta["defaults"][part], as if they had been given
-    as flags: {name: value}. Raises WeightsError for what a flag would refuse, and for a path."""
+    as flags: {name: value}, without those that are None. Raises WeightsError for what a flag would
+    refuse, and for a path."""
     def refuse(message):
         raise exsvd.WeightsError(f"{path}: its setting {name} is not usable: {message}")
 
@@ -232,6 +233,8 @@ def settings_in_file(cls, meta, part, path):
     add_flags(parser, cls)
     settings, known = {}, {f.name: f.metadata for f in fields(cls) if f.metadata["in_file"]}
     for name, value in (meta or {}).get("defaults", {}).get(part, {}).items():
+        if value is None:
+            continue
         if name not in known:
             refuse("no file may set it")
         argv = [("--no-" if value is False else "--") + name.replace("_", "-")]
@@ -619,7 +622,6 @@ def generate(svd, image, settings=None, device=None, **given):
                               f"{img.dtype} {tuple(img.shape)} up to {img.max():g}")
     img = img if channels else img.float()
     W, H = img.shape[1::-1] if channels else img.shape[:0:-1]
-    given = {name: value for name, value in given.items() if value is not None}
     given = settings_in_file(Settings, {"defaults": {"given": given}}, "given", "generate()")
     s = complete(svd, (asdict(settings) if settings else {}) | given, (W, H))
     home = svd.unet.stream or next(svd.unet.parameters())
@@ -736,7 +738,6 @@ def saved_latents(path):
     file = exsvd.Tensors(path)
     latents, saved, shape = None, file.meta.get("settings"), None
     if "latents" in file.names and isinstance(saved, dict):
-        saved = {name: value for name, value in saved.items() if value is not None}
         s = Settings(**settings_in_file(Settings, {"defaults": {"saved": saved}}, "saved", path))
         latents, shape = file.get("latents"), (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8)
     if latents is None or latents.shape != shape:
@@ -760,14 +761,17 @@ Video = namedtuple("Video", "latents times fps first")
 
 
 @torch.inference_mode()
-def open_video(path, size, vae, device):
+def open_video(path, size, vae, device, model):
     """--video at `size`, or at its own where that is None. Latents that sample.py saved have one
-    size only."""
+    size only, and must be of the VAE of the file `model`."""
     if path.endswith(".safetensors"):
         latents, s, meta = saved_latents(path)
         if size and size != s.size:
             W, H = s.size
             raise data.MediaError(f"{path}: the latents are of {W}x{H}: leave out --size")
+        if meta.get("vae") not in (None, vae_id(model)):
+            raise exsvd.WeightsError(f"{path}: was made with {meta['model']}, and the VAE of {model} is "
+                                     "another: give that as --model, or the video itself as --video")
         shown = adjust(latents, s, meta.get("keyframes", ()))
         first = decoded_frame(vae, shown.to(device), 0, s.decode_chunk)
         return Video(shown[0] / exsvd.VAE_SCALE, torch.arange(s.frames) / s.fps, s.fps, first)
@@ -919,14 +923,6 @@ def load(args, given, model, extension, device):
     return svd
 
 
-def check_vae(latents, model):
-    """Raises WeightsError for saved latents of another VAE than the model's."""
-    meta = exsvd.Tensors(latents).meta
-    if meta.get("vae") not in (None, vae_id(model)):
-        raise exsvd.WeightsError(f"{latents}: was made with {meta['model']}, and the VAE of {model} is "
-                                 "another: give that as --model, or the video itself as --video")
-
-
 def decode_again(args, given, device, out):
     """--decode-only: a video from the latents of an earlier run, by the VAE of its model."""
     latents, s, meta = saved_latents(args.decode_only)
@@ -1017,9 +1013,7 @@ def main(argv=None):
             img = data.read_image(image) if args.images else None
             svd = svd or load(args, given, model, extension, device)
             if args.video and video is None:
-                if args.video.endswith(".safetensors"):
-                    check_vae(args.video, model)
-                video = open_video(args.video, given.get("size"), svd.vae, device)
+                video = open_video(args.video, given.get("size"), svd.vae, device, model)
             img = video.first if img is None else img
             s = complete(svd, given | {"seed": seed}, img.shape[1::-1], video, keyframes)
             data.VideoWriter(out, s.fps)  # a video to refine may be too fast for a GIF
