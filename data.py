@@ -46,7 +46,6 @@ import torch.nn.functional as F
 from av.video.reformatter import (
     ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter)
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from safetensors import safe_open
 from tqdm import tqdm
 
 import exsvd
@@ -58,7 +57,7 @@ warnings.filterwarnings("ignore", module="PIL")
 
 
 def one_line(text):
-    """Text with unprintable characters escaped: a file name may hold line breaks."""
+    """Text with unprintable characters escaped: file names may hold line breaks."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -85,7 +84,7 @@ with contextlib.suppress(ImportError):
     import pillow_heif  # optional: HEIC, which iPhones save
     pillow_heif.register_heif_opener()
     PICTURES.append("HEIF")
-# Without these flags swscale repeats chroma samples, and coloured edges come out wrong.
+# Without these flags swscale repeats chroma samples.
 EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 HDR = ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67  # PQ and HLG
 WIDE = ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432  # the others are P3
@@ -148,10 +147,9 @@ def _container(path):
 
 
 def _decode(path, seek=None):
-    """Yields (PyAV frame, stream) for the frames of a video in the order in which they are shown,
-    from the start or from the key frame at or before the time stamp `seek`. Left out are frames
-    that the decoder calls damaged and, of two at one time, the second, which is never shown. Raises
-    MediaError, also if no frame is left, or if one is interlaced."""
+    """Yields (PyAV frame, stream) in the order in which frames are shown, from the start or from
+    the key frame at or before the time stamp `seek`. Damaged frames are left out and, of two at one
+    time, the second. Raises MediaError, also if no frame is left, or if one is interlaced."""
     last = None
     with _container(path) as container:
         stream = container.streams.best("video")
@@ -174,7 +172,7 @@ def _decode(path, seek=None):
                 continue
             for frame in frames:
                 if frame.interlaced_frame:
-                    raise MediaError(f"{path}: interlaced: two moments per frame; encode it again: "
+                    raise MediaError(f"{path}: interlaced: two moments per frame; encode again: "
                                      "ffmpeg -i OLD -vf bwdif=0 -crf 16 NEW.mp4")
                 twice = last is not None and frame.pts is not None and frame.pts == last.pts
                 if not frame.is_corrupt and not twice:
@@ -198,7 +196,7 @@ def _convert(path, frame, form, scaler=None, **options):
 def _as_shown(path, frame, stream=None, size=None):
     """A PyAV frame as players show it: uint8 (H, W, 3), on white, upright, with square pixels, in
     SDR (203 nits are white). size: (W, H), which it is scaled to cover, then centre cropped; of
-    several, the nearest in aspect ratio."""
+    several, the nearest in aspect."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     # A pixel at (x, y) is shown at (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
@@ -244,8 +242,8 @@ def read_image(path):
 
 
 def video_frames(path, size=None):
-    """Yields (uint8 (H, W, 3), seconds or None, the file's declared frame rate or None) for the
-    frames of a video or an animation. size: as in _as_shown(). Raises MediaError."""
+    """Yields (uint8 (H, W, 3), seconds or None, the declared frame rate or None) for the frames of
+    a video or an animation. size: as in _as_shown(). Raises MediaError."""
     for frame, stream in _decode(path):
         yield _as_shown(path, frame, stream, size), frame.time, stream.average_rate
 
@@ -335,11 +333,11 @@ class VideoWriter:
         with VideoWriter("out.mp4", fps=7, settings={...}) as video:
             video.write(frames)  # uint8 (T, H, W, 3), any number of times
 
-    The name decides the format: .mp4 (H.264, plays in browsers), .webm (VP9), .gif (a palette per
-    frame), or a folder of PNGs if it has no extension or ends in a slash. settings: for JSON, kept
-    in the comment tag of .mp4 and .webm. The output appears when the `with` block ends without an
-    error, and replaces an older one of its kind. The same frames give the same bytes on a machine.
-    Raises MediaError at once if the name or the rate cannot be used."""
+    The name decides the format: .mp4 (H.264), .webm (VP9), .gif (a palette per frame), or a folder
+    of PNGs if it has no extension or ends in a slash. settings: for JSON, the comment of .mp4 and
+    .webm. The output appears when the `with` block ends without an error, and replaces an older one
+    of its kind. The same frames give the same bytes on a machine. Raises MediaError at once if the
+    name or the rate cannot be used."""
 
     def __init__(self, path, fps, settings=None):
         self.path, self.settings = Path(path), settings
@@ -435,12 +433,11 @@ AUG_LOG_MEAN, AUG_LOG_STD = -3.0, 0.5  # ln sigma of the noise on a condition im
 
 
 class Motion:
-    """Motion scores of clips, one after the other: how much each moves, >= 0.
+    """Motion scores of clips, >= 0: the standard deviation of pixels in [-1, 1] over time
+    (unbiased), averaged over channels and pixels, as in ExVideo's script; 0 for one frame.
 
-    The standard deviation of pixels in [-1, 1] over time (unbiased), averaged over channels and
-    pixels, as in ExVideo's script; 0 for one frame. The sums of x and x^2 over the frames are
-    integers, hence exact. If a clip is the previous one shifted by a frame, only the frame that
-    enters and the one that leaves are read."""
+    The sums of x and x^2 over the frames are integers, hence exact. If a clip is the previous one
+    shifted by a frame, only the frame that enters and the one that leaves are read."""
     clip = ()
 
     def score(self, clip):
@@ -483,9 +480,8 @@ def draw_conditions(seed, names, size):
 # --------------------------------------------------------------------------------------------------
 # 4. The index: each video is decoded once, before training relies on it
 #
-# A frame's number is its place among the frames that can be decoded, in the order in which they are
-# shown. Headers are not used: they count damaged, hidden and missing frames. A shot is what lies
-# between two hard cuts; clips never cross one.
+# A frame's number is its place among those that can be decoded, in the order in which they are shown
+# (headers count damaged, hidden and missing frames). Clips never cross a hard cut.
 
 INDEX = ".exsvd-index-6.jsonl"  # the number changes with the format
 SUFFIXES = set(".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf"
@@ -533,12 +529,10 @@ def _videos_in(folder, seen):
 
 
 def list_files(source):
-    """The files of a set of videos: {name: path}, sorted. Raises MediaError, or OSError for a
-    folder that cannot be listed.
-
-    source: a folder, searched recursively and through links; a .txt list, a path per line; a .csv
-    list with a column named path, video or file; or a .json list of paths, or of objects with such
-    a key. A name is the path relative to the folder, or to the folder of the list."""
+    """The files of a set of videos: {name: path}, sorted. Raises MediaError, or OSError if a folder
+    cannot be listed. source: a folder, searched recursively and through links; a .txt list, a path
+    per line; a .csv list with a column named path, video or file; or a .json list of paths, or of
+    objects with such a key. A name is the path relative to the folder, or to that of the list."""
     source = Path(source)
     root = os.path.abspath(source if source.is_dir() else source.parent)
     paths = _videos_in(root, set()) if source.is_dir() else _read_list(source)
@@ -585,8 +579,7 @@ def scan(path):
     except MediaError as e:
         return {"error": str(e).removeprefix(f"{one_line(path)}: ")}
     if None in stamps or stamps != sorted(stamps):
-        return {"error": "bad time stamps: none, as in bare streams, or they jump back, as in joined "
-                         "files; encode it again: ffmpeg -i OLD -crf 16 NEW.mp4"}
+        return {"error": "bad time stamps: none or jumps; encode again: ffmpeg -i OLD -crf 16 NEW.mp4"}
     lags, steps = np.array(lags), np.diff(stamps).tolist()
     cuts = find_cuts(lags)
     # How much the thumbnails of each shot change per frame.
@@ -609,8 +602,8 @@ def _times(entry):
 
 
 def build_index(source, files):
-    """{name: what scan() found}. The index is a file beside the videos, or beside their list, to
-    which each scan adds a line: an interrupted build goes on, and a changed video is scanned again."""
+    """{name: what scan() found}. The index is a file beside the videos or their list. Each scan
+    adds a line, so an interrupted build goes on. Changed videos are scanned again."""
     source = Path(os.path.abspath(source))
     cache = source / INDEX if source.is_dir() else source.with_name(f".{source.name}{INDEX}")
     known = {}
@@ -677,8 +670,8 @@ def build_index(source, files):
 
 
 def check_item(item, frames, size, ctx_dim=1024, ids=("fps", "motion", "aug"), n=0):
-    """Raises MediaError if item n is not as described above: its key, what was found, what is
-    wanted. size: one or several. ctx_dim: the D of the UNet. ids: the numbers that it needs."""
+    """Raises MediaError, which names the key, if item n is not as described above. size: one or
+    several. ctx_dim: the D of the UNet. ids: the numbers that it needs."""
     def check(key, good, wanted):
         x = item.get(key)
         if not good(x):
@@ -697,7 +690,7 @@ def check_item(item, frames, size, ctx_dim=1024, ids=("fps", "motion", "aug"), n
               f"a tensor of {dtype} {' or '.join(map(str, wanted))}")
     for key in [key for key in ("fps", *ids) if encoded or key != "aug"]:  # train.py draws aug
         check(key, lambda x: np.ndim(x) == 0 and np.asarray(x).dtype.kind in "iuf"
-              and np.isfinite(x), "a number")
+              and math.isfinite(x), "a number")
     check("fps", lambda x: x > 0, "a number > 0")
     check("name", lambda x: isinstance(x, str), "a str")
 
@@ -845,10 +838,10 @@ class LatentClips(Clips):
 
     def _read(self, name, row, numbers):
         first, last = int(numbers[0]), int(numbers[-1])
-        with safe_open(os.path.join(self.source, f"{name}.safetensors"), "pt") as f:
-            cond, ctx = (f.get_slice(key)[row].float() for key in ("cond", "ctx"))
-            aug, motion = (f.get_slice(key)[row].item() for key in ("aug", "motion"))
-            latents = f.get_slice("latents")[first:last + 1][torch.from_numpy(numbers - first)]
+        file = exsvd.Tensors(os.path.join(self.source, f"{name}.safetensors")).file
+        cond, ctx = (file.get_slice(key)[row].float() for key in ("cond", "ctx"))
+        aug, motion = (file.get_slice(key)[row].item() for key in ("aug", "motion"))
+        latents = file.get_slice("latents")[first:last + 1][torch.from_numpy(numbers - first)]
         return {"latents": latents.float(), "cond": cond, "ctx": ctx, "aug": aug, "motion": motion}
 
 
@@ -884,7 +877,8 @@ def open_dataset(source, frames, size, seed=0, model=None, **settings):
 # There is a .safetensors file per video. It holds "latents" of all frames, and a row of "cond",
 # "ctx", "aug" and "motion" (the score) for each frame at which a clip can start, in this order. Its
 # metadata is the video's entry in the index. Computed, not measured: an A100 encodes a frame of
-# 512x512 in 8 ms, for a start twice. After 6 epochs of clips of 128 frames out of 720 that pays off.
+# 512x512 in 8 ms, and as long again where a clip can start. With --start-every 16, clips of 128
+# frames and videos of 720, training from latents takes less time after 6 epochs.
 
 SETTINGS = "latents.json"  # with what a folder was encoded; its "model" is a fingerprint
 CLIP_SETTINGS = ("size", "frames", "stride", "fps", "skip_static")
@@ -925,11 +919,9 @@ def encoding_on(device):
 @torch.no_grad()
 def encode_frames(vae, video):
     """Unscaled mean latents of frames, to train on: float (T, 3, H, W) in [-1, 1] -> float32
-    (T, 4, H/8, W/8) on the VAE's device.
-
-    On a GPU in float16; frames whose latents are not finite are encoded again in TF32. In the toy
-    float16 changes latents by 5e-4 (relative RMS) and a clip's loss by 0.02 % on average. VAE.encode
-    is exact, in 12 times the time."""
+    (T, 4, H/8, W/8) on the VAE's device. On a GPU in float16; frames whose latents are not
+    finite are encoded again in TF32. float16 changes the toy's latents by 5e-4 (relative RMS) and a
+    clip's loss by 0.02 % on average. VAE.encode is exact, in 12 times the time."""
     wide, device = vae.quant_conv.weight.dtype, vae.quant_conv.weight.device
     narrow, at_once = encoding_on(device)
 
@@ -992,11 +984,9 @@ def _encode_file(dataset, name, svd, dtype):
 
 def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), **settings):
     """Encodes the usable files of a set of videos into the folder `out`. What was encoded before is
-    kept, unless its video has changed since.
-
-    dtype: of what is stored. shard: (I, N), the I-th of N parts. settings: frames, size, seed and
-    others of Clips. Raises MediaError if `out` was begun with another model or other settings, or
-    if a file was changed meanwhile."""
+    kept, unless its video has changed since. dtype: of what is stored. shard: (I, N), the I-th of N
+    parts. settings: of Clips. Raises MediaError if `out` was begun with another model or other
+    settings, or if a file cannot be read."""
     dataset = Clips(source, **settings)
     svd = exsvd.load(model, device=device, parts=("vae", "clip"))
     ours = {key: getattr(dataset, key) for key in ("seed", *CLIP_SETTINGS, "start_every")}
