@@ -334,10 +334,9 @@ class VideoWriter:
             video.write(frames)  # uint8 (T, H, W, 3), any number of times
 
     The name decides the format: .mp4 (H.264), .webm (VP9), .gif (a palette per frame), or a folder
-    of PNGs if it has no extension or ends in a slash. settings: for JSON, the comment of .mp4 and
-    .webm. The output appears when the `with` block ends without an error, and replaces an older one
-    of its kind. The same frames give the same bytes on a machine. Raises MediaError at once if the
-    name or the rate cannot be used."""
+    of PNGs if it has no extension or ends in a slash. settings: for JSON, kept in .mp4 and .webm.
+    The output appears when the block ends without an error, and replaces an older one of its kind.
+    The same frames give the same bytes. Raises MediaError at once if name or rate cannot be used."""
 
     def __init__(self, path, fps, settings=None):
         self.path, self.settings = Path(path), settings
@@ -759,7 +758,7 @@ class Clips:
         return build_index(self.source, self.files)
 
     def _find_clips(self, name, entry):
-        """-> why there are none, or None"""
+        """Fills self.usable. -> why no clip can be used, or None"""
         times, every = _times(entry), np.arange(entry["frames"])
         ends = [*entry["cuts"], entry["frames"]]
         shots = np.diff([0, *ends])  # their lengths
@@ -876,9 +875,8 @@ def open_dataset(source, frames, size, seed=0, model=None, **settings):
 #
 # There is a .safetensors file per video. It holds "latents" of all frames, and a row of "cond",
 # "ctx", "aug" and "motion" (the score) for each frame at which a clip can start, in this order. Its
-# metadata is the video's entry in the index. Computed, not measured: an A100 encodes a frame of
-# 512x512 in 8 ms, and as long again where a clip can start. With --start-every 16, clips of 128
-# frames and videos of 720, training from latents takes less time after 6 epochs.
+# metadata is the video's entry in the index. An A100 encodes a frame of 512x512 in 8 ms, and again
+# where a clip can start (computed). Of videos of 720 frames that takes less time after 6 epochs.
 
 SETTINGS = "latents.json"  # with what a folder was encoded; its "model" is a fingerprint
 CLIP_SETTINGS = ("size", "frames", "stride", "fps", "skip_static")
@@ -942,7 +940,7 @@ def encode_frames(vae, video):
 def encode_condition(vae, clip, frames, aug, noise):
     """What the model is conditioned on, given first frames, float (n, 3, H, W) in [-1, 1]: unscaled
     mean latents (n, 4, H/8, W/8) of frames + aug * noise, aug (n,), and the CLIP embeddings (n, D)
-    of the frames alone, taken at this size as in Stability's code."""
+    of the frames alone, as in Stability's code."""
     device = vae.quant_conv.weight.device
     frames, aug, noise = (x.to(device) for x in (frames, aug, noise))
     ctx = clip(exsvd.preprocess_clip(frames, clip.config.image))
@@ -1014,6 +1012,7 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
 
 # --------------------------------------------------------------------------------------------------
 # 7. Command line
+
 
 def main():
     import train  # here, since it imports this file
