@@ -26,18 +26,15 @@ import itertools
 import json
 import logging
 import math
-import numbers
 import os
 import re
-import shlex
 import sys
 import tempfile
 import threading
 import types
 import warnings
-import zlib
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -49,7 +46,6 @@ import torch.nn.functional as F
 from av.video.reformatter import (
     ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter)
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from safetensors import safe_open
 from tqdm import tqdm
 
 import exsvd
@@ -61,7 +57,7 @@ warnings.filterwarnings("ignore", module="PIL")
 
 
 def one_line(text):
-    """Text with unprintable characters escaped: a file name may hold line breaks."""
+    """Text with unprintable characters escaped: file names may hold line breaks."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -76,16 +72,8 @@ class MediaError(ValueError):
 
 def unreadable(path, reason):
     """The MediaError of a file. reason: a text, or what a library raised."""
-    if isinstance(reason, Exception):
-        text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-        reason = text.splitlines()[0].rstrip(". ")
+    reason = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
     return MediaError(f"{path}: cannot be read: {reason}")
-
-
-def unusable(path, reason, options="-crf 16"):
-    """The MediaError of a video that is readable but cannot be used. options: of ffmpeg's."""
-    command = f"ffmpeg -i {shlex.quote(os.path.basename(path))} {options} out.mp4"
-    return MediaError(f"{path}: {reason}; encode it again, for example with {command}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -96,9 +84,8 @@ with contextlib.suppress(ImportError):
     import pillow_heif  # optional: HEIC, which iPhones save
     pillow_heif.register_heif_opener()
     PICTURES.append("HEIF")
-# Without these flags swscale repeats chroma samples, and coloured edges come out wrong.
+# Without these flags swscale repeats chroma samples.
 EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-UNTAGGED = 2  # FFmpeg's number for a colour space that the file does not name
 HDR = ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67  # PQ and HLG
 WIDE = ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432  # the others are P3
 
@@ -118,8 +105,6 @@ def _open_picture(path):
         return ImageOps.exif_transpose(picture)
     except UnidentifiedImageError:
         return None
-    except Image.DecompressionBombError as e:
-        raise unreadable(path, "it has more than 179 megapixels; shrink it first") from e
     except Exception as e:  # a damaged file can make Pillow raise anything
         raise unreadable(path, e) from e
 
@@ -147,8 +132,6 @@ def _picture_pixels(picture):
 @contextlib.contextmanager
 def _container(path):
     """The PyAV container of a file. An error of FFmpeg within the `with` block is a MediaError."""
-    if "\0" in str(path):
-        raise unreadable(path, "no file name holds a NUL character")
     try:
         with open(path, "rb") as file:
             # FFmpeg gets the content alone, since it would interpret a name such as a%03d.png. The
@@ -157,19 +140,17 @@ def _container(path):
             options = {"protocol_whitelist": "none"}
             with av.open(content, options=options, metadata_errors="replace") as container:
                 if container.metadata.get("major_brand", "")[:3] in ("hei", "hev", "mif", "msf"):
-                    damaged = "a HEIC picture that is damaged, or no video"
-                    install = "HEIC pictures need a package: pip install pillow-heif"
-                    raise unreadable(path, damaged if "HEIF" in PICTURES else install)
+                    raise unreadable(path, "HEIC, which needs pip install pillow-heif; or damaged")
                 yield container
     except (OSError, av.FFmpegError) as e:
         raise unreadable(path, e) from e
 
 
 def _decode(path, seek=None):
-    """Yields (PyAV frame, stream) for the frames of a video in the order in which they are shown,
-    from the start or from the key frame at or before the time stamp `seek`. Frames that the decoder
-    calls damaged are left out. Raises MediaError, also if no frame is left, or if one is interlaced."""
-    decoded = False
+    """Yields (PyAV frame, stream) in the order in which frames are shown, from the start or from
+    the key frame at or before the time stamp `seek`. Damaged frames are left out and, of two at one
+    time, the second. Raises MediaError, also if no frame is left, or if one is interlaced."""
+    last = None
     with _container(path) as container:
         stream = container.streams.best("video")
         decoder = stream and stream.codec_context
@@ -178,9 +159,8 @@ def _decode(path, seek=None):
         if decoder.name in ("exr", "hdr"):  # linear light, of which FFmpeg says nothing
             raise unreadable(path, "it holds linear light: export it as PNG or JPEG")
         # FFmpeg's own decoders of VP8 and VP9 drop an alpha channel, those of libvpx keep it.
-        libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
-        alpha = {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode")
-        if alpha == "1" and libvpx in av.codecs_available:
+        if {"alpha_mode", "ALPHA_MODE"} & stream.metadata.keys():
+            libvpx = "libvpx" if decoder.name == "vp8" else "libvpx-vp9"
             decoder = av.CodecContext.create(libvpx, "r")
         decoder.thread_count = 1  # with more, errors surface at other packets from run to run
         if seek is not None:
@@ -192,11 +172,13 @@ def _decode(path, seek=None):
                 continue
             for frame in frames:
                 if frame.interlaced_frame:
-                    raise unusable(path, "interlaced: two moments per frame", "-vf bwdif=0 -crf 16")
-                if not frame.is_corrupt:
-                    decoded = True
+                    raise MediaError(f"{path}: interlaced: two moments per frame; encode again: "
+                                     "ffmpeg -i OLD -vf bwdif=0 -crf 16 NEW.mp4")
+                twice = last is not None and frame.pts is not None and frame.pts == last.pts
+                if not frame.is_corrupt and not twice:
+                    last = frame
                     yield frame, stream
-    if not decoded and seek is None:
+    if last is None and seek is None:
         raise unreadable(path, "none of its frames can be decoded")
 
 
@@ -214,7 +196,7 @@ def _convert(path, frame, form, scaler=None, **options):
 def _as_shown(path, frame, stream=None, size=None):
     """A PyAV frame as players show it: uint8 (H, W, 3), on white, upright, with square pixels, in
     SDR (203 nits are white). size: (W, H), which it is scaled to cover, then centre cropped; of
-    several, the nearest in aspect ratio."""
+    several, the nearest in aspect."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     # A pixel at (x, y) is shown at (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
@@ -228,10 +210,9 @@ def _as_shown(path, frame, stream=None, size=None):
     w, h = (round(W), round(H)) if size is None else size[::-1] if turned else size
     scale = max(w / W, h / H)
     W, H = max(w, round(W * scale)), max(h, round(H * scale))
-    # As players do: untagged video of 720 lines and more is BT.709, the rest BT.601.
-    hd = frame.colorspace == UNTAGGED and frame.height >= 720 and not frame.format.is_rgb
-    how = {"interpolation": Interpolation.BICUBIC | EXACT | Interpolation.FULL_CHR_H_INP,
-           "src_colorspace": Colorspace.ITU709 if hd else None}
+    how = {"interpolation": Interpolation.BICUBIC | EXACT | Interpolation.FULL_CHR_H_INP}
+    if frame.colorspace == 2 and frame.height >= 720 and not frame.format.is_rgb:  # 2: not named
+        how["src_colorspace"] = Colorspace.ITU709  # as players do; otherwise it is BT.601
     curve, primaries = frame.color_trc, frame.color_primaries
     if frame.format.has_palette or any(x.is_alpha for x in frame.format.components):
         x = _convert(path, frame, "rgba", **how).to_ndarray()
@@ -240,8 +221,8 @@ def _as_shown(path, frame, stream=None, size=None):
         frame = av.VideoFrame.from_ndarray(np.rint(x).astype(np.uint8), "rgb24")
         frame.color_trc, frame.color_primaries = curve, primaries
     wide = curve in HDR or primaries in WIDE
-    form = "gbrp16le" if wide else "gbrp"  # planar formats are twice as fast as rgb24
-    frame = _convert(path, frame, form, width=W, height=H, **how)
+    # Planar formats are twice as fast as rgb24.
+    frame = _convert(path, frame, "gbrp16le" if wide else "gbrp", width=W, height=H, **how)
     if wide:
         scaler = _hdr.__dict__.setdefault("scaler", VideoReformatter())
         frame = _convert(path, frame, "gbrp", scaler, dst_color_primaries=ColorPrimaries.BT709,
@@ -261,8 +242,8 @@ def read_image(path):
 
 
 def video_frames(path, size=None):
-    """Yields (uint8 (H, W, 3), seconds or None, the file's declared frame rate or None) for the
-    frames of a video or an animation. size: as in _as_shown(). Raises MediaError."""
+    """Yields (uint8 (H, W, 3), seconds or None, the declared frame rate or None) for the frames of
+    a video or an animation. size: as in _as_shown(). Raises MediaError."""
     for frame, stream in _decode(path):
         yield _as_shown(path, frame, stream, size), frame.time, stream.average_rate
 
@@ -352,11 +333,10 @@ class VideoWriter:
         with VideoWriter("out.mp4", fps=7, settings={...}) as video:
             video.write(frames)  # uint8 (T, H, W, 3), any number of times
 
-    The name decides the format: .mp4 (H.264, plays in browsers), .webm (VP9), .gif (a palette per
-    frame), or a folder of PNGs if it has no extension or ends in a slash. settings: for JSON, kept
-    in the comment tag of .mp4 and .webm. The output appears when the `with` block ends without an
-    error, and replaces an older one of its kind. The same frames give the same bytes on a machine.
-    Raises MediaError at once if the name or the rate cannot be used."""
+    The name decides the format: .mp4 (H.264), .webm (VP9), .gif (a palette per frame), or a folder
+    of PNGs if it has no extension or ends in a slash. settings: for JSON, kept in .mp4 and .webm.
+    The output appears when the block ends without an error, and replaces an older one of its kind.
+    The same frames give the same bytes. Raises MediaError at once if name or rate cannot be used."""
 
     def __init__(self, path, fps, settings=None):
         self.path, self.settings = Path(path), settings
@@ -371,8 +351,6 @@ class VideoWriter:
         if self.path.exists() and (self.path.is_dir() == bool(self.kind) or not ours):
             raise MediaError(f"{path}: exists and is not such a video; choose another name")
         self.fps = Fraction(fps).limit_denominator(1001)  # 30000/1001 and 7.5 alike
-        # Of time stamps. The delays of a GIF are whole 1/100 s.
-        self.tick = Fraction(1, 100) if self.kind == ".gif" else 1 / self.fps
         self.count, self.size = 0, None
 
     def __enter__(self):
@@ -397,7 +375,7 @@ class VideoWriter:
                 frame = self._frame(x)
                 if not self.count:
                     self._start(frame)
-                frame.pts, frame.time_base = round(self.count / self.fps / self.tick), self.tick
+                frame.pts, frame.time_base = self.count, 1 / self.fps
                 self.container.mux(self.stream.encode(frame))
             self.count += 1
 
@@ -416,22 +394,19 @@ class VideoWriter:
     def _start(self, frame):
         """Opens the file for frames like this one."""
         codec, options = ENCODERS[self.kind]
-        muxer = {"fflags": "+bitexact"}
-        if self.kind == ".gif":
-            muxer["final_delay"] = str(round(100 / self.fps))  # of the last frame; else 1/100 s
-        else:
-            muxer["movflags"] = "+faststart"  # browsers can play before they have the whole file
+        muxer = {"fflags": "+bitexact",
+                 "movflags": "+faststart",  # browsers can play before they have the whole file
+                 "final_delay": str(round(100 / self.fps))}  # of a GIF's last frame; else 1/100 s
         self.container = av.open(f"file:{self.new}", "w", container_options=muxer)
         if self.settings:
             self.container.metadata["comment"] = json.dumps(self.settings)
         self.stream = self.container.add_stream(
-            codec, 1 / self.tick, options, width=frame.width, height=frame.height,
-            pix_fmt=frame.format.name, time_base=self.tick, thread_count=1)
+            codec, self.fps, options, width=frame.width, height=frame.height,
+            pix_fmt=frame.format.name, time_base=1 / self.fps, thread_count=1)
         context = self.stream.codec_context
         context.flags |= av.codec.context.Flags.bitexact
-        if self.kind != ".gif":
-            context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
-            context.color_range = ColorRange.MPEG
+        context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+        context.color_range = ColorRange.MPEG
 
     def __exit__(self, error, *_):
         with self.temporary:  # removes the folder
@@ -450,33 +425,18 @@ class VideoWriter:
 # --------------------------------------------------------------------------------------------------
 # 3. Motion and noise: two of the numbers on which the model is conditioned
 
-# ExVideo's training script sorts clips into 128 buckets. Their lower bounds:
-EXVIDEO_MOTION = np.fromstring("""
-    0 12205946 15117834 18080613 20614484 21959992 24088068 26323952 28277775 29968588 31836554
-    33596724 35121530 37200287 38914755 40696491 42368013 44265781 46311017 48243891 50294187
-    52142400 53634230 55612389 57594258 59410289 61283995 63603796 65192916 67146860 69066539
-    70390493 72588451 73959745 75889029 77695683 79783581 82162730 84092639 85958421 87700523
-    89684933 91688842 93335517 94987206 96664011 98314710 100262381 101984538 103404313 105280340
-    106974818 109028399 111164779 113065213 114362158 116407216 118063427 119524263 121835820
-    124242283 126202747 128989249 131672353 133417681 135567948 137313649 139189199 140912935
-    143525436 145718485 148315132 151039496 153218940 155252382 157651082 159966752 162195817
-    164811596 167341709 170251891 172651157 175550997 178372145 181039348 183565900 186599866
-    190071866 192574754 195026234 198099136 200210452 202522039 205410406 208610669 211623028
-    214723110 218520239 222194016 225363150 229384825 233422622 237012610 240735114 243622541
-    247465774 252190471 257356376 261856794 266556412 271076709 277361482 281250387 286582440
-    291158527 296712339 303008437 311793238 318485111 326999635 332138240 341770738 354188830
-    365194678 379234344 401538879 416078776 440871328
-""", sep=" ") / 1e9
+# ExVideo's training script sorts clips into 128 buckets of motion. The file has their lower bounds.
+with open(os.path.join(os.path.dirname(__file__), "assets", "exvideo_motion.txt")) as file:
+    EXVIDEO_MOTION = np.array(file.read().split(), float) / 1e9
 AUG_LOG_MEAN, AUG_LOG_STD = -3.0, 0.5  # ln sigma of the noise on a condition image: SVD_Xtend's
 
 
 class Motion:
-    """Motion scores of clips, one after the other: how much each moves, >= 0.
+    """Motion scores of clips, >= 0: the standard deviation of pixels in [-1, 1] over time
+    (unbiased), averaged over channels and pixels, as in ExVideo's script; 0 for one frame.
 
-    The standard deviation of pixels in [-1, 1] over time (unbiased), averaged over channels and
-    pixels, as in ExVideo's script; 0 for one frame. The sums of x and x^2 over the frames are
-    integers, hence exact. If a clip is the previous one shifted by a frame, only the frame that
-    enters and the one that leaves are read."""
+    The sums of x and x^2 over the frames are integers, hence exact. If a clip is the previous one
+    shifted by a frame, only the frame that enters and the one that leaves are read."""
     clip = ()
 
     def score(self, clip):
@@ -519,14 +479,12 @@ def draw_conditions(seed, names, size):
 # --------------------------------------------------------------------------------------------------
 # 4. The index: each video is decoded once, before training relies on it
 #
-# A frame's number is its place among the frames that can be decoded, in the order in which they are
-# shown. Headers are not used: they count damaged, hidden and missing frames. A shot is what lies
-# between two hard cuts; clips never cross one.
+# A frame's number is its place among those that can be decoded, in the order in which they are shown
+# (headers count damaged, hidden and missing frames). Clips never cross a hard cut.
 
 INDEX = ".exsvd-index-6.jsonl"  # the number changes with the format
 SUFFIXES = set(".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf"
                " .ogv .ts .vob .webm .wmv .y4m".split())  # in folders; a list may name any file
-COLUMNS = ("path", "video", "file")  # where the path is in a .csv or .json list
 csv.field_size_limit(2**31 - 1)  # captions may be long
 
 
@@ -537,44 +495,46 @@ def _read_list(source):
         raise unreadable(source, "no such folder, and its name does not end in .txt, .csv or .json")
     try:
         text = source.read_bytes().decode("utf-8-sig")  # -sig drops a byte order mark
-        rows = (json.loads(text) if kind == ".json" else text.split("\n") if kind == ".txt" else
-                list(csv.DictReader(io.StringIO(text, newline=""))))
+        if kind == ".txt":
+            rows = re.split("[\n\0]", text)  # find -print0 separates paths by zeros
+        elif kind == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        else:
+            rows = json.loads(text)
     except (OSError, ValueError, csv.Error) as e:
         raise unreadable(source, e) from e
-    if not isinstance(rows, list):
-        raise unreadable(source, "its JSON is not a list: give a list of paths or of objects")
-    for i, row in enumerate(rows):
-        if isinstance(row, dict):
-            columns = [key for key in COLUMNS if key in row]
-            if not columns:
-                raise unreadable(source, f"it has the columns {', '.join(map(repr, row))}; the "
-                                         "path must be in a column named path, video or file")
-            rows[i] = row[columns[0]]
+    rows = rows if isinstance(rows, list) else [rows]
+    if rows and isinstance(rows[0], dict):
+        column = next((key for key in ("path", "video", "file") if key in rows[0]), None)
+        if not column:
+            raise unreadable(source, f"it has the columns {', '.join(map(repr, rows[0]))}; the "
+                                     "path must be in a column named path, video or file")
+        rows = [row[column] for row in rows]
     return [str(path or "").strip() for path in rows]
 
 
-def list_files(source):
-    """The files of a set of videos: {name: path}, sorted. Raises MediaError.
+def _videos_in(folder, seen):
+    """Yields the paths of videos. seen: folders that were searched; links may lead in a circle."""
+    if os.path.realpath(folder) in seen:
+        return
+    seen.add(os.path.realpath(folder))
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            if name[0] not in ".@":  # folders of systems
+                yield from _videos_in(path, seen)
+        elif name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES:
+            yield path
 
-    source: a folder, searched recursively and through links; a .txt list, a path per line; a .csv
-    list with a column named path, video or file; or a .json list of paths, or of objects with such
-    a key. A name is the path relative to the folder, or to the folder of the list."""
+
+def list_files(source):
+    """The files of a set of videos: {name: path}, sorted. Raises MediaError, or OSError if a folder
+    cannot be listed. source: a folder, searched recursively and through links; a .txt list, a path
+    per line; a .csv list with a column named path, video or file; or a .json list of paths, or of
+    objects with such a key. A name is the path relative to the folder, or to that of the list."""
     source = Path(source)
     root = os.path.abspath(source if source.is_dir() else source.parent)
-    paths, seen = [] if source.is_dir() else _read_list(source), set()
-
-    def cannot_list(error):
-        raise unreadable(error.filename, error)
-
-    onerror = cannot_list if source.is_dir() else None
-    for folder, folders, names in os.walk(source, onerror=onerror, followlinks=True):
-        if os.path.realpath(folder) in seen:  # links may lead around in a circle
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if name[0] not in ".@")  # of systems
-        paths += [os.path.abspath(os.path.join(folder, name)) for name in names if name[0] != "."
-                  and os.path.splitext(name)[1].lower() in SUFFIXES]
+    paths = _videos_in(root, set()) if source.is_dir() else _read_list(source)
     files = {}
     for path in filter(None, paths):
         path = os.path.abspath(os.path.join(root, path))
@@ -609,30 +569,24 @@ def scan(path):
     stamps, lags, recent = [], [], deque(maxlen=3)
     try:
         for frame, stream in _decode(path):
-            if stamps and stamps[-1] is not None and frame.pts == stamps[-1]:
-                continue  # two frames at one time: the second is never shown
             x = _convert(path, frame, "rgb24", **THUMBNAIL).to_ndarray() / np.float32(255)
             distances = [float(np.abs(x - y).mean()) for y in recent]
             lags.append(distances + [math.inf] * (3 - len(recent)))
             recent.appendleft(x)
             stamps.append(frame.pts)
             base = stream.time_base
-        steps = np.diff([0 if stamp is None else stamp for stamp in stamps])
-        back = np.flatnonzero(steps < 0)
-        if None in stamps or len(back) > max(1, len(steps) / 20):  # a bare stream; AVI, B-frames
-            raise unusable(path, "no time stamps: its frames do not say when they are shown")
-        if len(back):
-            raise unusable(path, f"clock jumps back: after frame {back[0]}, as in joined files")
     except MediaError as e:
         return {"error": str(e).removeprefix(f"{one_line(path)}: ")}
-    lags = np.array(lags)
+    if None in stamps or stamps != sorted(stamps):
+        return {"error": "bad time stamps: none or jumps; encode again: ffmpeg -i OLD -crf 16 NEW.mp4"}
+    lags, steps = np.array(lags), np.diff(stamps).tolist()
     cuts = find_cuts(lags)
     # How much the thumbnails of each shot change per frame.
     changes = [round(float(lags[a + 1:b, 0].mean()), 6) if b > a + 1 else 0.0
                for a, b in itertools.pairwise([0, *cuts, len(stamps)])]
     return {"frames": len(stamps), "cuts": cuts, "change": changes,
             "base": [base.numerator, base.denominator], "start": stamps[0],
-            "steps": [[k, len(list(run))] for k, run in itertools.groupby(steps.tolist())]}
+            "steps": [[k, len(list(run))] for k, run in itertools.groupby(steps)]}
 
 
 def _stamps(entry):
@@ -647,18 +601,15 @@ def _times(entry):
 
 
 def build_index(source, files):
-    """{name: what scan() found}. A file that was changed is scanned again.
-
-    The index is a file beside the videos, or beside their list. It grows by a line of JSON when a
-    video was scanned, so that an interrupted build goes on where it was."""
+    """{name: what scan() found}. The index is a file beside the videos or their list. Each scan
+    adds a line, so an interrupted build goes on. Changed videos are scanned again."""
     source = Path(os.path.abspath(source))
     cache = source / INDEX if source.is_dir() else source.with_name(f".{source.name}{INDEX}")
     known = {}
     try:
         for line in cache.read_bytes().split(b"\n") if cache.exists() else []:
             with contextlib.suppress(ValueError):  # empty, or cut off while it was written
-                name, entry = json.loads(line)
-                known[name] = entry
+                known.update([json.loads(line)])
         changed = {name: os.path.exists(p) and [os.path.getsize(p), os.stat(p).st_mtime_ns]
                    for name, p in files.items()}
         todo = [name for name in files if known.get(name, {}).get("changed") != changed[name]]
@@ -672,11 +623,8 @@ def build_index(source, files):
                     f.write("\n" + json.dumps([name, known[name]]))
                     f.flush()
     except OSError as e:
-        makes = f"find {shlex.quote(str(cache.parent))} -type f > list.txt makes one"
-        if not source.is_dir():
-            makes = "copy this one, with absolute paths"
-        raise MediaError(f"{cache}: the index cannot be written ({e.strerror}): give a list of "
-                         f"your own elsewhere: {makes}") from e
+        raise MediaError(f"{cache}: the index cannot be written ({e.strerror}): give a .txt list "
+                         "of absolute paths that is in a folder of your own") from e
     return {name: known[name] for name in files}
 
 
@@ -720,43 +668,34 @@ def build_index(source, files):
 #   clips = Arrays  # or any function clips(frames, size, seed) -> dataset; size is (W, H)
 
 
-def check_item(item, frames, size, ctx_dim=None, ids=("fps", "motion"), n=0):
-    """Raises MediaError if item n is not as described above: its key, what was found, what is
-    wanted. size: one or several. ctx_dim: the D of the UNet. ids: the numbers that it needs."""
-    if not isinstance(item, dict):
-        raise MediaError(f"dataset[{n}]: found {type(item).__name__}, wanted a dict")
-
-    def check(good, key, wanted):
-        x = item.get(key, "nothing")
+def check_item(item, frames, size, ctx_dim=1024, ids=("fps", "motion", "aug"), n=0):
+    """Raises MediaError, which names the key, if item n is not as described above. size: one or
+    several. ctx_dim: the D of the UNet. ids: the numbers that it needs."""
+    def check(key, good, wanted):
+        x = item.get(key)
         if not good(x):
-            if isinstance(x, (torch.Tensor, np.ndarray)):
+            if getattr(x, "ndim", 0):
                 x = f"{type(x).__name__} of {x.dtype} {tuple(x.shape)}"
             raise MediaError(f'dataset[{n}]["{key}"]: found {x!s:.80}, wanted {wanted}')
 
-    def is_number(x):
-        x = x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x
-        return isinstance(x, numbers.Real) and math.isfinite(x) and (key != "fps" or x > 0)
-
-    sizes, encoded = sizes_of(size), "latents" in item
-    shape = getattr(item.get("latents" if encoded else "video"), "shape", ())
-    found = [side * (8 if encoded else 1) for side in shape[:1:-1]]
-    W, H = found if found in sizes else sizes[0]
-    shapes, dtype = {"video": (frames, 3, H, W)}, torch.uint8
+    encoded, sizes = "latents" in item, sizes_of(size)
     if encoded:
-        cond, dtype = (4, H // 8, W // 8), torch.float32
-        shapes = {"latents": (frames, *cond), "cond": cond}
-        shapes |= {"ctx": (ctx_dim,)} if ctx_dim else {}
-    for key, shape in shapes.items():
-        check(lambda x: isinstance(x, torch.Tensor) and x.dtype == dtype and x.shape == shape,
-              key, f"Tensor of {dtype} {shape}")
-    for key in (*ids, "aug"):
-        if encoded or key != "aug":  # of a clip of pixels, train.py draws it
-            check(is_number, key, "a number > 0" if key == "fps" else "a number")
-    check(lambda x: isinstance(x, str), "name", "a str")
+        cells, dtype = [(4, H // 8, W // 8) for W, H in sizes], torch.float32
+        shapes = {"latents": [(frames, *x) for x in cells], "cond": cells, "ctx": [(ctx_dim,)]}
+    else:
+        shapes, dtype = {"video": [(frames, 3, H, W) for W, H in sizes]}, torch.uint8
+    for key, wanted in shapes.items():
+        check(key, lambda x: torch.is_tensor(x) and x.dtype == dtype and x.shape in wanted,
+              f"a tensor of {dtype} {' or '.join(map(str, wanted))}")
+    for key in [key for key in ("fps", *ids) if encoded or key != "aug"]:  # train.py draws aug
+        check(key, lambda x: np.ndim(x) == 0 and np.asarray(x).dtype.kind in "iuf"
+              and math.isfinite(x), "a number")
+    check("fps", lambda x: x > 0, "a number > 0")
+    check("name", lambda x: isinstance(x, str), "a str")
 
 
 class Checked:
-    """A dataset, whose items are checked wherever they are read. args: of check_item()."""
+    """A dataset whose items are checked where they are read. args: of check_item()."""
 
     def __init__(self, dataset, *args):
         self.dataset, self.args = dataset, args
@@ -769,38 +708,22 @@ class Checked:
         return item
 
 
-def _numbered(path, entry, size, wanted=None, seek=None):
-    """Yields (number, pixels) for a file's frames, from its start or the key frame at or before
-    the time stamp `seek`. Pixels: uint8 (3, H, W), None for frames that are not in `wanted`. size:
-    of several, all frames have that of the first."""
-    number_of = {stamp: i for i, stamp in enumerate(_stamps(entry).tolist())}
-    before = -1
-    for frame, stream in _decode(path, seek):
-        number = number_of.get(frame.pts, -1)
-        if number <= before:  # one of two at one time; or damaged and, after a seek, decoded
-            continue
-        before, pixels = number, None
-        if wanted is None or number in wanted:
-            pixels = _as_shown(path, frame, stream, size).permute(2, 0, 1)
-            size = pixels.shape[:0:-1]
-        yield number, pixels
-
-
 def read_clip(path, entry, numbers, size):
-    """Frames of a video by number: uint8 (T, 3, H, W). size: see _numbered(). Raises MediaError."""
-    first, last, wanted = int(numbers[0]), int(numbers[-1]), set(map(int, numbers))
-    at, second = _stamps(entry)[first], entry["base"][1] / entry["base"][0]
-    earlier = max(at - 2 * second, entry["start"])
-    # FFmpeg finds a key frame by the time of its decoding, and it may be shown after `first`.
-    for seek in (at, earlier, None):  # None: from the start
+    """Frames of a video by number: uint8 (T, 3, H, W). size: of several, the first frame takes the
+    nearest in aspect ratio, and the others that. Raises MediaError."""
+    stamps = _stamps(entry)[numbers].tolist()
+    earlier = max(stamps[0] - 2 * entry["base"][1] / entry["base"][0], entry["start"])  # by 2 s
+    # FFmpeg finds a key frame by the time of its decoding, and it may be shown after the first.
+    for seek in (stamps[0], earlier, None):  # None: from the start
         got = {}
-        for i, pixels in _numbered(path, entry, size, wanted, seek):
-            if pixels is not None:
-                got[i] = pixels
-            if i >= last or (i > first and first not in got):
+        for frame, stream in _decode(path, seek):
+            if frame.pts in stamps:
+                got[frame.pts] = _as_shown(path, frame, stream, size).permute(2, 0, 1)
+                size = got[frame.pts].shape[:0:-1]
+            if frame.pts is not None and frame.pts >= stamps[-1 if stamps[0] in got else 0]:
                 break
-        if len(got) == len(wanted):
-            return torch.stack([got[int(i)] for i in numbers])
+        if got.keys() == set(stamps):
+            return torch.stack([got[stamp] for stamp in stamps])
     raise unreadable(path, "its frames are not those of the index; remove the index")
 
 
@@ -810,8 +733,7 @@ class Clips:
     anywhere in it."""
     source: str  # what list_files() takes, or a folder that encode() wrote
     frames: int  # of a clip
-    size: tuple  # (W, H): frames are scaled to cover it and centre cropped. Of several, a video
-    # takes the one whose aspect ratio is nearest
+    size: tuple  # (W, H), or several of them, see read_clip()
     seed: int = 0
     stride: int = 1  # take every stride-th frame; or
     fps: float = None  # the frames nearest to each 1/fps
@@ -822,27 +744,21 @@ class Clips:
     def __post_init__(self):
         sizes = sizes_of(self.size)  # lists, as in JSON
         self.size = sizes if len(sizes) > 1 else sizes[0]
-        sides = list(itertools.chain(*sizes))
-        least = min(self.frames, self.stride, self.fps or 1, self.start_every, *sides)
-        if least < 1 or any(side % 64 for side in sides):
-            raise MediaError(f"frames {self.frames}, stride {self.stride}, fps {self.fps}, size "
-                             f"{self.size}: must be at least 1, sizes multiples of 64")
         self.index = self._open()  # {name: what scan() found}
         self.usable, self.left_out = {}, {}  # {name: ranges of first frames}, {name: why not}
         for name, entry in self.index.items():
-            if "error" in entry:
-                self.left_out[name] = entry["error"]
-            else:
-                self._find_clips(name, entry)
+            why = entry.get("error") or self._find_clips(name, entry)
+            if why:
+                self.left_out[name] = why
         self.names = list(self.usable)
         self.id = hashlib.blake2b(repr(self.usable).encode(), digest_size=8).hexdigest()
-        self.warned = set()
 
     def _open(self):
         self.files = list_files(self.source)
         return build_index(self.source, self.files)
 
     def _find_clips(self, name, entry):
+        """Fills self.usable. -> why no clip can be used, or None"""
         times, every = _times(entry), np.arange(entry["frames"])
         ends = [*entry["cuts"], entry["frames"]]
         shots = np.diff([0, *ends])  # their lengths
@@ -853,23 +769,20 @@ class Clips:
             for k in range(1, self.frames):  # no frame may come twice, or after a pause
                 a, b = times[self._picks(times, fast, np.array([[k - 1], [k]]))]
                 fast = fast[(a < b) & (b - a < pause)]
-        change = np.repeat(entry["change"], shots)  # (N,)
-        use = fast[change[fast] >= self.skip_static]
-        if len(use):
-            runs = [x.tolist() for x in np.split(use, np.flatnonzero(np.diff(use) > 1) + 1)]
-            self.usable[name] = [range(x[0], x[-1] + 1, self.start_every) for x in runs]
-        elif len(fast):
-            self.left_out[name] = f"static: changes by {max(entry['change'])} per frame at most"
-        elif len(fits):
-            self.left_out[name] = (f"too slow: {frame_rate(times):.3g} frames per second; "
-                                   f"{self.fps or self.stride:g} needed, without pauses")
-        else:
-            self.left_out[name] = f"too short: {len(every)} frames, {max(shots)} without a cut"
+        use = fast[np.repeat(entry["change"], shots)[fast] >= self.skip_static]
+        if not len(fits):
+            return f"too short: {len(every)} frames, {max(shots)} without a cut"
+        if not len(fast):
+            return (f"too slow: {frame_rate(times):.3g} frames per second; "
+                    f"{self.fps or self.stride:g} needed, without pauses")
+        if not len(use):
+            return f"static: changes by {max(entry['change'])} per frame at most"
+        runs = [x.tolist() for x in np.split(use, np.flatnonzero(np.diff(use) > 1) + 1)]
+        self.usable[name] = [range(x[0], x[-1] + 1, self.start_every) for x in runs]
 
     def _picks(self, times, start, k):
-        """The number of frame k = 0, 1, ... of a clip; N or more past the end of the file.
-
-        times (N,): of the file's frames, in seconds. start, k: integers or arrays."""
+        """The number of frame k = 0, 1, ... of a clip; N or more past the end of the file. times
+        (N,): of the file's frames, in seconds. start, k: integers or arrays."""
         if self.fps is None:
             return start + self.stride * k
         # A frame is the nearest up to the middle between it and the next one.
@@ -898,47 +811,37 @@ class Clips:
         row = np.random.default_rng([self.seed, 1, n]).integers(len(self.starts(name)))
         return name, int(row)
 
-    def _load(self, name, row, numbers):
-        """What an item holds of its own kind, and the motion score of the clip."""
+    def _read(self, name, row, numbers):
+        """What an item holds of its own kind. "motion" is the score."""
         video = read_clip(self.files[name], self.index[name], numbers, self.size)
-        return {"video": video}, motion_score(video)
-
-    def _read(self, name, row):
-        start, times = self.starts(name)[row], _times(self.index[name])
-        numbers = self._picks(times, start, np.arange(self.frames))  # (T,)
-        item, score = self._load(name, row, numbers)
-        return item | {"name": f"{name}@{start}", "motion": motion_bucket(score, self.motion),
-                       "fps": frame_rate(times[numbers] if self.frames > 1 else times)}
+        return {"video": video, "motion": motion_score(video)}
 
     def __getitem__(self, n):
         name, row = self._draw(int(n))
-        try:
-            return self._read(name, row)
-        except MediaError as e:  # the file was removed or changed during the run
-            if name not in self.warned:
-                print(f"{e}; other clips take its place", file=sys.stderr, flush=True)
-            self.warned.add(name)
-        return self._read(*self._draw(int(n) + 10**9))  # a number beyond any run
+        start, times = self.starts(name)[row], _times(self.index[name])
+        numbers = self._picks(times, start, np.arange(self.frames))  # (T,)
+        item = self._read(name, row, numbers)
+        return item | {"name": f"{name}@{start}",
+                       "motion": motion_bucket(item["motion"], self.motion),
+                       "fps": frame_rate(times[numbers] if self.frames > 1 else times)}
 
 
 class LatentClips(Clips):
-    """Clips from a folder that encode() wrote; items hold "latents", "cond", "ctx", "aug". The
-    noise in "cond" is that of the seed with which they were encoded."""
+    """Clips from a folder that encode() wrote; items hold "latents", "cond", "ctx", "aug". Noise is
+    that of the seed with which they were encoded."""
 
     def _open(self):
-        keys = ("size", "frames", "stride", "fps", "skip_static")
-        encoded = check_encoded(self.source, {key: getattr(self, key) for key in keys})
+        encoded = check_encoded(self.source, {key: getattr(self, key) for key in CLIP_SETTINGS})
         self.start_every = encoded["start_every"]
         return latents_in(self.source)
 
-    def _load(self, name, row, numbers):
+    def _read(self, name, row, numbers):
         first, last = int(numbers[0]), int(numbers[-1])
-        with safe_open(os.path.join(self.source, f"{name}.safetensors"), "pt") as f:
-            cond, ctx, aug, motion = (f.get_slice(key)[row] for key in
-                                      ("cond", "ctx", "aug", "motion"))
-            latents = f.get_slice("latents")[first:last + 1][torch.from_numpy(numbers - first)]
-        item = {"latents": latents.float(), "cond": cond.float(), "ctx": ctx.float()}
-        return item | {"aug": aug.item()}, motion.item()
+        file = exsvd.Tensors(os.path.join(self.source, f"{name}.safetensors")).file
+        cond, ctx = (file.get_slice(key)[row].float() for key in ("cond", "ctx"))
+        aug, motion = (file.get_slice(key)[row].item() for key in ("aug", "motion"))
+        latents = file.get_slice("latents")[first:last + 1][torch.from_numpy(numbers - first)]
+        return {"latents": latents.float(), "cond": cond, "ctx": ctx, "aug": aug, "motion": motion}
 
 
 def open_dataset(source, frames, size, seed=0, model=None, **settings):
@@ -947,18 +850,14 @@ def open_dataset(source, frames, size, seed=0, model=None, **settings):
     source: videos (see list_files), a folder that encode() wrote, or a Python file that defines
     clips(frames, size, seed), whose errors are not caught. size: (W, H), or several. model: the
     path of one whose VAE and CLIP must have encoded the folder. settings: of Clips; a Python file
-    takes none. If several processes use the same videos, one must open them first: it builds the
-    index that the others find."""
+    takes none. Of several processes one must open videos first: it builds the index."""
     if str(source).endswith(".py") and os.path.isfile(source):
         if settings != {key: getattr(Clips, key) for key in settings}:
-            raise MediaError(f"{source}: --stride, --fps, --motion and --skip-static are for "
-                             "videos; leave them out")
+            raise MediaError(f"{source}: --stride, --fps, --motion, --skip-static are for videos")
         spec = importlib.util.spec_from_file_location(f"clips_of_{Path(source).stem}", source)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         sys.path.append(os.path.dirname(os.path.abspath(source)))  # for imports of files beside it
         spec.loader.exec_module(module)
-        if not hasattr(module, "clips"):
-            raise MediaError(f"{source}: defines no clips(frames, size, seed)")
         sizes = tuple(map(tuple, sizes_of(size)))
         return module.clips(frames, sizes if len(sizes) > 1 else sizes[0], seed)
     kind = LatentClips if os.path.exists(os.path.join(source, SETTINGS)) else Clips
@@ -976,9 +875,11 @@ def open_dataset(source, frames, size, seed=0, model=None, **settings):
 #
 # There is a .safetensors file per video. It holds "latents" of all frames, and a row of "cond",
 # "ctx", "aug" and "motion" (the score) for each frame at which a clip can start, in this order. Its
-# metadata is the video's entry in the index, with the size and the time stamp of the file.
+# metadata is the video's entry in the index. Computed: an A100 encodes a frame of 512x512 in 8 ms, and
+# again where a clip can start. For videos of 720 frames and --start-every 16 it pays off in 6 epochs.
 
 SETTINGS = "latents.json"  # with what a folder was encoded; its "model" is a fingerprint
+CLIP_SETTINGS = ("size", "frames", "stride", "fps", "skip_static")
 
 
 def latents_in(folder):
@@ -990,13 +891,10 @@ def latents_in(folder):
 
 def check_encoded(folder, wanted):
     """-> with what a folder was encoded. Raises MediaError if that is not what is wanted."""
-    try:
-        encoded = dict(json.loads(Path(folder, SETTINGS).read_text()))
-    except (ValueError, TypeError) as e:
-        raise unreadable(os.path.join(folder, SETTINGS), e) from e
+    encoded = json.loads(Path(folder, SETTINGS).read_text())
     for key, value in wanted.items():
-        if encoded.get(key) != value:
-            raise MediaError(f"{folder}: was encoded with {key} {encoded.get(key)}, not {value}: "
+        if encoded[key] != value:
+            raise MediaError(f"{folder}: was encoded with {key} {encoded[key]}, not {value}: "
                              "use that, or encode again into another folder")
     return encoded
 
@@ -1019,21 +917,17 @@ def encoding_on(device):
 @torch.no_grad()
 def encode_frames(vae, video):
     """Unscaled mean latents of frames, to train on: float (T, 3, H, W) in [-1, 1] -> float32
-    (T, 4, H/8, W/8) on the VAE's device.
-
-    On a GPU in float16; frames whose latents are not finite are encoded again in TF32. In the toy,
-    float16 changes latents by 5e-4 (relative RMS) and a clip's loss by 0.02 % on average, TF32 by
-    3e-4 and 0.015 % in twice the time. VAE.encode is exact, in 12 times the time."""
+    (T, 4, H/8, W/8) on the VAE's device. On a GPU in float16; frames whose latents are not
+    finite are encoded again in TF32. float16 changes the toy's latents by 5e-4 (relative RMS) and a
+    clip's loss by 0.02 % on average. VAE.encode is exact, in 12 times the time."""
     wide, device = vae.quant_conv.weight.dtype, vae.quant_conv.weight.device
     narrow, at_once = encoding_on(device)
 
     def encode(video, dtype):
         weights = {name: p.to(dtype) for name, p in vae.encoder.named_parameters()}
-        latents = []
-        for x in video.split(at_once):
-            h = torch.func.functional_call(vae.encoder, weights, x.to(device, dtype))
-            latents.append(vae.quant_conv(h.to(wide))[:, :4].float())
-        return torch.cat(latents)
+        encoded = [torch.func.functional_call(vae.encoder, weights, x.to(device, dtype))
+                   for x in video.split(at_once)]
+        return torch.cat([vae.quant_conv(h.to(wide))[:, :4].float() for h in encoded])
 
     latents = encode(video, narrow)
     bad = ~latents.isfinite().flatten(1).all(1)  # an overflow reaches all of a frame by the norms
@@ -1046,34 +940,35 @@ def encode_frames(vae, video):
 def encode_condition(vae, clip, frames, aug, noise):
     """What the model is conditioned on, given first frames, float (n, 3, H, W) in [-1, 1]: unscaled
     mean latents (n, 4, H/8, W/8) of frames + aug * noise, aug (n,), and the CLIP embeddings (n, D)
-    of the frames alone, taken at this size as in Stability's code."""
+    of the frames alone, as in Stability's code."""
     device = vae.quant_conv.weight.device
     frames, aug, noise = (x.to(device) for x in (frames, aug, noise))
     ctx = clip(exsvd.preprocess_clip(frames, clip.config.image))
     return encode_frames(vae, frames + aug.view(-1, 1, 1, 1) * noise), ctx
 
 
-def _encode_file(dataset, name, svd, dtype, progress):
+def _encode_file(dataset, name, svd, dtype):
     """The tensors of one video. Only as many frames as a clip spans are in memory at a time."""
-    path, entry, device = dataset.files[name], dataset.index[name], svd.vae.quant_conv.weight.device
-    times, starts = _times(entry), dataset.starts(name)
+    path, entry, size = dataset.files[name], dataset.index[name], dataset.size
+    stamps, times, starts = _stamps(entry).tolist(), _times(entry), dataset.starts(name)
     can_start = set(starts)
     clips = deque(dataset._picks(times, start, np.arange(dataset.frames)) for start in starts)
     motion = [Motion() for _ in range(dataset.stride)]  # clips a stride apart share frames
     tensors = {"latents": [], "cond": [], "ctx": [], "aug": [], "motion": []}
     window = {}  # {number: pixels} of the frames that clips still need
-    frames = _numbered(path, entry, dataset.size)
-    while batch := list(itertools.islice(frames, encoding_on(device)[1])):
-        numbers, pixels = zip(*batch)
-        pixels = torch.stack(pixels)
-        window |= zip(numbers, pixels.numpy())
-        video = to_float(pixels.to(device))
+    frames, at_once = _decode(path), encoding_on(svd.vae.quant_conv.weight.device)[1]
+    for a in range(0, len(stamps), at_once):
+        batch = list(itertools.islice(frames, at_once))
+        if [frame.pts for frame, _ in batch] != stamps[a:a + at_once]:
+            raise unreadable(path, "its frames are not those of the index; remove the index")
+        pixels = [_as_shown(path, *each, size).permute(2, 0, 1) for each in batch]
+        size = pixels[0].shape[:0:-1]  # of several, that of the first frame
+        window |= {a + k: x.numpy() for k, x in enumerate(pixels)}
+        video = to_float(torch.stack(pixels))
         tensors["latents"] += encode_frames(svd.vae, video).to("cpu", dtype)
-        if numbers[-1] >= len(tensors["latents"]):
-            break  # a frame is missing
-        if first := [k for k, number in enumerate(numbers) if number in can_start]:
-            names = [f"{name}@{numbers[k]}" for k in first]
-            aug, noise = draw_conditions(dataset.seed, names, pixels.shape[:1:-1])
+        if first := [k for k in range(len(batch)) if a + k in can_start]:
+            names = [f"{name}@{a + k}" for k in first]
+            aug, noise = draw_conditions(dataset.seed, names, size)
             cond, ctx = encode_condition(svd.vae, svd.clip, video[first], aug, noise)
             for key, rows in (("cond", cond.to(dtype)), ("ctx", ctx.to(dtype)), ("aug", aug)):
                 tensors[key] += rows.cpu()
@@ -1082,122 +977,83 @@ def _encode_file(dataset, name, svd, dtype, progress):
             score = motion[clip[0] % dataset.stride].score([window[k] for k in clip])
             tensors["motion"].append(torch.tensor(score, dtype=torch.float64))
         window = {k: x for k, x in window.items() if clips and k >= clips[0][0]}
-        progress.update(len(batch))
-    if len(tensors["latents"]) != len(times):
-        raise unreadable(path, "its frames are not those of the index; remove the index")
     return {key: torch.stack(rows) for key, rows in tensors.items()}
 
 
 def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), **settings):
     """Encodes the usable files of a set of videos into the folder `out`. What was encoded before is
-    kept, unless its video has changed since.
-
-    dtype: of what is stored. shard: (I, N), the I-th of N parts. settings: frames, size, seed and
-    others of Clips. Raises MediaError if `out` was begun with another model or other settings; and,
-    when the others are encoded, if files cannot be read."""
+    kept, unless its video has changed since. dtype: of what is stored. shard: (I, N), the I-th of N
+    parts. settings: of Clips. Raises MediaError if `out` was begun with another model or other
+    settings, or if a file cannot be read."""
     dataset = Clips(source, **settings)
     svd = exsvd.load(model, device=device, parts=("vae", "clip"))
-    keys = ("seed", "size", "frames", "stride", "fps", "skip_static", "start_every")
-    ours = {key: getattr(dataset, key) for key in keys}
+    ours = {key: getattr(dataset, key) for key in ("seed", *CLIP_SETTINGS, "start_every")}
     ours |= {"model": fingerprint(svd), "dtype": str(dtype)}
     svd.clip.to(encoding_on(svd.clip.proj.device)[0])
     os.makedirs(out, exist_ok=True)
-    if os.path.exists(os.path.join(out, SETTINGS)):
+    about = os.path.join(out, SETTINGS)
+    if os.path.exists(about):
         check_encoded(out, ours)
-    with exsvd.written_whole(os.path.join(out, SETTINGS)) as temporary:
+    with exsvd.written_whole(about) as temporary:
         Path(temporary).write_text(json.dumps(ours))
-    encoded, failed = latents_in(out), []
-    gone = sorted(encoded.keys() - dataset.usable.keys())
+    encoded = latents_in(out)
+    gone = one_line(", ".join(sorted(encoded.keys() - dataset.usable.keys())))
     if gone:
-        print(f"{out}: {len(gone)} files are of no usable video of {source}; remove them if you do "
-              f"not want to train on them: {one_line(', '.join(gone))}", file=sys.stderr)
-    todo = [name for name in dataset.names if encoded.get(name) != dataset.index[name]
-            and zlib.crc32(name.encode()) % shard[1] == shard[0] - 1]
-    frames = sum(dataset.index[name]["frames"] for name in todo)
-    with tqdm(desc="encode", total=frames, unit="frame") as progress:
-        for name in todo:
-            path = os.path.join(out, f"{name}.safetensors")
-            try:
-                if len(os.path.basename(path)) > 240:  # with the name of a temporary file
-                    raise MediaError(f"{name}: its name is too long: rename it")
-                tensors = _encode_file(dataset, name, svd, dtype, progress)
-            except MediaError as e:
-                failed.append(str(e))
-                continue
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            exsvd.save(path, tensors, {"index": dataset.index[name]})
-    if failed:
-        raise MediaError(f"{len(failed)} of {len(todo)} files could not be encoded: "
-                         f"{'; '.join(failed)}")
+        print(f"{out} also holds what is no usable video of {source}; remove it if you do not want "
+              f"to train on it: {gone}", file=sys.stderr)
+    todo = [name for name in dataset.names[shard[0] - 1::shard[1]]
+            if encoded.get(name) != dataset.index[name]]
+    for name in tqdm(todo, "encode", unit="file"):
+        path = os.path.join(out, f"{name}.safetensors")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        exsvd.save(path, _encode_file(dataset, name, svd, dtype), {"index": dataset.index[name]})
     return dataset
 
 
 # --------------------------------------------------------------------------------------------------
 # 7. Command line
 
-COST = """Computed, not measured: an A100 encodes a frame of 512x512 in 8 ms, 10,000 videos of 128
-frames in 2.8 hours. Of 720 frames they take 16 hours, and as many again for the conditions, or 1
-with --start-every 16. An epoch of training from videos encodes 128 frames of each: of such videos,
-encoding all frames first pays off after 6 epochs."""
-
-
-def shard(text):
-    """I/N -> (I, N), for argparse, which names this function in its message."""
-    part, parts = map(int, text.split("/"))
-    if not 1 <= part <= parts:
-        raise ValueError
-    return part, parts
-
 
 def main():
-    from sample import DTYPES, frame_size, integer, number  # here, as sample.py imports this file
-    settings = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    flag = settings.add_argument
-    flag("--frames", type=integer(1), help="of a clip [the model's, else 128]")
-    flag("--size", type=frame_size, metavar="WxH", nargs="+",
-         help="of several, a video takes the nearest in aspect [the model's, else 512x512]")
-    flag("--stride", type=integer(1), help="take every so many frames [1]")
-    flag("--fps", type=number(1), help="take frames at this rate, not by a stride")
-    flag("--skip-static", type=number(0, 1), help="least change of a shot; 0.002 finds stills [0]")
-
+    import train  # here, since it imports this file
     parser = argparse.ArgumentParser(description="Check or encode a set of videos for training.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="say what cannot be used, and why")
+    encoding = commands.add_parser("encode", help="store latents; goes on where it was stopped")
     videos = "folder of videos, or a .txt, .csv or .json list of them"
-    check = command("check", parents=[settings], help="say what cannot be used, and why")
     check.add_argument("data", help=videos)
-    flag = command("encode", parents=[settings], epilog=COST, help="store latents and embeddings; "
-                   "the same command goes on where it was stopped").add_argument
+    flag = encoding.add_argument
     flag("--model", required=True, help="SVD-XT, for its VAE and CLIP")
     flag("--data", required=True, help=videos)
     flag("--out", required=True, help="folder for the latents")
-    flag("--dtype", default="float16", choices=DTYPES, help="of what is stored; float16 changes "
-         "the loss of a clip by 0.006 %% on average, bfloat16 by 0.08 %% [float16]")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    flag("--device", default=device, help="[cuda if there is one, else cpu]")
-    flag("--shard", type=shard, default=(1, 1), metavar="I/N",
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+         help="[cuda if there is one, else cpu]")
+    flag("--shard", type=train.integer(1), nargs=2, default=(1, 1), metavar=("I", "N"),
          help="encode the I-th of N parts, on one GPU; first run `check`, which builds the index")
-    flag("--seed", type=integer(0), default=0, help="of noise on condition images [0]")
-    flag("--start-every", type=integer(1), default=1, metavar="N",
+    flag("--seed", type=train.integer(0), default=0, help="of noise on condition images [0]")
+    flag("--start-every", type=train.integer(1), default=1, metavar="N",
          help="clips start at every N-th frame only, which needs fewer conditions [1]")
+    for f in fields(train.Settings):
+        for command in (check, encoding) if f.name in CLIP_SETTINGS else ():
+            command.add_argument("--" + f.name.replace("_", "-"), **f.metadata["options"])
     args = parser.parse_args()
-    given = {key: value for key, value in vars(args).items() if key in Clips.__dataclass_fields__}
-    defaults = {"frames": 128, "size": (512, 512)}
     try:
+        model = vars(args).get("model")
+        meta = exsvd.open_model(model)[0]["unet"].meta if model else {}
+        in_file = train.sample.settings_in_file(train.Settings, meta, "train", model)
+        settings = vars(train.Settings(**in_file)) | vars(args)
+        clips = {key: settings[key] for key in CLIP_SETTINGS}
         if args.command == "encode":
-            meta = exsvd.open_model(args.model)[0]["unet"].meta
-            ours = meta.get("defaults", {}).get("train", {})
-            defaults |= {key: ours[key] for key in defaults if key in ours}
-            dataset = encode(args.model, args.data, args.out, getattr(torch, args.dtype),
-                             args.device, args.shard, **defaults | given)
+            dataset = encode(args.model, args.data, args.out, device=args.device, shard=args.shard,
+                             seed=args.seed, start_every=args.start_every, **clips)
         else:
-            dataset = Clips(args.data, **defaults | given)
+            dataset = Clips(args.data, **clips)
             for name, why in dataset.left_out.items():
                 print(f"  left out  {name}: {why}")
         print(dataset.describe())
-        return 0 if dataset.names else 1
-    except (MediaError, exsvd.WeightsError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    except (MediaError, exsvd.WeightsError, OSError) as e:
+        sys.exit(f"data.py: {e}")
+    return 0 if dataset.names else 1
 
 
 if __name__ == "__main__":
