@@ -105,16 +105,20 @@ def _open_picture(path):
         return ImageOps.exif_transpose(picture)
     except UnidentifiedImageError:
         return None
+    except Image.DecompressionBombError as e:
+        raise unreadable(path, "it has more than 179 megapixels: shrink it first") from e
     except Exception as e:  # a damaged file can make Pillow raise anything
         raise unreadable(path, e) from e
 
 
-def _picture_pixels(picture):
+def _picture_pixels(path, picture):
     """A Pillow image in sRGB, on white: uint8 (H, W, 3)."""
     profile = picture.info.get("icc_profile", b"")
     if picture.mode[0] in "IF":  # grey of more than 8 bits, which convert() would clip
-        grey = np.asarray(picture) * (255.0 if picture.mode == "F" else 1 / 257)
-        picture = Image.fromarray(np.rint(np.nan_to_num(grey).clip(0, 255)).astype(np.uint8))
+        grey = np.nan_to_num(np.asarray(picture) * (255.0 if picture.mode == "F" else 1 / 257))
+        if grey.max() > 256:
+            raise unreadable(path, "it has values above 1.0, or above 65535: export it as PNG")
+        picture = Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))
     image = picture if picture.mode in ("CMYK", "L") else picture.convert("RGB")
     try:
         srgb = ImageCms.createProfile("sRGB")
@@ -126,12 +130,14 @@ def _picture_pixels(picture):
     frame = av.VideoFrame.from_ndarray(np.asarray(image), "rgba" if "A" in image.mode else "rgb24")
     if picture.info.get("named") and not profile:
         frame.color_primaries, frame.color_trc = picture.info["named"]
-    return _as_shown(picture, frame)
+    return _as_shown(path, frame)
 
 
 @contextlib.contextmanager
 def _container(path):
     """The PyAV container of a file. An error of FFmpeg within the `with` block is a MediaError."""
+    if "\0" in str(path):
+        raise unreadable(path, "no file name holds a NUL character")
     try:
         with open(path, "rb") as file:
             # FFmpeg gets the content alone, since it would interpret a name such as a%03d.png. The
@@ -148,9 +154,9 @@ def _container(path):
 
 def _decode(path, seek=None):
     """Yields (PyAV frame, stream) in the order in which frames are shown, from the start or from
-    the key frame at or before the time stamp `seek`. Damaged frames are left out and, of two at one
-    time, the second. Raises MediaError, also if no frame is left, or if one is interlaced."""
-    last = None
+    the key frame at or before the time stamp `seek`. After damage frames are left out up to the next
+    key frame and, of two at one time, the second. Raises MediaError, also if no frame is left, or if one is interlaced."""
+    last, damaged = None, False
     with _container(path) as container:
         stream = container.streams.best("video")
         decoder = stream and stream.codec_context
@@ -159,8 +165,8 @@ def _decode(path, seek=None):
         if decoder.name in ("exr", "hdr"):  # linear light, of which FFmpeg says nothing
             raise unreadable(path, "it holds linear light: export it as PNG or JPEG")
         # FFmpeg's own decoders of VP8 and VP9 drop an alpha channel, those of libvpx keep it.
-        if {"alpha_mode", "ALPHA_MODE"} & stream.metadata.keys():
-            libvpx = "libvpx" if decoder.name == "vp8" else "libvpx-vp9"
+        libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
+        if libvpx and {"alpha_mode", "ALPHA_MODE"} & stream.metadata.keys():
             decoder = av.CodecContext.create(libvpx, "r")
         decoder.thread_count = 1  # with more, errors surface at other packets from run to run
         if seek is not None:
@@ -169,13 +175,15 @@ def _decode(path, seek=None):
             try:
                 frames = decoder.decode(packet)
             except (av.FFmpegError, ValueError):
+                damaged = True
                 continue
             for frame in frames:
                 if frame.interlaced_frame:
                     raise MediaError(f"{path}: interlaced: two moments per frame; encode again: "
                                      "ffmpeg -i OLD -vf bwdif=0 -crf 16 NEW.mp4")
                 twice = last is not None and frame.pts is not None and frame.pts == last.pts
-                if not frame.is_corrupt and not twice:
+                damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+                if not damaged and not twice:
                     last = frame
                     yield frame, stream
     if last is None and seek is None:
@@ -238,7 +246,7 @@ def read_image(path):
     path: a file, whose content decides what it is, or a Pillow image. Raises MediaError."""
     opened = isinstance(path, Image.Image)
     picture = ImageOps.exif_transpose(path) if opened else _open_picture(path)
-    return next(video_frames(path))[0] if picture is None else _picture_pixels(picture)
+    return next(video_frames(path))[0] if picture is None else _picture_pixels(path, picture)
 
 
 def video_frames(path, size=None):
@@ -496,7 +504,7 @@ def _read_list(source):
     try:
         text = source.read_bytes().decode("utf-8-sig")  # -sig drops a byte order mark
         if kind == ".txt":
-            rows = re.split("[\n\0]", text)  # find -print0 separates paths by zeros
+            rows = text.split("\n")
         elif kind == ".csv":
             rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
@@ -817,7 +825,14 @@ class Clips:
         return {"video": video, "motion": motion_score(video)}
 
     def __getitem__(self, n):
-        name, row = self._draw(int(n))
+        try:
+            return self._item(int(n))
+        except MediaError as e:  # the file was removed or changed during the run
+            print(f"{e}; another clip takes its place", file=sys.stderr, flush=True)
+            return self._item(int(n) + 10**9)  # a number beyond any run
+
+    def _item(self, n):
+        name, row = self._draw(n)
         start, times = self.starts(name)[row], _times(self.index[name])
         numbers = self._picks(times, start, np.arange(self.frames))  # (T,)
         item = self._read(name, row, numbers)
@@ -893,8 +908,8 @@ def check_encoded(folder, wanted):
     """-> with what a folder was encoded. Raises MediaError if that is not what is wanted."""
     encoded = json.loads(Path(folder, SETTINGS).read_text())
     for key, value in wanted.items():
-        if encoded[key] != value:
-            raise MediaError(f"{folder}: was encoded with {key} {encoded[key]}, not {value}: "
+        if encoded.get(key) != value:
+            raise MediaError(f"{folder}: was encoded with {key} {encoded.get(key)}, not {value}: "
                              "use that, or encode again into another folder")
     return encoded
 
@@ -984,7 +999,7 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
     """Encodes the usable files of a set of videos into the folder `out`. What was encoded before is
     kept, unless its video has changed since. dtype: of what is stored. shard: (I, N), the I-th of N
     parts. settings: of Clips. Raises MediaError if `out` was begun with another model or other
-    settings, or if a file cannot be read."""
+    settings; and, when the others are encoded, if files cannot be read."""
     dataset = Clips(source, **settings)
     svd = exsvd.load(model, device=device, parts=("vae", "clip"))
     ours = {key: getattr(dataset, key) for key in ("seed", *CLIP_SETTINGS, "start_every")}
@@ -1003,10 +1018,18 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
               f"to train on it: {gone}", file=sys.stderr)
     todo = [name for name in dataset.names[shard[0] - 1::shard[1]]
             if encoded.get(name) != dataset.index[name]]
+    failed = []
     for name in tqdm(todo, "encode", unit="file"):
         path = os.path.join(out, f"{name}.safetensors")
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        exsvd.save(path, _encode_file(dataset, name, svd, dtype), {"index": dataset.index[name]})
+        try:
+            tensors = _encode_file(dataset, name, svd, dtype)
+        except MediaError as e:
+            failed.append(str(e))
+            continue
+        exsvd.save(path, tensors, {"index": dataset.index[name]})
+    if failed:
+        raise MediaError(f"{len(failed)} of {len(todo)} files were not encoded: {'; '.join(failed)}")
     return dataset
 
 
