@@ -35,7 +35,7 @@ SVD's formulation, public training codes or ourselves. Beside it the script rele
     weight decay        0.01 on matrices and convolutions       0.01 on everything
 
 A run folder (--out) holds
-    state-<step>/               what resuming needs: the last two states
+    state-<step>.safetensors    what resuming needs: the last two states
     exvideo-<step>.safetensors  the EMA in float16, for --extension; at 128 frames the official code
                                 reads it too. Where more is trained: a whole model, model-<step>
     log.csv                     losses (by noise level, of --val), gradient norm, lr, seconds, memory
@@ -74,14 +74,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache
-from itertools import chain, count, zip_longest
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -279,6 +277,8 @@ def hold(out, rank):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:  # of other kinds where the file system has no locks
             free = not isinstance(e, BlockingIOError)
+        for unfinished in Path(out).glob("*.tmp") if free else ():  # of a run that was killed
+            unfinished.unlink()
     if not all(of_all_ranks(free)):
         sys.exit(f"train.py: another run writes to {out}: stop it, or give another --out")
     return file
@@ -296,18 +296,17 @@ def of_all_ranks(value):
     return values
 
 
-def on_all_ranks(f):
-    """f() on every rank -> its result. If the disk fails on one rank, all raise OSError;
-    otherwise the others would wait for it."""
-    result = problem = None
-    try:
-        result = f()
-    except (OSError, SafetensorError) as e:
-        problem = e
-    for message in of_all_ranks(problem and str(problem)):
-        if message:
-            raise OSError(message) from problem
-    return result
+def on_rank_0(f):
+    """f() on rank 0, for which the others wait. If it raises OSError, all do."""
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            f()
+        except OSError as e:
+            problem = e
+    problem = of_all_ranks(problem)[0]
+    if problem:
+        raise problem
 
 
 def sum_over_ranks(sums):
@@ -540,10 +539,10 @@ class Shards:
     """The part of the trained parameters that a rank keeps in fp32: DeepSpeed's master weights and
     what its optimiser keeps, and our moving average (EMA) of the masters, sharded alike.
 
-    The one place that knows DeepSpeed's insides. ZeRO-2 keeps every parameter group as one flat
-    tensor (in the order of round_robin_bit16_groups, each parameter at round_robin_bit16_offsets,
-    zeros at the end) cut into equal parts, one per rank; the fp32 master of our part is
-    single_partition_of_fp32_groups. This is no documented API, hence the pinned minor version.
+    The one place that knows DeepSpeed's insides. ZeRO-2 makes a flat tensor of each parameter group
+    and cuts it into equal parts, one per rank. single_partition_of_fp32_groups has the fp32 master
+    of our part, and p._hp_mapping where parameter p lies in it, None if nothing of p does. This is
+    no documented API, hence the pinned minor version.
     """
     @torch.no_grad()
     def __init__(self, engine, decay, weights):
@@ -551,27 +550,21 @@ class Shards:
         masters from copies in half precision), and what else is saved with them"""
         self.engine, self.zero, self.decay = engine, engine.optimizer, decay
         self.masters = self.zero.single_partition_of_fp32_groups
-        self.updates = 0   # of the average
-        self.layout = []   # [name, shape, group, offset in the group's flat tensor]
-        self.overlap = {}  # {name: (group, slice of our part, slice of the flattened parameter)}
+        assert all(master.dtype == torch.float32 for master in self.masters)
+        self.updates = 0  # of the average
+        self.places = {}  # {name: (group, slice of our part of it, slice of the flattened parameter)}
+        self.holds = {"optimizer": type(self.zero.optimizer).__name__}  # and {name: shape}
         name_of = {id(p): name for name, p in engine.module.named_parameters()}
-        groups = zip(self.masters, self.zero.round_robin_bit16_groups,
-                     self.zero.round_robin_bit16_offsets, self.zero.bit16_groups_flat)
-        for i, (master, group, offsets, flat) in enumerate(groups):
-            size = master.numel()
-            begin, end = dist.get_rank() * size, (dist.get_rank() + 1) * size
-            assert master.dtype == torch.float32 and flat.numel() == size * dist.get_world_size()
-            for p, offset in zip(group, offsets):
-                name = name_of[id(p)]
-                self.layout.append([name, list(p.shape), i, offset])
-                low, high = max(offset, begin), min(offset + p.numel(), end)
-                if low < high:
-                    part, piece = slice(low - begin, high - begin), slice(low - offset, high - offset)
-                    master.data[part] = weights[name].flatten()[piece].to(master)
-                    self.overlap[name] = i, part, piece
+        for i, group in enumerate(self.zero.bit16_groups):
+            for p in group:
+                name, part, piece = name_of[id(p)], slice(0), slice(0)
+                if p._hp_mapping:
+                    part, piece = (slice(at.start, at.start + at.numel) for at in (
+                        p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address))
+                self.masters[i].data[part] = weights[name].flatten()[piece].to(self.masters[i])
+                self.places[name], self.holds[name] = (i, part, piece), list(p.shape)
         self.average = [m.detach().clone() for m in self.masters]
-        trained = {name for name, *_ in self.layout}
-        self.untrained = {name: t for name, t in weights.items() if name not in trained}
+        self.untrained = {name: t for name, t in weights.items() if name not in self.places}
 
     @torch.no_grad()
     def update_average(self):
@@ -596,64 +589,60 @@ class Shards:
             master.data, self.average[i] = self.average[i], master.data
         self.zero.update_lp_params()  # the model's weights, from the masters
 
-    def gather_average(self):
-        """What weight files hold, {name: fp32 tensor on the CPU}: the average of all ranks. On
-        rank 0, {} elsewhere. Every rank must call it."""
-        weights = dict(self.untrained) if dist.get_rank() == 0 else {}
-        for name, shape, *_ in self.layout:
-            weight = torch.zeros(shape, device=self.engine.device)
-            if name in self.overlap:
-                i, part, piece = self.overlap[name]
-                weight.view(-1)[piece] = self.average[i][part].to(weight.device)
-            dist.reduce(weight, 0)  # of which each element is from one rank
-            if dist.get_rank() == 0:
-                weights[name] = weight.cpu()
-        return weights
+    def kept(self):
+        """Of each group {key: flat tensor, or a number such as the optimiser's count of steps}"""
+        return [{"master": master.data, "average": average} | self.zero.optimizer.state[master]
+                for master, average in zip(self.masters, self.average)]
 
-    def save(self, path):
-        """Write this rank's parts. -> what else resuming needs, the same on all ranks, for JSON"""
-        tensors = {}
-        for i, master in enumerate(self.masters):
-            parts = {"master": master.detach(), "average": self.average[i]}
-            for key, value in (parts | self.zero.optimizer.state[master]).items():
-                value = torch.as_tensor(value)  # a count of steps may be an integer
-                assert value.shape in (master.shape, ()), f"can't save {key}"
-                tensors[f"{i}.{key}"] = value.cpu().contiguous()
-        save_file(tensors, path)
-        sync(path)
+    def gather(self, key):
+        """What the ranks keep under this key: {name of a parameter: fp32 tensor on the CPU} on rank
+        0, {} elsewhere. Every rank must call it."""
+        kept, whole = self.kept(), {}
+        for name, (i, part, piece) in self.places.items():
+            if key in kept[i]:
+                assert kept[i][key].shape == self.masters[i].shape, f"can't save {key}"
+                t = torch.zeros(self.holds[name], device=self.engine.device)
+                t.view(-1)[piece] = kept[i][key][part].to(t.device)
+                dist.reduce(t, 0)  # of which each element is from one rank
+                if dist.get_rank() == 0:
+                    whole[name] = t.cpu()
+        return whole
+
+    def gather_average(self):
+        """What weight files hold, as gather() returns it."""
+        return (self.untrained if dist.get_rank() == 0 else {}) | self.gather("average")
+
+    def state(self):
+        """What resuming needs, for every rank to call: {"<parameter>.<key>": fp32 tensor}, on rank
+        0, and {name: value} for JSON. Rank 0 has all of it in CPU memory: 16 bytes for each number
+        that is trained, 10.5 GB of SVD-XT's."""
+        counts = [{key: torch.as_tensor(value).item() for key, value in kept.items()
+                   if torch.as_tensor(value).ndim == 0} for kept in self.kept()]
+        keys = {key for kept, numbers in zip(self.kept(), counts) for key in kept.keys() - numbers}
+        tensors = {f"{name}.{key}": t for key in sorted(keys) for name, t in self.gather(key).items()}
         scheduler, scaler = self.engine.lr_scheduler, vars(self.zero.loss_scaler)
-        return {
-            "layout": self.layout,
-            "optimizer": type(self.zero.optimizer).__name__,
+        return tensors, {
+            "holds": self.holds,
+            "counts": counts,
             "updates": self.updates,
             "loss_scaler": {k: v for k, v in scaler.items() if type(v) in (bool, int, float)},
             "scheduler": scheduler.state_dict() if scheduler else None,
         }
 
-    def mismatch(self, saved):
-        """The first difference between these parameters and those of a state, or None."""
-        ours = [type(self.zero.optimizer).__name__, *self.layout]
-        theirs = [saved["optimizer"], *saved["layout"]]
-        return next((f"holds {there} where this run has {here} (name, shape, group, offset)"
-                     for here, there in zip_longest(ours, theirs) if here != there), None)
-
     @torch.no_grad()
-    def load(self, paths, saved):
-        """Continue from the files of all ranks of a run, whatever their number: the flat tensors
-        are cut anew."""
-        files = [safe_open(path, "pt") for path in paths]
-        for name in files[0].keys():
-            i, key = name.split(".", 1)
-            master, average = self.masters[int(i)], self.average[int(i)]
-            state = self.zero.optimizer.state[master]
-            if files[0].get_slice(name).get_shape():
-                target = {"master": master.data, "average": average}.get(key)
-                if target is None:
-                    target = state.setdefault(key, torch.zeros_like(master.data))
-                read_range(files, name, dist.get_rank() * master.numel(), target)
-            else:
-                value = files[0].get_tensor(name)
-                state[key] = value if value.is_floating_point() else value.item()
+    def load(self, tensors):
+        """Continue from a state, an exsvd.Tensors, of whatever number of ranks."""
+        saved, state = tensors.meta, self.zero.optimizer.state
+        for master, counts in zip(self.masters, saved["counts"]):
+            for key, value in counts.items():
+                state[master][key] = torch.tensor(value) if isinstance(value, float) else value
+        for full_name in tensors.file.keys():
+            name, key = full_name.rsplit(".", 1)
+            i, part, piece = self.places[name]
+            if key not in self.kept()[i]:
+                state[self.masters[i]][key] = torch.zeros_like(self.masters[i].data)
+            whole = tensors.file.get_tensor(full_name)  # mapped: what is not used is not read
+            self.kept()[i][key][part] = whole.flatten()[piece]
         self.updates = saved["updates"]
         vars(self.zero.loss_scaler).update(saved["loss_scaler"])
         scheduler = self.engine.lr_scheduler
@@ -661,18 +650,6 @@ class Shards:
             scheduler.load_state_dict(saved["scheduler"])
             scheduler.step(scheduler.last_batch_iteration)  # sets the rates of the groups anew
         self.zero.update_lp_params()  # the model's weights, from the masters
-
-
-def read_range(files, name, begin, out):
-    """Read a flat tensor, of which each file has an equal part, from element `begin` on into `out`.
-    Beyond its end there are zeros."""
-    out.zero_()
-    end = begin + out.numel()
-    size = files[0].get_slice(name).get_shape()[0]
-    for r, file in enumerate(files):
-        low, high = max(begin, r * size), min(end, (r + 1) * size)
-        if low < high:
-            out[low - begin:high - begin] = file.get_slice(name)[low - r * size:high - r * size]
 
 
 def start_engine(s, svd, config, device):
@@ -703,70 +680,43 @@ def start_engine(s, svd, config, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# States: folders that get their names when they are complete.
+# States
 
 
-def sync(path):
-    """Have the disk write a file or folder now, so that it outlives a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write(path, text):
-    """Write a text file: complete or not at all."""
-    with open(path + ".tmp", "w") as f:
-        f.write(text)
-    sync(path + ".tmp")
-    os.replace(path + ".tmp", path)
+STATES_KEPT = 2
 
 
 def saved_states(out):
-    """Folders of states in order of steps."""
-    return sorted(map(str, Path(out).glob("state-" + 8 * "[0-9]")))
+    """Their paths in order of steps."""
+    return sorted(map(str, Path(out).glob(f"state-{8 * '[0-9]'}.safetensors")))
 
 
 def save_state(out, shards, about):
-    """Write state-<step>, and remove all states but the last two. Every rank must call it. Raises
-    OSError on all alike; what was written until then stays in state.tmp for the next one."""
-    rank, folder = dist.get_rank(), os.path.join(out, "state.tmp")
+    """Write state-<step>.safetensors, and remove all but the last states. Every rank must call it.
+    Raises OSError on all alike. about: {name: value}, for its metadata"""
+    path = os.path.join(out, f"state-{about['step']:08d}.safetensors")
+    tensors, meta = shards.state()
+    meta |= about | {"threads": of_all_ranks(torch.get_num_threads())}
 
-    def write_parts():
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, f"rank-{rank}.safetensors")
-        Path(path).unlink(missing_ok=True)  # of a save that failed, perhaps for lack of room
-        return shards.save(path)
+    def write():
+        exsvd.save(path, tensors, meta)
+        for old in saved_states(out)[:-STATES_KEPT]:
+            os.remove(old)
 
-    def finish():
-        write(os.path.join(folder, "state.json"), json.dumps(state))
-        sync(folder)
-        os.rename(folder, os.path.join(out, f"state-{about['step']:08d}"))
-        sync(out)
-        for old in saved_states(out)[:-2]:
-            os.rename(old, folder)  # first, so that a state is never half there
-            shutil.rmtree(folder)
-
-    parts, threads = on_all_ranks(write_parts), of_all_ranks(torch.get_num_threads())
-    state = about | {"shards": parts, "ranks": dist.get_world_size(), "threads": threads}
-    on_all_ranks(lambda: finish() if rank == 0 else None)
+    on_rank_0(write)
 
 
 def read_state(out):
-    """-> (folder, its state.json, the paths of its ranks' files) of the newest state; None of a new
-    run. Exits with a line if something is missing or cut off. Every rank must call it."""
-    folders = of_all_ranks(saved_states(out))[0]  # a shared disk may show other ranks older ones
-    if not folders:
+    """-> the newest state, an exsvd.Tensors; None of a new run. Exits with a line if it is damaged.
+    Every rank must call it."""
+    paths = of_all_ranks(saved_states(out))[0]  # a shared disk may show other ranks older ones
+    if not paths:
         return None
-    newest, before = folders[-1], f"go on from {folders[-2]}" if folders[1:] else "begin anew"
     try:
-        with open(os.path.join(newest, "state.json")) as f:
-            info = json.load(f)
-        paths = [os.path.join(newest, f"rank-{r}.safetensors") for r in range(info["ranks"])]
-        for path in paths:
-            safe_open(path, "pt")  # compares the length of the file with what its header says
-    except (OSError, ValueError, SafetensorError) as e:
-        sys.exit(f"train.py: {newest} cannot be read ({e}): remove it to {before}")
-    return newest, info, paths
+        return exsvd.Tensors(paths[-1])
+    except exsvd.WeightsError as e:
+        before = f"go on from {paths[-2]}" if paths[1:] else "begin anew"
+        sys.exit(f"train.py: {paths[-1]} cannot be read ({e}): remove it to {before}")
 
 
 def origin(s, svd):
@@ -789,24 +739,25 @@ def resume(s, shards, made_with, clips):
     last row of log.csv, see add_losses(). clips: the id of the dataset"""
     engine = shards.engine
     sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=engine.device)
-    newest = read_state(s.out)
-    if newest is None:
+    state = read_state(s.out)
+    if state is None:
         return 0, 0, sums
-    folder, info, paths = newest
+    info, theirs = state.meta, state.meta["holds"]
     changed = [f"{key} {value} (now {made_with[key]})" for key, value in info["settings"].items()
                if made_with.get(key, value) != value]  # latents have no VAE
-    mismatch = f"was made with {', '.join(changed)}" if changed else shards.mismatch(info["shards"])
-    if mismatch:
-        sys.exit(f"train.py: {folder} {mismatch}: use what it was made with, or another --out "
-                 "(and --extension to start from its weights)")
-    shards.load(paths, info["shards"])
+    changed += [f"{key} {theirs.get(key)} (now {shards.holds.get(key)})"
+                for key in theirs | shards.holds if theirs.get(key) != shards.holds.get(key)][:1]
+    if changed:
+        sys.exit(f"train.py: {state.path} was made with {', '.join(changed)}: use what it was made "
+                 "with, or another --out (and --extension to start from its weights)")
+    shards.load(state)
     rank, step, videos = dist.get_rank(), info["step"], info["videos"]
     if len(info["threads"]) == dist.get_world_size() and engine.device.type == "cpu":
         torch.set_num_threads(info["threads"][rank])  # their number changes the last bits
     engine.global_steps, engine.global_samples = step, videos  # for its own lines and curves
     if rank == 0:
         sums += torch.tensor(info["sums"], device=engine.device)
-    say(f"resumed from {folder}: step {step}, {videos} videos seen")
+    say(f"resumed from {state.path}: step {step}, {videos} videos seen")
     if info["clips"] != clips:
         say(f"warning: {s.data} holds other clips than when that was saved")
     return step, videos, sums
@@ -830,7 +781,8 @@ class Log:
         if step > 0 and os.path.exists(self.path):
             with open(self.path) as f:
                 rows = [row for row in f.readlines()[1:] if int(row.split(",")[0]) <= step]
-        write(self.path, "".join([",".join(self.COLUMNS) + "\n", *rows]))
+        with exsvd.written_whole(self.path) as temporary:
+            Path(temporary).write_text("".join([",".join(self.COLUMNS) + "\n", *rows]))
 
     def add(self, step, videos, values):
         """Append a row of {column: number, None if there is none}; other columns stay empty."""
@@ -877,7 +829,8 @@ def add_to_run_json(s, step, config):
     versions = {"python": sys.version} | {m.__name__: m.__version__ for m in (torch, deepspeed)}
     start = {"time": time.strftime("%F %T %z"), "step": step, "ranks": dist.get_world_size(),
              "commit": commit(), "settings": asdict(s), "deepspeed": config, "versions": versions}
-    write(os.path.join(s.out, "run.json"), json.dumps([*starts_of(s.out), start], indent=1))
+    with exsvd.written_whole(os.path.join(s.out, "run.json")) as temporary:
+        Path(temporary).write_text(json.dumps([*starts_of(s.out), start], indent=1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1086,7 +1039,7 @@ def save(s, svd, shards, about, sums, with_weights):
         weights = shards.gather_average()
         name = "exvideo" if is_extension(svd) else "model"
         path = os.path.join(s.out, f"{name}-{about['step']:06d}.safetensors")
-        on_all_ranks(lambda: weights and save_weights(s, svd, path, weights, **about))
+        on_rank_0(lambda: save_weights(s, svd, path, weights, **about))
         say(f"step {about['step']}: saved {path}")
     save_state(s.out, shards, about | {"sums": sum_over_ranks(sums).tolist()})
 
