@@ -652,8 +652,8 @@ def start_engine(s, svd, config, device):
 
 
 def saved_states(out):
-    """Their paths in order of steps."""
-    return sorted(map(str, Path(out).glob(f"state-{8 * '[0-9]'}.safetensors")))
+    """Their paths in order of steps. Folders are states of earlier versions, which nothing reads."""
+    return sorted(map(str, Path(out).glob("state-*[0-9s]")))
 
 
 def save_state(out, shards, about):
