@@ -248,9 +248,8 @@ def join_ranks(s):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(minutes=s.timeout))
     if "OMP_NUM_THREADS" not in os.environ:  # else the user or torchrun has said how many
-        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-        local = int(local or dist.get_world_size())  # ranks that share the cores
-        share = max(1, torch.get_num_threads() // local)
+        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+        share = max(1, torch.get_num_threads() // int(local))  # of the cores of this machine
         torch.set_num_threads(min(share, sample.idle_cores()))
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -561,31 +560,36 @@ class Shards:
         self.zero.update_lp_params()  # the model's weights, from the masters
 
     def kept(self):
-        """Of each group {key: flat tensor, or a number such as the optimiser's count of steps}"""
+        """What is kept of each group: a list of {key: a flat tensor, or a number such as the
+        optimiser's count of steps}"""
         return [{"master": master.data, "average": average} | self.zero.optimizer.state[master]
                 for master, average in zip(self.masters, self.average)]
 
     def gather(self, key):
-        """What the ranks keep under this key, such as average: {name of a parameter: fp32 tensor on
-        the CPU} on rank 0, {} elsewhere. Every rank must call it."""
-        kept, whole = self.kept(), {}
+        """What all ranks keep under a key such as "average", put together: {name of a parameter:
+        fp32 tensor on the CPU}, {} except on rank 0. Every rank must call it."""
+        whole = {}
         for name, (i, part, piece) in self.places.items():
-            if key in kept[i]:
-                assert kept[i][key].shape == self.masters[i].shape, f"can't save {key}"
-                t = torch.zeros(self.holds[name], device=self.engine.device)
-                t.view(-1)[piece] = kept[i][key][part].to(t.device)
-                dist.reduce(t, 0)  # of which each element is from one rank
-                if dist.get_rank() == 0:
-                    whole[name] = t.cpu()
+            flat = self.kept()[i].get(key)
+            if flat is None:  # optimisers may keep other things of another group
+                continue
+            assert flat.shape == self.masters[i].shape, f"can't save {key}"
+            t = torch.zeros(self.holds[name], device=self.engine.device)
+            t.view(-1)[piece] = flat[part].to(t.device)
+            dist.reduce(t, 0)  # each element is of one rank, and 0 on the others
+            if dist.get_rank() == 0:
+                whole[name] = t.cpu()
         return whole
 
     def state(self):
-        """What resuming needs, for every rank to call: {"<parameter>.<key>": fp32 tensor}, on rank
-        0, and {name: value} for JSON. Rank 0 has all of it in CPU memory: 16 bytes for each number
-        that is trained, 10.5 GB of SVD-XT's."""
-        counts = [{key: torch.as_tensor(value).item() for key, value in kept.items()
-                   if torch.as_tensor(value).ndim == 0} for kept in self.kept()]
-        keys = {key for kept, numbers in zip(self.kept(), counts) for key in kept.keys() - numbers}
+        """What resuming needs: {"<parameter>.<key>": fp32 tensor}, {} except on rank 0, and {name:
+        value} for JSON. Every rank must call it. Rank 0 holds all ranks' tensors in CPU memory
+        while it writes them: 16 bytes per number that is trained, 12.9 GB for SVD-XT."""
+        counts, keys = [], set()
+        for kept in self.kept():
+            numbers = {key for key, value in kept.items() if torch.as_tensor(value).ndim == 0}
+            counts.append({key: torch.as_tensor(kept[key]).item() for key in numbers})
+            keys |= kept.keys() - numbers
         tensors = {f"{name}.{key}": t for key in sorted(keys) for name, t in self.gather(key).items()}
         scheduler, scaler = self.engine.lr_scheduler, vars(self.zero.loss_scaler)
         return tensors, {
@@ -598,7 +602,7 @@ class Shards:
 
     @torch.no_grad()
     def load(self, tensors):
-        """Continue from a state, an exsvd.Tensors, of whatever number of ranks."""
+        """Go on from a state, an exsvd.Tensors, of any number of ranks."""
         saved, state = tensors.meta, self.zero.optimizer.state
         for master, counts in zip(self.masters, saved["counts"]):
             for key, value in counts.items():
