@@ -72,7 +72,6 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -298,9 +297,7 @@ def on_rank_0(f):
 
 
 def sum_over_ranks(sums):
-    total = sums.clone()
-    dist.all_reduce(total)
-    return total
+    return sum(of_all_ranks(sums.cpu()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -443,8 +440,7 @@ def deepspeed_config(s):
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if s.deepspeed_config:
         try:
-            with open(s.deepspeed_config) as f:
-                config = merge(config, json.load(f))
+            merge(config, json.loads(Path(s.deepspeed_config).read_text()))
             check_config(s, config)
         except Exception as e:  # DeepSpeed raises many kinds; pydantic's have several lines
             why = " ".join(str(e).split(" [type=")[0].split())
@@ -458,18 +454,19 @@ SET_BY_FLAGS = {  # or, of the last two, by Shards, which is written for ZeRO-2
 
 
 def merge(ours, theirs, path=""):
-    """Settings with theirs in place of ours. "auto" means ours, or else DeepSpeed's default."""
+    """Put their settings in place of ours. "auto" means ours, or else DeepSpeed's default."""
     if not isinstance(theirs, dict):
         raise ValueError(f"{path or 'the file'} must be an object in braces")
     for key, value in theirs.items():
         name = f"{path}.{key}" if path else key
-        if isinstance(value, dict) or (isinstance(ours.get(key), dict) and value != "auto"):
-            ours[key] = merge(ours.get(key, {}), value, name)
-        elif value != "auto":
-            if name in SET_BY_FLAGS and value != ours[key]:
-                raise ValueError(f"{name} must be {ours[key]}: see --batch, --accumulate, --dtype")
+        if value == "auto":
+            continue
+        if isinstance(value, dict) or isinstance(ours.get(key), dict):
+            merge(ours.setdefault(key, {}), value, name)
+        elif name in SET_BY_FLAGS and value != ours[key]:
+            raise ValueError(f"{name} must be {ours[key]}: see --batch, --accumulate, --dtype")
+        else:
             ours[key] = value
-    return ours
 
 
 def check_config(s, config):
@@ -516,9 +513,9 @@ class Shards:
     no documented API, hence the pinned minor version.
     """
     @torch.no_grad()
-    def __init__(self, engine, decay, masters):
-        """masters: {name: fp32 tensor} to start from. DeepSpeed made its own from copies in half
-        precision."""
+    def __init__(self, engine, decay, start):
+        """start: {name: fp32 tensor} of all that trains. DeepSpeed made its masters from copies in
+        half precision."""
         self.engine, self.zero, self.decay = engine, engine.optimizer, decay
         self.masters = self.zero.single_partition_of_fp32_groups
         assert all(master.dtype == torch.float32 for master in self.masters)
@@ -532,7 +529,7 @@ class Shards:
                 if p._hp_mapping:
                     part, piece = (slice(at.start, at.start + at.numel) for at in (
                         p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address))
-                self.masters[i].data[part] = masters[name].flatten()[piece].to(self.masters[i])
+                self.masters[i].data[part] = start[name].flatten()[piece].to(self.masters[i])
                 self.places[name], self.holds[name] = (i, part, piece), list(p.shape)
         self.average = [m.detach().clone() for m in self.masters]
 
@@ -628,7 +625,7 @@ def start_engine(s, svd, config, device):
     import deepspeed
     module = PostTuning(svd.unet, svd.clip if trains(svd.clip) else None, exsvd.LOSSES[s.loss])
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    masters = {name: p.detach() for name, p in trained.items()}  # fp32, which the next line replaces
+    start = {name: p.detach() for name, p in trained.items()}  # fp32; the next line replaces it
     module.to(getattr(torch, s.dtype)).train()
     zero, elements = config["zero_optimization"], sum(p.numel() for p in trained.values())
     zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], elements)  # all of it is allocated
@@ -636,7 +633,7 @@ def start_engine(s, svd, config, device):
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if s.dtype == "float16":  # or DeepSpeed raises before MAX_SKIPPED steps
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
-    shards, why = Shards(engine, s.ema, masters), "as given"
+    shards, why = Shards(engine, s.ema, start), "as given"
     if s.checkpoint == "auto":
         name, why = choose_checkpoint(s, svd.unet, elements, device)
         s = replace(s, checkpoint=name)
@@ -784,7 +781,6 @@ def losses_of(sums):
     return {name: total / n if n else None for name, total, n in zip(Log.LOSS, *sums.tolist())}
 
 
-@cache  # what runs is the commit at the start
 def commit():
     """That of this file, with -dirty if files differ from it; None without git."""
     git = shutil.which("git")
@@ -792,15 +788,14 @@ def commit():
     return git and subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def add_to_run_json(s, step, config):
-    """Add this start to run.json."""
+def add_to_run_json(s, step, code, config):
+    """Add this start to run.json. code: its commit. config: DeepSpeed's"""
     import deepspeed
     path = Path(s.out, "run.json")
     starts = json.loads(path.read_text()) if step > 0 and path.exists() else []
     versions = {"python": sys.version} | {m.__name__: m.__version__ for m in (torch, deepspeed)}
     starts.append({"time": time.strftime("%F %T %z"), "step": step, "ranks": dist.get_world_size(),
-                   "commit": commit(), "settings": asdict(s), "deepspeed": config,
-                   "versions": versions})
+                   "commit": code, "settings": asdict(s), "deepspeed": config, "versions": versions})
     with exsvd.written_whole(path) as temporary:
         Path(temporary).write_text(json.dumps(starts, indent=1))
 
@@ -986,7 +981,6 @@ def save_weights(s, svd, shards, path, **about):
     trained has been rounded to --dtype. about: goes into the file's metadata. Every rank must call
     it. Raises OSError on all alike."""
     weights = shards.gather("average")
-    about |= {"data": s.data, "commit": commit()}
 
     def write():
         defaults = {"sample": own_sampling(s, svd)}
@@ -1071,11 +1065,11 @@ def main(argv=None):
     shards, s = start_engine(s, svd, config, device)
     engine = shards.engine
     learning_rates = [group["lr"] for group in engine.optimizer.param_groups]
-    made_with = {"settings": origin(s, svd), "clips": getattr(dataset, "id", ""),
-                 "chosen": {"dtype": s.dtype, "checkpoint": s.checkpoint}}
+    made_with = {"settings": origin(s, svd), "clips": getattr(dataset, "id", ""), "data": s.data,
+                 "commit": commit(), "chosen": {"dtype": s.dtype, "checkpoint": s.checkpoint}}
     step, videos, sums = resume(s, shards, made_with)
     if rank == 0:
-        add_to_run_json(s, step, engine.config)
+        add_to_run_json(s, step, made_with["commit"], engine.config)
     try_saving(s, svd, shards)
     held_out = hold_out(s, svd, pixels) if s.val else None
     loader = batches(s, dataset, videos, device)
