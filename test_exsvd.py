@@ -3530,16 +3530,11 @@ def test_validation_is_the_loss_of_the_average_and_changes_no_bit(
     svd = exsvd.load(small, out / "exvideo-000004.safetensors")
     dataset, losses = data.open_dataset(clips, 10, (64, 64), train.VAL_SEED), []
     for n in range(train.VAL_CLIPS):
-        item = dataset[n]
-        video = data.to_float(item["video"])
-        aug, image_noise = data.draw_conditions(train.VAL_SEED, [item["name"]], (64, 64))
-        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[:1], aug, image_noise)
-        z = data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE
-        noise = train.draw(train.Settings(seed=train.VAL_SEED), n, z.shape[1:])[1][None]
-        ids = exsvd.unet_ids(svd.unet.config.ids, item | {"aug": aug})
-        losses.append([exsvd.training_loss(svd.unet, exsvd.LOSSES["edm"], z, torch.tensor([sigma]),
-                                           noise, cond[None], ctx[None], ids).item()
-                       for sigma in train.VAL_SIGMAS])
+        item = torch.utils.data.default_collate([dataset[n]])
+        x, *conditions = train.inputs(train.Settings(seed=train.VAL_SEED), svd, item)
+        noise = train.draw(train.Settings(seed=train.VAL_SEED), n, x.shape[1:])[1][None]
+        losses.append([exsvd.training_loss(svd.unet, exsvd.LOSSES["edm"], x, torch.tensor([sigma]),
+                                           noise, *conditions).item() for sigma in train.VAL_SIGMAS])
     by_level = np.mean(losses, 0)
     moved = float(first["val_loss"]) - float(last["val_loss"])
     assert abs(by_level.mean() - float(last["val_loss"])) < 0.01 * abs(moved)  # the file is float16

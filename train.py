@@ -93,7 +93,7 @@ TOY_IMAGE = os.path.join(HERE, "assets", "img.png")
 
 SIGMA_BINS = (0.7, 2.0, 6.0)  # the loss is logged apart between these: quartiles of EDM's sigmas
 BUCKET = 50_000_000           # gradients that DeepSpeed reduces at once, a tenth of its default
-STATES_KEPT = 2
+STATES_KEPT = 2               # the last ones
 MAX_SKIPPED = 50              # steps in a row without an update that end a run; float16 needs some
 VAL_CLIPS = 8                 # held-out clips of --val, and the noise levels of their losses
 VAL_SIGMAS = (0.2, 1.0, 5.0, 25.0)
