@@ -3881,11 +3881,12 @@ def networks_of(small, clips, *flags):
     return train.load_networks(s, True, torch.device("cpu"))
 
 
-def test_clip_that_is_not_trained_is_in_the_dtype_of_encoded_latents(small, clips, monkeypatch):
+def test_what_trains_is_in_fp32_and_a_frozen_clip_as_for_encoded_latents(small, clips, monkeypatch):
     monkeypatch.setattr(data, "encoding_on", lambda device: (torch.float16, 4))  # as on a GPU
     svd, whole = networks_of(small, clips, "--dtype", "bfloat16"), exsvd.load(small)
     assert torch.equal(svd.clip.proj, whole.clip.proj.half())
-    assert svd.unet.conv_out.weight.dtype == torch.bfloat16
+    for name, p in svd.unet.named_parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
     assert networks_of(small, clips, "--train", "clip").clip.proj.dtype == torch.float32
 
 
