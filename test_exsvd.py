@@ -3145,18 +3145,15 @@ def launch(*args, ranks=1, script="train.py"):
     """-> Popen. All that is started is in one process group."""
     launcher = [sys.executable]
     if ranks > 1:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
         deepspeed = os.path.join(os.path.dirname(sys.executable), "deepspeed")
-        launcher = [deepspeed, "--num_accelerators", ranks, "--master_port", free_port()]
+        launcher = [deepspeed, "--num_accelerators", ranks, "--master_port", port]
     command = [*map(str, [*launcher, os.path.join(HERE, script), *args])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=env, start_new_session=True)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def train_here(*args):
@@ -3184,12 +3181,8 @@ def run(small, clips, tmp_path):
     return run
 
 
-@pytest.fixture
-def run_whole(run, videos):
-    """Runs as those of one_rank and two_ranks."""
-    options = " ".join(map(str, OPTIONS))
-    return lambda flags="", **kw: run(
-        f"--frames 10 --train temporal {options} {flags}", **{"data": videos} | kw)
+STEPS = "--log-every 1 --steps 4 --save-every 1 --weights-every 4"
+WHOLE = f"--frames 10 --train temporal {STEPS}"  # flags of runs as those of one_rank and two_ranks
 
 
 def log_of(out):
@@ -3197,21 +3190,32 @@ def log_of(out):
         return list(csv.DictReader(f))
 
 
-def flat(out, step, key, groups=2):
-    """What the ranks hold of a flat fp32 tensor in a state, joined, one per group."""
-    files = sorted((out / f"state-{step:08d}").glob("rank-*.safetensors"))
-    parts = [load_file(path) for path in files]
-    return [torch.cat([part[f"{group}.{key}"] for part in parts]) for group in range(groups)]
+def state_path(out, step):
+    return out / f"state-{step:08d}.safetensors"
 
 
-def same_state(out, other, step=4, groups=2):
-    """Bit for bit, on any numbers of ranks, and so with any numbers of zeros at the end."""
-    for key in ("master", "average", "exp_avg", "exp_avg_sq"):
-        for a, b in zip(flat(out, step, key, groups), flat(other, step, key, groups)):
-            n = min(len(a), len(b))
-            if not torch.equal(a[:n], b[:n]) or a[n:].any() or b[n:].any():
-                return False
-    return True
+def state_meta(out, step, changes=None):
+    """The metadata of a state, in whose file some values are changed."""
+    tensors = exsvd.Tensors(state_path(out, step))
+    if changes:
+        exsvd.save(tensors.path, load_file(tensors.path), tensors.meta | changes)
+    return tensors.meta
+
+
+def kept(out, step, key):
+    """What a state holds under a key, such as master: {name of a parameter: tensor}"""
+    tensors = load_file(state_path(out, step))
+    return {name.removesuffix(f".{key}"): t for name, t in tensors.items() if name.endswith(f".{key}")}
+
+
+def same_tensors(ours, theirs):
+    """Of two files, bit for bit"""
+    ours, theirs = load_file(ours), load_file(theirs)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def same_state(out, other, step=4):
+    return same_tensors(state_path(out, step), state_path(other, step))
 
 
 CLIPS = """
@@ -3241,37 +3245,36 @@ def clips(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def clips_with(tmp_path):
+    """clips_with((old, new), ...): the clips with other text in place of some of theirs"""
+    def change(*replacements):
+        text = CLIPS
+        for old, new in replacements:
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "changed_clips.py").write_text(text)
+        return tmp_path / "changed_clips.py"
+    return change
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """A folder as people have it: good files, and some that trouble a loader."""
+    """Two good files, one of them with a cut, and one too short"""
     folder = tmp_path_factory.mktemp("videos")
     write_video(folder / "good.mp4", scene(0))
-    write_video(folder / "broken.mp4", scene(1))
-    damage(folder / "broken.mp4", 20)
     write_video(folder / "short.mp4", scene(2, 5))
     write_video(folder / "cut.mp4", np.concatenate([scene(4, 24), scene(5, 24)]))
     return folder
 
 
-OPTIONS = ("--log-every", 1, "--steps", 4, "--save-every", 1, "--weights-every", 4)
-
-
-class AllStates(list):
-    """saved_states()[:-2], which train.py removes, is empty."""
-
-    def __getitem__(self, key):
-        return [] if key == slice(None, -2) else super().__getitem__(key)
-
-
 @pytest.fixture(scope="module")
 def one_rank(small, videos, tmp_path_factory):
-    """-> the folder of a run of four steps that kept every state, and its Shards"""
-    out, kept = tmp_path_factory.mktemp("one_rank"), []
-    saved_states, shards = train.saved_states, train.Shards
-    with (patch.object(train, "saved_states", lambda out: AllStates(saved_states(out))),
-          patch.object(train, "Shards", lambda *args: kept.append(shards(*args)) or kept[0])):
-        train_here("--model", small, "--data", videos, "--out", out, *OPTIONS)
-    return argparse.Namespace(out=out, shards=kept[0], step=4)
+    """-> a run of four steps that kept every state"""
+    out = tmp_path_factory.mktemp("one_rank")
+    with patch.object(train, "STATES_KEPT", 100):
+        train_here("--model", small, "--data", videos, "--out", out, *STEPS.split())
+    return argparse.Namespace(out=out, step=4)
 
 
 @pytest.fixture(scope="module")
@@ -3279,7 +3282,7 @@ def two_ranks(small, videos, clips, tmp_path_factory):
     """-> a run that saved and left on a signal to every process, readers too, as a terminal, Slurm
     and DeepSpeed's launcher send it; and what it printed"""
     out = tmp_path_factory.mktemp("two_ranks")
-    p = launch("--model", small, "--data", videos, "--out", out, *OPTIONS, "--workers", 1,
+    p = launch("--model", small, "--data", videos, "--out", out, *STEPS.split(), "--workers", 1,
                "--steps", 10000, "--val", clips, ranks=2)
     while not (out / "log.csv").exists() or len(log_of(out)) < 4:
         assert p.poll() is None, p.communicate()[0]
@@ -3289,62 +3292,63 @@ def two_ranks(small, videos, clips, tmp_path_factory):
     return argparse.Namespace(out=out, text=text, step=int(log_of(out)[-1]["step"]))
 
 
-def extended(small):
-    return exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 10)
+def changed_model(small, tmp_path, name, by):
+    """The small model with another value in one parameter of its UNet."""
+    svd, path = exsvd.load(small), tmp_path / "changed.safetensors"
+    svd.unet.get_parameter(name).data[0] += by
+    exsvd.save_model(path, svd.unet, svd.vae, svd.clip, **svd.meta)
+    return path
 
 
-def trained_parameters(unet):
-    """{name: parameter} of what the paper trains, in a UNet of random weights"""
-    return {f"unet.{name}": p for name, p in unet.named_parameters()
-            if exsvd.is_extension_parameter(name) and not exsvd.IDLE.search(name)}
+def at_start(small):
+    """-> the extended UNet, and {name: parameter} of what the paper trains"""
+    unet = exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 10)
+    return unet, {f"unet.{name}": p for name, p in unet.named_parameters()
+                  if exsvd.is_extension_parameter(name) and not exsvd.IDLE.search(name)}
 
 
-def state_file(out, step):
-    return out / f"state-{step:08d}" / "state.json"
+# What a run computes
 
 
 def test_two_ranks_train_on_real_videos_until_a_signal(two_ranks):
     out, rows, steps = two_ranks.out, log_of(two_ranks.out)[1:], range(1, two_ranks.step + 1)
-    assert [int(r["step"]) for r in rows] == [*steps]
-    assert [int(r["videos"]) for r in rows] == [2 * n for n in steps]
+    assert [(int(r["step"]), int(r["videos"])) for r in rows] == [(n, 2 * n) for n in steps]
     assert all(0 < float(r["loss"]) < 10 and float(r["grad_norm"]) > 0 for r in rows)
     assert "1 too short" in two_ranks.text and "float32, 2 ranks on cpu" in two_ranks.text
-    last_two = [f"state-{n:08d}" for n in steps[-2:]]
-    assert sorted(p.name for p in out.glob("state-*")) == last_two
+    assert sorted(out.glob("state-*")) == [state_path(out, n) for n in steps[-2:]]
     [start] = json.loads((out / "run.json").read_text())
     assert start["deepspeed"]["zero_optimization"]["stage"] == 2 and start["ranks"] == 2
     assert start["settings"]["frames"] == 10
 
 
 def test_average_is_its_closed_form(small, one_rank):
-    groups = train.parameter_groups(trained_parameters(extended(small)), train.Settings())
-    average = [torch.cat([p.detach().flatten() for p in g["params"]]) for g in groups]
+    _, average = at_start(small)
     for step in range(1, 5):
         decay = min(0.9999, step / (9 + step))  # (1 + n) / (10 + n); the first step is number 0
-        masters = [m[:len(a)] for m, a in zip(flat(one_rank.out, step, "master"), average)]
-        assert not any(torch.equal(m, a) for m, a in zip(masters, average))
-        average = [decay * a + (1 - decay) * m for m, a in zip(masters, average)]
-        for ours, theirs in zip(flat(one_rank.out, step, "average"), average):
-            assert torch.allclose(ours[:len(theirs)], theirs, rtol=1e-5, atol=1e-7)
+        masters, ours = (kept(one_rank.out, step, key) for key in ("master", "average"))
+        assert masters.keys() == ours.keys() == average.keys()
+        for name, master in masters.items():
+            assert not torch.equal(master, average[name])
+            average[name] = decay * average[name] + (1 - decay) * master
+            assert torch.allclose(ours[name], average[name], rtol=1e-5, atol=1e-7), name
 
 
 @pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
 def test_the_weights_file_is_the_average(ranks, small, request):
-    """In 16 bits, every tensor under its name in the release, whatever the number of ranks."""
-    run, unet = request.getfixturevalue(ranks), extended(small)
-    trained, files = trained_parameters(unet), exsvd.file_names(unet, "exvideo")
-    names = {id(p): name.removeprefix("unet.") for name, p in trained.items()}
+    """In 16 bits, every tensor under its name in the release, whatever the number of ranks. Every
+    element of a parameter is where it was: at most 3 learning rates a step from its start."""
+    run, (unet, start) = request.getfixturevalue(ranks), at_start(small)
+    files = exsvd.file_names(unet, "exvideo")
     saved = load_file(run.out / f"exvideo-{run.step:06d}.safetensors")
-    groups = train.parameter_groups(trained, train.Settings())
-    for group, whole in zip(groups, flat(run.out, run.step, "average")):
-        sizes = [p.numel() for p in group["params"]]
-        for p, tensor in zip(group["params"], whole[:sum(sizes)].split(sizes)):
-            [name] = files[names[id(p)]]
-            assert torch.equal(saved[name].flatten(), tensor.half()), name
+    for name, tensor in kept(run.out, run.step, "average").items():
+        [in_file] = files[name.removeprefix("unet.")]
+        assert torch.equal(saved[in_file], tensor.half()), name
+        assert (tensor - start.pop(name)).abs().max() < 3e-3 * run.step, name
+    assert not start
 
 
 def test_only_temporal_blocks_learn_and_all_of_them(small, videos, one_rank):
-    start, file = extended(small).state_dict(), one_rank.out / "exvideo-000004.safetensors"
+    start, file = at_start(small)[0].state_dict(), one_rank.out / "exvideo-000004.safetensors"
     svd = exsvd.load(small, file)
     assert svd.unet.max_frames == 10 and svd.extension["native_frames"] == 8
     for name, p in svd.unet.named_parameters():
@@ -3361,7 +3365,7 @@ def test_only_temporal_blocks_learn_and_all_of_them(small, videos, one_rank):
 
 
 def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small):
-    trained = trained_parameters(extended(small))
+    _, trained = at_start(small)
     groups = train.parameter_groups(trained, train.Settings(weight_decay=0.5))
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     for name, p in trained.items():
@@ -3370,8 +3374,8 @@ def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(sm
 
 
 def test_validation_is_the_loss_of_the_average_and_changes_no_bit(
-        small, clips, one_rank, two_ranks, run_whole, capsys):
-    out = run_whole(f"--log-every 3 --val {clips} --val-every 4")
+        small, clips, videos, one_rank, two_ranks, run, capsys):
+    out = run(f"{WHOLE} --log-every 3 --val {clips} --val-every 4", data=videos)
     assert same_state(one_rank.out, out)
     first, three, last = log_of(out)
     assert first["step"] == "0" and not first["loss"] and three["loss"] and not three["val_loss"]
@@ -3381,217 +3385,23 @@ def test_validation_is_the_loss_of_the_average_and_changes_no_bit(
     svd = exsvd.load(small, out / "exvideo-000004.safetensors")
     dataset, losses = data.open_dataset(clips, 10, (64, 64), train.VAL_SEED), []
     for n in range(train.VAL_CLIPS):
-        item = dataset[n]
-        video = data.to_float(item["video"])
-        aug, image_noise = data.draw_conditions(train.VAL_SEED, [item["name"]], (64, 64))
-        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[:1], aug, image_noise)
-        z = data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE
-        noise = train.draw(train.Settings(seed=train.VAL_SEED), n, z.shape[1:])[1][None]
-        ids = exsvd.unet_ids(svd.unet.config.ids, item | {"aug": aug})
-        losses += [exsvd.training_loss(svd.unet, exsvd.LOSSES["edm"], z, torch.tensor([sigma]), noise,
-                                       cond[None], ctx[None], ids).item()
-                   for sigma in train.VAL_SIGMAS]
-    by_level = np.reshape(losses, (-1, len(train.VAL_SIGMAS))).mean(0)
+        item = torch.utils.data.default_collate([dataset[n]])
+        x, *conditions = train.inputs(train.Settings(seed=train.VAL_SEED), svd, item)
+        noise = train.draw(train.Settings(seed=train.VAL_SEED), n, x.shape[1:])[1][None]
+        losses.append([exsvd.training_loss(svd.unet, exsvd.LOSSES["edm"], x, torch.tensor([sigma]),
+                                           noise, *conditions).item() for sigma in train.VAL_SIGMAS])
+    by_level = np.mean(losses, 0)
     moved = float(first["val_loss"]) - float(last["val_loss"])
     assert abs(by_level.mean() - float(last["val_loss"])) < 0.01 * abs(moved)  # the file is float16
     for name, loss in zip(train.Log.VAL[1:], by_level):
         assert float(last[name]) == pytest.approx(loss, rel=1e-3)
 
 
-KILLED = """
-import os, signal, sys, train
-rename = os.rename
-def die(source, target):
-    if target.endswith("state-00000003"):
-        os.killpg(0, signal.SIGKILL)  # readers too
-    rename(source, target)
-os.rename = die
-train.main()
-"""
-
-
-def test_killed_while_saving_it_resumes_bit_identically(small, videos, one_rank, tmp_path, capsys):
-    straight, run = one_rank.out, tmp_path / "run"
-    args = ("--model", small, "--data", videos, "--out", run, *OPTIONS, "--log-every", 3)
-    (tmp_path / "killed.py").write_text(KILLED)
-    p = launch(*args, script=tmp_path / "killed.py")
-    output = p.communicate()[0]
-    assert p.returncode == -signal.SIGKILL, output
-    assert (run / "state.tmp").exists() and not (run / "state-00000003").exists()
-    train_here(*args)
-    assert "state-00000002: step 2" in capsys.readouterr().out
-    assert not list(run.glob("*.tmp")) and same_state(straight, run)
-    ours, theirs = (load_file(out / "exvideo-000004.safetensors") for out in (run, straight))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    # rows of three steps, the first of which was interrupted: what was summed before is not lost
-    (three, four), every = log_of(run), log_of(straight)
-    mean = sum(float(row["loss"]) for row in every[:3]) / 3
-    assert three["step"] == "3" and float(three["loss"]) == pytest.approx(mean, abs=2e-5)
-    for column in ("step", "videos", *train.Log.LOSS, "grad_norm", "lr"):
-        assert four[column] == every[3][column]
-
-
-@pytest.mark.parametrize("before, now", [(1, 2), (2, 3), (3, 2), (2, 1), (4, 3)])
-def test_flat_tensors_are_cut_anew_for_any_number_of_ranks(before, now, tmp_path):
-    def cut(tensor, ranks):
-        size = -(-len(tensor) // ranks)
-        return F.pad(tensor, (0, size * ranks - len(tensor))).split(size)
-
-    tensor, files = torch.rand(13), []
-    for rank, part in enumerate(cut(tensor, before)):
-        save_file({"0.master": part.clone()}, tmp_path / f"rank-{rank}")
-        files.append(train.safe_open(tmp_path / f"rank-{rank}", "pt"))
-    for rank, part in enumerate(cut(tensor, now)):
-        out = torch.full_like(part, math.nan)
-        train.read_range(files, "0.master", rank * len(part), out)
-        assert torch.equal(out, part)
-
-
-def test_a_run_of_two_ranks_goes_on_with_one(two_ranks, run_whole, tmp_path, monkeypatch):
-    """What one loads is bit for bit what the two saved."""
-    step, load = two_ranks.step, train.Shards.load
-    out = shutil.copytree(two_ranks.out, tmp_path / "run")
-    loaded = tmp_path / f"state-{step:08d}"
-    loaded.mkdir()
-
-    def load_and_save(shards, *args):
-        load(shards, *args)
-        shards.save(loaded / "rank-0.safetensors")
-
-    monkeypatch.setattr(train.Shards, "load", load_and_save)
-    run_whole(f"--steps {step + 1}")
-    assert same_state(two_ranks.out, tmp_path, step)
-    assert int(log_of(out)[-1]["videos"]) == 2 * step + 1
-
-
-@pytest.mark.parametrize("name, keep", [
-    ("state.json", slice(1, None)), ("state.json", None), ("rank-0.safetensors", None),
-    ("rank-0.safetensors", slice(-100))])
-def test_a_state_that_cannot_be_read_ends_the_run_with_its_name(
-        name, keep, one_rank, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "of_all_ranks", lambda value: [value])
-    out = shutil.copytree(one_rank.out, tmp_path / "run")
-    state, before = out / "state-00000004", out / "state-00000003"
-    folder, read, paths = train.read_state(out)
-    assert folder == str(state) and read["step"] == 4
-    assert paths == [str(state / "rank-0.safetensors")]
-    content = (state / name).read_bytes()
-    (state / name).unlink()
-    if keep:
-        (state / name).write_bytes(content[keep])
-    with pytest.raises(SystemExit, match=f"{state} cannot be read .* go on from {before}"):
-        train.read_state(out)
-
-
-@pytest.mark.parametrize("change", ["order", "shape", "optimizer"])
-def test_a_state_of_other_parameters_is_told(one_rank, change):
-    """It would be cut at the wrong places, and the run would go on, corrupted."""
-    path = one_rank.out / "state-00000004" / "state.json"
-    saved, shards = json.loads(path.read_text())["shards"], one_rank.shards
-    assert shards.mismatch(saved) is None
-    first, second = saved["layout"][:2]
-    if change == "order":
-        first[0], second[0] = second[0], first[0]
-    elif change == "shape":
-        first[1][0] += 1
-    else:
-        saved["optimizer"] = "Lion"
-    words = "holds Lion where" if change == "optimizer" else "holds .* where this run has"
-    assert re.search(words, shards.mismatch(saved))
-
-
-@pytest.mark.parametrize("change, words", [
-    ("drop", r"drop 0.0 \(now 0.5\)"), ("architecture", "architecture exvideo"), ("ids", r"ids \['fps', .*pan"),
-    ("frozen", "frozen weights of unet [0-9]+")])
-def test_a_state_of_other_settings_or_frozen_weights_is_refused(
-        change, words, small, one_rank, run_whole, tmp_path, monkeypatch):
-    flags, info = "--steps 5", state_file(shutil.copytree(one_rank.out, tmp_path / "run"), 4)
-    if change == "drop":
-        flags += " --drop 0.5"
-    elif change == "architecture":
-        monkeypatch.setattr(exsvd, "ARCHITECTURE", "rotary")
-    elif change == "ids":
-        info.write_text(info.read_text().replace('"fps", ', '"fps", "pan", ', 1))
-    else:
-        flags += f" --model {changed_model(small, tmp_path, 'conv_out.weight', 1e-3)}"
-    with pytest.raises(SystemExit, match=f"state-00000004 was made with {words}"):
-        run_whole(flags)
-
-
-def changed_model(small, tmp_path, name, by):
-    """The small model with another value in one parameter of its UNet."""
-    svd, path = exsvd.load(small), tmp_path / "changed.safetensors"
-    svd.unet.get_parameter(name).data[0] += by
-    exsvd.save_model(path, svd.unet, svd.vae, svd.clip, **svd.meta)
-    return path
-
-
-def test_a_resumed_run_has_the_threads_of_before(run, all_threads):
-    """They change the last bits, and how many there are depends on what else the machine does."""
-    info = state_file(run("--steps 1"), 1)
-    threads = json.loads(info.read_text())["threads"]
-    assert threads == [torch.get_num_threads()]
-    info.write_text(info.read_text().replace(f'"threads": {threads}', '"threads": [3]'))
-    run("--steps 2")
-    assert torch.get_num_threads() == 3
-
-
-def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(
-        one_rank, run_whole, monkeypatch, capsys):
-    rename = os.rename
-
-    def disk_full(source, target):
-        if str(target).endswith(("state-00000002", "state-00000003", "state-00000005")):
-            raise OSError(28, "No space left on device")
-        rename(source, target)
-
-    monkeypatch.setattr(train.os, "rename", disk_full)
-    out = run_whole()
-    said = capsys.readouterr().out
-    assert "step 2 could not be saved" in said and "step 3 could not be saved" in said
-    assert same_state(one_rank.out, out)
-    with pytest.raises(SystemExit, match="step 5 could not be saved"):
-        run_whole("--steps 5")
-    assert state_file(out, 4).exists()
-
-
-def test_what_cannot_be_loaded_again_ends_the_run_before_its_first_step(run, tmp_path, monkeypatch):
-    save_extension = exsvd.save_extension
-
-    def wrong_shape(path, unet, state, *args, **meta):
-        save_extension(path, unet, state | {next(iter(state)): torch.zeros(3)}, *args, **meta)
-
-    monkeypatch.setattr(exsvd, "save_extension", wrong_shape)
-    with pytest.raises(exsvd.WeightsError):
-        run("--train temporal --steps 1")
-    assert not (tmp_path / "run" / "log.csv").exists()
-
-
-@pytest.fixture
-def clips_with(clips, tmp_path):
-    """clips_with(old, new): the clips with another text in place of one of theirs"""
-    def change(*replacements):
-        text = clips.read_text()
-        for old, new in replacements:
-            assert old in text
-            text = text.replace(old, new)
-        (tmp_path / "changed_clips.py").write_text(text)
-        return tmp_path / "changed_clips.py"
-    return change
-
-
-def test_a_failing_run_with_readers_ends(small, clips_with, tmp_path):
-    """Within seconds, with the traceback of the user's own code, though readers ignore SIGTERM."""
-    bad = clips_with(("W, H =", "assert n < 3, 'a bug of mine'; W, H ="))
-    p = launch("--model", small, "--data", bad, "--out", tmp_path / "run", "--workers", 2)
-    text = p.communicate(timeout=100)[0]
-    assert p.returncode == 1 and "Traceback" in text and "a bug of mine" in text
-
-
 def test_one_clip_is_overfitted_and_samples_and_monitors_show_it(
         small, run, clips_with, tmp_path, monkeypatch, capsys):
     """Everything trains, CLIP too, and samples are made with the average of CLIP."""
-    seen, condition, curves = [], sample.condition, stand_in_for_wandb(monkeypatch)
+    seen, condition, wandb = [], sample.condition, Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     one = clips_with(("n % 4", "0"), ('"motion": 40.0', '"motion": 0.0'))
 
     def spy(svd, *args):
@@ -3599,22 +3409,13 @@ def test_one_clip_is_overfitted_and_samples_and_monitors_show_it(
         return condition(svd, *args)
 
     monkeypatch.setattr(sample, "condition", spy)
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"wandb": {"enabled": True}}))
+    (tmp_path / "config").write_text('{"wandb": {"enabled": true}}')
     out = run("--train all --steps 20 --sample-every 10 --val-every 20 --lr 5e-3 "
-              f"--val {one} --deepspeed_config {config}", data=one)
+              f"--val {one} --deepspeed_config {tmp_path / 'config'}", data=one)
     svd, start = exsvd.load(out / "model-000020.safetensors"), exsvd.load(small)
-    video = data.to_float(data.open_dataset(one, 2, (64, 64))[0]["video"])
-    z = start.vae.encode(video)[None].repeat(4, 1, 1, 1, 1)
-    noise, sigma = torch.randn(4, 2, 4, 8, 8), torch.tensor([0.5, 1, 2, 4])
-    ids = torch.tensor([[7.0, 40.0, 0.05]] * 4)
-
-    def loss(net):
-        ctx = net.clip(exsvd.preprocess_clip(video[:1]))[:, None].repeat(4, 1, 1)
-        return exsvd.training_loss(net.unet, exsvd.LOSSES["edm"], z * exsvd.VAE_SCALE, sigma,
-                                   noise, z[:, :1], ctx, ids).mean().item()
-
-    assert loss(svd) < 0.7 * loss(start)
+    rows = [row for row in log_of(out) if row["val_loss"]]
+    before, after = (float(row["val_loss"]) for row in rows)
+    assert after < 0.7 * before, "the loss of held-out clips, which here are the one"
     assert svd.meta["defaults"]["sample"] == SAMPLING and svd.unet.max_frames is None
     assert torch.equal(svd.vae.quant_conv.weight, start.vae.quant_conv.weight.half().float())
     assert len(seen) == 3 and torch.equal(seen[0], start.clip.proj)
@@ -3625,51 +3426,27 @@ def test_one_clip_is_overfitted_and_samples_and_monitors_show_it(
     said = capsys.readouterr().out
     assert "at motion 40 and 8 fps: " in said, "the model's own, though the clip stands still"
     assert "brightness" in said, "what the dataset measures"
+    calls = [(call.kwargs["step"], *call.args[0].items()) for call in wandb.log.call_args_list]
+    assert calls == sorted(calls, key=lambda call: call[0]), "W&B drops values whose number goes back"
     for curve, column in (("train/loss", "loss"), ("train/lr", "lr"), ("val/loss", "val_loss")):
-        rows = [(int(r["videos"]), float(r[column])) for r in log_of(out) if r[column]]
-        assert curves[curve] == [(videos, pytest.approx(value, abs=1e-5)) for videos, value in rows]
-    (_, before), (_, after) = rows
-    assert after < 0.7 * before, "the loss of held-out clips, which here are the one"
-    assert [videos for videos, _ in curves["sample/brightness"]] == [0, 10, 20]
+        assert [(videos, value) for videos, (name, value) in calls if name == curve] == [
+            (int(row["videos"]), pytest.approx(float(row[column]), abs=1e-5))
+            for row in log_of(out) if row[column]]
+    assert [videos for videos, (name, _) in calls if name == "sample/brightness"] == [0, 10, 20]
 
 
-def stand_in_for_wandb(monkeypatch):
-    """-> {name: [(step, value)]} of what is logged. Like W&B it drops values whose number goes
-    back."""
-    curves, last = {}, [0]
-
-    def log(values, step, commit):
-        if step >= last[0]:
-            last[0] = step
-            for name, value in values.items():
-                curves.setdefault(name, []).append((step, value))
-
-    monkeypatch.setitem(sys.modules, "wandb", Mock(log=log))
-    return curves
-
-
-def test_training_from_latents_is_training_from_videos(
-        small, videos, one_rank, run_whole, tmp_path):
+def test_training_from_latents_is_training_from_videos(small, videos, one_rank, run, tmp_path):
     latents = tmp_path / "latents"
     data.encode(small, videos, latents, torch.float32, frames=10, size=(64, 64))
-    out = run_whole(f"--sample-every 4 --val {latents}", data=latents)
+    out = run(f"{WHOLE} --sample-every 4 --val {latents}", data=latents)
     assert [row["loss"] for row in log_of(out)[1:]] == [row["loss"] for row in log_of(one_rank.out)]
     assert data.read_image(out / "progress.png").shape == (2 * 64, 9 * 64, 3)
     assert 0 < float(log_of(out)[0]["val_loss"]) < 10
     with pytest.raises(SystemExit, match="--val must be encoded"):
-        run_whole(f"--val {videos}", data=latents)
+        run(f"{WHOLE} --val {videos}", data=latents)
 
 
-def test_clip_that_is_not_trained_is_in_the_dtype_of_encoded_latents(small, clips, monkeypatch):
-    monkeypatch.setattr(data, "encoding_on", lambda device: (torch.float16, 4))  # as on a GPU
-    s = train.parse(["--model", small, "--data", str(clips), "--dtype", "bfloat16"])
-    svd = train.load_networks(s, True, torch.device("cpu"))
-    train.prepare(s, svd)
-    whole = exsvd.load(small, parts=("clip",)).clip.proj
-    assert torch.equal(svd.clip.proj, whole.half()) and svd.unet.conv_out.weight.dtype == torch.bfloat16
-
-
-def test_clips_of_several_sizes(small, run, monkeypatch, capsys):
+def test_clips_of_several_sizes(small, run, monkeypatch):
     denoise = spied(monkeypatch, exsvd, "denoise")
     with pytest.raises(ValueError, match="the toy's clips are square"):
         run("--size 128x64", data=train.TOY_CLIPS)
@@ -3679,87 +3456,238 @@ def test_clips_of_several_sizes(small, run, monkeypatch, capsys):
     assert meta["defaults"]["sample"]["size"] == [128, 128]
     in_file = {"defaults": {"train": {"size": [[128, 128], [64, 64]]}}}
     assert sample.settings_in_file(train.Settings, in_file, "train", small) == {"size": ((128, 128), (64, 64))}
-    with pytest.raises(SystemExit):
-        run("--size 128x64 64x64 --batch 2")
-    assert "--batch must be 1" in capsys.readouterr().err
 
 
 def test_accumulated_passes_are_one_large_batch(run, tmp_path):
-    whole = run("--train temporal --steps 2 --warmup 4 --log-every 1 --batch 2", out=tmp_path / "2")
-    parts = run("--train temporal --steps 2 --warmup 4 --log-every 1 --accumulate 2")
+    flags = "--train temporal --warmup 4 --log-every 1"
+    whole = run(f"{flags} --steps 2 --batch 2", out=tmp_path / "2")
+    parts = run(f"{flags} --steps 2 --accumulate 2")
     assert [row["videos"] for row in log_of(parts)] == ["2", "4"]
-    assert [float(row["lr"]) for row in log_of(whole)] == [2.5e-4, 5e-4]
+    assert [float(row["lr"]) for row in log_of(parts)] == [2.5e-4, 5e-4], "what the step used"
     losses = [[float(row["loss"]) for row in log_of(out)] for out in (whole, parts)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    moments = [torch.cat(flat(out, 2, "exp_avg")) for out in (whole, parts)]
-    close(moments[1], moments[0], 1e-3, "first moments")
+    moments = [kept(out, 2, "exp_avg").values() for out in (whole, parts)]
+    close(*(torch.cat([t.flatten() for t in ts]) for ts in moments), 1e-3, "first moments")
     # the number of passes may change within a run: there are fewer ranks, say
-    run("--train temporal --steps 3 --warmup 4 --accumulate 3")
-    state = json.loads(state_file(parts, 3).read_text())
-    assert state["shards"]["updates"] == 3 and state["videos"] == 7, "the average follows"
+    meta = state_meta(run(f"{flags} --steps 3 --accumulate 3"), 3)
+    assert meta["updates"] == 3 and meta["videos"] == 7, "the average follows"
+
+
+def test_draws_depend_on_seed_and_number():
+    numbers = (*range(4000), 2**32, 2**33)
+    draws = [train.draw(train.Settings(seed=seed), n, (1, 4, 2, 2))
+             for seed in (0, 1, 10**12) for n in numbers]
+    different = {float(sigma) for sigma, _, _ in draws}
+    assert len(different) > 0.999 * len(draws)  # 32-bit seeds may coincide
+    again = train.draw(train.Settings(seed=1), 7, (1, 4, 2, 2))
+    assert all(torch.equal(a, b) for a, b in zip(again, draws[4002 + 7]))
+    scaled = train.draw(train.Settings(seed=1, sigma_scale=3.0), 7, (1, 4, 2, 2))
+    assert scaled[0] == 3 * again[0] and torch.equal(scaled[1], again[1])
+    dropped = 1 - torch.stack([kept for _, _, kept in draws]).mean()
+    assert abs(dropped - 0.1) < 0.012  # four standard errors
+
+
+def test_progress_shows_frames_evenly_and_drops_rows_that_come_again(tmp_path):
+    frames = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 64, 64, 3)
+    for step in (0, 10, 20, 10):
+        train.add_progress(tmp_path, step, frames + step)
+    rows = data.read_image(tmp_path / "progress.png")[::64, ::64, 0]
+    assert rows[0].tolist() == [*range(0, 40, 5), 39] and rows[:, 0].tolist() == [0, 10]
+
+
+# States
+
+
+KILLED = """
+import os, signal, train
+replace = os.replace
+def die(source, target):
+    if "state-00000003" in str(target):
+        os.killpg(0, signal.SIGKILL)  # readers too
+    replace(source, target)
+os.replace = die
+train.main()
+"""
+
+
+def test_killed_while_saving_it_resumes_bit_identically(small, videos, one_rank, tmp_path, capsys):
+    straight, run = one_rank.out, tmp_path / "run"
+    args = ("--model", small, "--data", videos, "--out", run, *STEPS.split(), "--log-every", 3)
+    (tmp_path / "killed.py").write_text(KILLED)
+    p = launch(*args, script=tmp_path / "killed.py")
+    output = p.communicate()[0]
+    assert p.returncode == -signal.SIGKILL, output
+    assert list(run.glob("state-00000003*.tmp")) and not state_path(run, 3).exists()
+    train_here(*args)
+    assert "state-00000002.safetensors: step 2" in capsys.readouterr().out
+    assert not list(run.glob("*.tmp")) and same_state(straight, run)
+    assert same_tensors(*(out / "exvideo-000004.safetensors" for out in (run, straight)))
+    # rows of three steps, the first of which was interrupted: what was summed before is not lost
+    (three, four), every = log_of(run), log_of(straight)
+    mean = sum(float(row["loss"]) for row in every[:3]) / 3
+    assert three["step"] == "3" and float(three["loss"]) == pytest.approx(mean, abs=2e-5)
+    for column in ("step", "videos", *train.Log.LOSS, "grad_norm", "lr"):
+        assert four[column] == every[3][column]
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(two_ranks, run, videos, tmp_path, monkeypatch):
+    """What one loads is bit for bit what the two saved."""
+    step, load = two_ranks.step, train.Shards.load
+    out = shutil.copytree(two_ranks.out, tmp_path / "run")
+
+    def load_and_save(shards, state):
+        load(shards, state)
+        train.save_state(tmp_path, shards, {"step": step})
+
+    monkeypatch.setattr(train.Shards, "load", load_and_save)
+    run(f"{WHOLE} --steps {step + 1}", data=videos)
+    assert same_state(two_ranks.out, tmp_path, step)
+    assert int(log_of(out)[-1]["videos"]) == 2 * step + 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_a_state_is_cut_for_any_number_of_ranks(ranks, tmp_path, monkeypatch):
+    """DeepSpeed says what a rank has: here of a group of 13 elements, or 15 with zeros."""
+    from deepspeed.utils import link_hp_params
+    monkeypatch.setattr(train, "dist", Mock(get_rank=lambda: 0))
+    path, size = tmp_path / "state.safetensors", -(-13 // ranks)
+    module = torch.nn.ParameterDict({"a": torch.rand(3, 2), "b": torch.rand(5), "c": torch.rand(1, 2)})
+    start = {name: torch.zeros(p.shape) for name, p in module.items()}
+    state = {f"{name}.{key}": torch.rand(p.shape) for name, p in module.items()
+             for key in ("master", "average", "exp_avg")}
+    exsvd.save(path, state, {"counts": [{"step": 2.0}], "updates": 2, "loss_scaler": {}})
+    total, masters = {}, torch.zeros(ranks, size)
+    for rank, master in enumerate(masters):
+        link_hp_params([*module.values()], master, {}, {}, False, 0, rank * size, size, None)
+        zero = Mock(single_partition_of_fp32_groups=[master], bit16_groups=[[*module.values()]])
+        zero.optimizer.state = {master: {}}
+        shards = train.Shards(Mock(optimizer=zero, module=module, device="cpu", lr_scheduler=None), 0.9, start)
+        shards.load(exsvd.Tensors(path))
+        tensors, meta = shards.state()
+        assert meta["counts"] == [{"step": 2.0}] and tensors.keys() == state.keys()
+        total = {name: t + total.get(name, 0) for name, t in tensors.items()}  # as dist.reduce() adds
+    assert all(torch.equal(total[name], t) for name, t in state.items())
+    flat = torch.cat([state[f"{name}.master"].flatten() for name in module])
+    assert torch.equal(masters.flatten(), F.pad(flat, (0, ranks * size - 13)))
+
+
+def test_a_state_that_cannot_be_read_ends_the_run_with_its_name(one_rank, run, tmp_path):
+    out = shutil.copytree(one_rank.out, tmp_path / "run")
+    state, before = state_path(out, 4), state_path(out, 3)
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(SystemExit, match=f"{state} cannot be read .* go on from {before}"):
+        run()
+
+
+def test_a_state_of_other_settings_parameters_or_frozen_weights_is_refused(
+        small, one_rank, run, videos, tmp_path, monkeypatch):
+    out = shutil.copytree(one_rank.out, tmp_path / "run")
+    meta = state_meta(out, 4)
+    name = next(name for name in meta["holds"] if name.startswith("unet."))
+
+    def refused(words, flags="", **changes):
+        state_meta(out, 4, meta | changes)
+        with pytest.raises(SystemExit, match=f"state-00000004.safetensors was made with {words}"):
+            run(f"{WHOLE} --steps 5 {flags}", data=videos)
+
+    refused(r"drop 0.0 \(now 0.5\)", "--drop 0.5")
+    other = changed_model(small, tmp_path, "conv_out.weight", 1e-3)
+    refused("frozen weights of unet [0-9]+", f"--model {other}")
+    refused(r"ids \['fps', 'pan'\]", settings=meta["settings"] | {"ids": ["fps", "pan"]})
+    refused(rf"{name} \[3\] \(now", holds=meta["holds"] | {name: [3]})
+    refused(r"unet.gone \[3\] \(now None", holds=meta["holds"] | {"unet.gone": [3]})
+    refused(r"optimizer Lion \(now AdamW\)", holds=meta["holds"] | {"optimizer": "Lion"})
+    monkeypatch.setattr(exsvd, "ARCHITECTURE", "rotary")
+    refused("architecture exvideo")
+
+
+HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param(
+    "float16", marks=pytest.mark.skipif(not HAS_FP16, reason="no fp16 on this CPU"))])
+def test_a_resumed_run_keeps_fp32_masters_and_what_was_chosen(dtype, run, all_threads, capsys):
+    """Threads change the last bits, and how many there are depends on what else the machine does."""
+    out = run(f"--steps 1 --dtype {dtype} --checkpoint balanced")
+    assert state_meta(out, 1, {"threads": [3]})["threads"] == [torch.get_num_threads()]
+    capsys.readouterr()
+    run("--steps 2")
+    assert torch.get_num_threads() == 3 and state_meta(out, 2)["settings"]["dtype"] == dtype
+    assert "--checkpoint balanced" in capsys.readouterr().out
+    for master in kept(out, 2, "master").values():
+        assert master.dtype == torch.float32
+        assert not torch.equal(master, master.to(getattr(torch, dtype)).float())
+
+
+def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(one_rank, run, videos, monkeypatch, capsys):
+    save = exsvd.save
+
+    def disk_full(path, *args):
+        if re.search("state-0000000[235]", path):
+            raise OSError(28, "No space left on device")
+        save(path, *args)
+
+    monkeypatch.setattr(exsvd, "save", disk_full)
+    out = run(WHOLE, data=videos)
+    said = capsys.readouterr().out
+    assert "step 2 could not be saved" in said and "step 3 could not be saved" in said
+    assert same_state(one_rank.out, out)
+    with pytest.raises(SystemExit, match="step 5 could not be saved"):
+        run(f"{WHOLE} --steps 5", data=videos)
+    assert state_path(out, 4).exists()
+
+
+# Optimiser and DeepSpeed
 
 
 def test_optimiser_on_the_cpu(run, tmp_path):
     """--offload: DeepSpeed's own AdamW, with gradients that pass through small buckets. It
     resumes."""
-    config = tmp_path / "config.json"
-    config.write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    (tmp_path / "config").write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
     flags = "--train temporal --save-every 1 --warmup 0"
     gpu = run(f"{flags} --steps 2", out=tmp_path / "gpu")
     for steps in (1, 2):
-        cpu = run(f"{flags} --steps {steps} --offload --deepspeed_config {config}")
+        cpu = run(f"{flags} --steps {steps} --offload --deepspeed_config {tmp_path / 'config'}")
     starts = json.loads((cpu / "run.json").read_text())
     assert [start["step"] for start in starts] == [0, 1]
     assert starts[1]["deepspeed"]["zero_optimization"]["reduce_bucket_size"] == 1000
     for key in ("exp_avg", "master"):
-        for ours, theirs in zip(flat(cpu, 2, key), flat(gpu, 2, key)):
-            close(ours, theirs, 1e-4, key)
+        ours, theirs = kept(cpu, 2, key), kept(gpu, 2, key)
+        for name in theirs:
+            close(ours[name], theirs[name], 1e-4, name)
 
 
-def test_another_optimiser(run, monkeypatch):
-    """One function decides; what the optimiser keeps is saved and comes back. Torch's Muon needs
-    matrices, and is refused with the reason."""
-    monkeypatch.setattr(train, "make_optimizer",
-                        lambda groups, s: torch.optim.SGD(groups, lr=s.lr, momentum=0.9))
-
-    def two_steps():
-        out = run("--train temporal --save-every 1 --steps 2")
-        return flat(out, 2, "momentum_buffer") + flat(out, 2, "master"), state_file(out, 2).parent
-
-    once, state = two_steps()
-    shutil.rmtree(state)
-    again, _ = two_steps()  # from the first step on
-    assert all(torch.equal(a, b) and a.any() for a, b in zip(once, again))
-    monkeypatch.setattr(train, "make_optimizer", lambda groups, s: torch.optim.Muon(
-        [p for group in groups for p in group["params"] if p.ndim == 2]))
-    with pytest.raises(SystemExit, match="ZeRO-2 flattens groups"):
-        run("--train temporal --steps 3")
+WARMUP_LR = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": 4, "warmup_type": "linear"}}
+ONE_CYCLE = {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 5e-4, "cycle_first_step_size": 4}}
 
 
-def test_the_rate_rises_and_falls(run):
-    """The rate in log.csv is the one that the step used."""
-    s = train.Settings(steps=10, warmup=4, cooldown=2)
-    expected = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.5]
-    assert [train.rate(s, step) for step in range(10)] == expected
-    assert {train.rate(train.Settings(), step) for step in (0, 7, 63999)} == {1}
-    out = run("--steps 4 --warmup 2 --cooldown 2 --log-every 1")
-    assert [float(row["lr"]) for row in log_of(out)] == [5e-4, 1e-3, 1e-3, 5e-4]
-
-
-@pytest.mark.parametrize("kind, params, rates", [
-    ("WarmupLR", {"warmup_max_lr": "auto", "warmup_num_steps": 4, "warmup_type": "linear"}, [0, 0, 2.5e-4, 5e-4]),
-    ("OneCycle", {"cycle_min_lr": 1e-4, "cycle_max_lr": 5e-4, "cycle_first_step_size": 4}, [1e-4, 2e-4, 3e-4, 4e-4])])
-def test_a_scheduler_of_deepspeed_sets_the_rate(kind, params, rates, run, tmp_path):
-    """Alone, and a resumed run goes on bit-identically."""
-    (tmp_path / "config").write_text(json.dumps({"scheduler": {"type": kind, "params": params}}))
+@pytest.mark.parametrize("scheduler, rates, optimizer, moment", [
+    (WARMUP_LR, [0, 0, 2.5e-4, 5e-4], torch.optim.AdamW, "exp_avg"),
+    (ONE_CYCLE, [1e-4, 2e-4, 3e-4, 4e-4], torch.optim.AdamW, "exp_avg"),
+    ({}, [1e-3] * 4, functools.partial(torch.optim.SGD, momentum=0.9), "momentum_buffer")])
+def test_what_schedulers_and_optimisers_keep_comes_back(
+        scheduler, rates, optimizer, moment, run, tmp_path, monkeypatch):
+    """A scheduler of DeepSpeed sets the rate alone, another optimiser is one function, and a run
+    goes on with both bit-identically."""
+    monkeypatch.setattr(train, "make_optimizer", lambda groups, s: optimizer(groups, lr=s.lr))
+    (tmp_path / "config").write_text(json.dumps({"scheduler": scheduler}))
     flags = f"--log-every 1 --deepspeed_config {tmp_path / 'config'} --warmup 0 --save-every 2"
     straight = run(f"{flags} --steps 4", out=tmp_path / "straight")
     run(f"{flags} --steps 2")
     resumed = run(f"{flags} --steps 4")
     for out in straight, resumed:
         assert [float(row["lr"]) for row in log_of(out)] == pytest.approx(rates)
-    masters = [flat(straight, step, "master", groups=1)[0] for step in (2, 4)]
-    assert not torch.equal(*masters) and same_state(straight, resumed, groups=1)
+    assert same_state(straight, resumed)
+    for key in ("master", moment):
+        before, after = (kept(straight, step, key) for step in (2, 4))
+        assert after and not any(torch.equal(before[name], after[name]) for name in after)
+
+
+def test_the_rate_rises_and_falls():
+    s = train.Settings(steps=10, warmup=4, cooldown=2)
+    expected = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.5]
+    assert [train.rate(s, step) for step in range(10)] == expected
+    assert {train.rate(train.Settings(), step) for step in (0, 7, 63999)} == {1}
 
 
 def configured(tmp_path, config, **settings):
@@ -3770,19 +3698,14 @@ def configured(tmp_path, config, **settings):
 
 def test_auto_in_a_deepspeed_config_means_ours(tmp_path):
     s = {"dtype": "bfloat16", "clip": 0.5}
+    ours = train.deepspeed_config(train.Settings(**s))
     auto = {"gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"},
             "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto"}, "data_types": "auto"}
-    assert configured(tmp_path, auto, **s) == train.deepspeed_config(train.Settings(**s))
-    scheduler = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}}
-    assert configured(tmp_path, scheduler, **s)["scheduler"] == {"type": "WarmupLR", "params": {}}
-    scheduler = {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": "auto"}}}
-    ours = {"warmup_max_lr": 1e-5, "total_num_steps": 64000}
-    assert configured(tmp_path, scheduler, **s)["scheduler"]["params"] == ours
     more = {"steps_per_print": 5, "wandb": {"enabled": False}, "flops_profiler": {"enabled": False}}
-    assert configured(tmp_path, more, **s) == train.deepspeed_config(train.Settings(**s)) | more
-
-
-WARMUP_LR = {"scheduler": {"type": "WarmupLR"}}
+    assert configured(tmp_path, auto | more, **s) == ours | more
+    for kind, params in (("WarmupLR", {}), ("WarmupDecayLR", {"warmup_max_lr": 1e-5, "total_num_steps": 64000})):
+        scheduler = {"scheduler": {"type": kind, "params": {"warmup_max_lr": "auto"}}}
+        assert configured(tmp_path, scheduler, **s)["scheduler"] == {"type": kind, "params": params}
 
 
 @pytest.mark.parametrize("config, words", [
@@ -3796,41 +3719,39 @@ WARMUP_LR = {"scheduler": {"type": "WarmupLR"}}
     ({"bf16": {"enabled": True}}, "bf16.enabled must be False"),
     ({"scheduler": {"type": "StepLR"}}, "has no attribute 'StepLR'"),
     ({"scheduler": "WarmupLR"}, "scheduler must be an object"),
-    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "1"}}}, "must be a positive integer")])
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "1"}}}, "must be a positive integer"),
+    ({"scheduler": WARMUP_LR, "warmup": 10}, "give --warmup 0 --cooldown 0"),
+    ({"scheduler": WARMUP_LR, "cooldown": 10}, "give --warmup 0 --cooldown 0")])
 def test_a_deepspeed_config_is_refused_in_one_line(config, words, tmp_path):
+    flags = {name: config.pop(name) for name in ("warmup", "cooldown") if name in config}
     with pytest.raises(SystemExit, match=f"^train.py: --deepspeed_config .*c.json: .*{words}"):
-        configured(tmp_path, config, dtype="float32")
+        configured(tmp_path, config, dtype="float32", **flags)
 
 
-@pytest.mark.parametrize("settings", [{"warmup": 10}, {"cooldown": 10}])
-def test_the_rate_has_one_owner(settings, tmp_path):
-    with pytest.raises(SystemExit, match="give --warmup 0 --cooldown 0"):
-        configured(tmp_path, WARMUP_LR, dtype="float32", **settings)
+# Networks: extensions, memory
 
 
-HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+def networks_of(small, clips, *flags):
+    s = train.parse(["--model", small, "--data", str(clips), *flags])
+    return train.load_networks(s, True, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param(
-    "float16", marks=pytest.mark.skipif(not HAS_FP16, reason="no fp16 on this CPU"))])
-def test_half_precision_keeps_fp32_masters(run, dtype):
-    """A resumed run keeps its dtype."""
-    out = run(f"--steps 1 --dtype {dtype}")
-    assert train.starts_of(out)[-1]["settings"]["dtype"] == dtype
-    master = flat(out, 1, "master", groups=1)[0]
-    assert master.dtype == torch.float32
-    assert not torch.equal(master, master.to(getattr(torch, dtype)).float())
+def test_what_trains_is_in_fp32_and_a_frozen_clip_as_for_encoded_latents(small, clips, monkeypatch):
+    monkeypatch.setattr(data, "encoding_on", lambda device: (torch.float16, 4))  # as on a GPU
+    svd, whole = networks_of(small, clips, "--dtype", "bfloat16"), exsvd.load(small)
+    assert torch.equal(svd.clip.proj, whole.clip.proj.half())
+    for name, p in svd.unet.named_parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+    assert networks_of(small, clips, "--train", "clip").clip.proj.dtype == torch.float32
 
 
 def test_the_native_length_of_a_base_that_does_not_say_it(small, clips):
     """The fold walks over the positions the base knows, and no others."""
-    s = train.parse(["--model", small, "--data", str(clips), "--native", "6"])
-    unet = train.load_networks(s, False, torch.device("cpu")).unet
+    unet = networks_of(small, clips, "--native", "6").unet
     assert unet.config.native_frames == 6
     for block in unet.temporal_blocks():
         positions = torch.tensor(exsvd.fold_positions(6, 10))
-        rows = exsvd.sinusoid(positions, block.frame_table.shape[1])
-        assert torch.equal(block.frame_table, rows)
+        assert torch.equal(block.frame_table, exsvd.sinusoid(positions, block.frame_table.shape[1]))
 
 
 def test_a_lora_over_a_frozen_release(
@@ -3843,11 +3764,10 @@ def test_a_lora_over_a_frozen_release(
     other = run(f"{flags} --steps 2", out=tmp_path / "straight")
     text, path = capsys.readouterr().out, out / "exvideo-000002.safetensors"
     assert " are trained in float32" in text and "resumed from" in text
-    assert same_state(out, other, 2, groups=1)
+    assert same_state(out, other, 2)
     below, svd = (exsvd.load(small, files).unet for files in (release, [release, path]))
     for name, p in svd.named_parameters():
         assert torch.equal(p, below.get_parameter(name)) == (not name.endswith((".A", ".B"))), name
-    assert len(load_file(path)) == 16 * 4 * 2
 
     def sampled(*files):
         sample.main([pictures[0], "--model", small, "--out", str(tmp_path / "x.mp4"), "--extension", *files])
@@ -3857,7 +3777,7 @@ def test_a_lora_over_a_frozen_release(
     with pytest.raises(exsvd.WeightsError, match="was trained over e.safetensors: give that extension"):
         exsvd.load(small, path)
     monkeypatch.setattr(lora, "RANK", 4)
-    with pytest.raises(SystemExit, match=r"\.A', \[8, 16\].* where this run has .*\[4, 16\]"):
+    with pytest.raises(SystemExit, match=r"\.A \[8, 16\] \(now \[4, 16\]\)"):
         run(f"{flags} --steps 3")
     monkeypatch.setattr(sys, "argv", ["toy/lora.py", "--local_rank=0", "train.py", "--help"])
     with pytest.raises(SystemExit, match="^0$"):  # as DeepSpeed's launcher starts it
@@ -3890,48 +3810,22 @@ def test_estimates_of_what_checkpoints_keep_hold():
             assert kept <= train.activations(name, s, unet) <= 2 * kept, name
 
 
-def test_the_fastest_checkpoints_that_fit_are_chosen(run, monkeypatch, capsys):
+@pytest.mark.parametrize("free, chosen", [
+    (8, "memory"), (24, "memory-large"), (34, "balanced-small"), (40, "balanced"), (300, "none")])
+def test_the_fastest_checkpoints_that_fit_are_chosen(free, chosen, monkeypatch):
     unet = exsvd.UNet(exsvd.UNetConfig(channels=(8, 16, 24, 24), groups=4)).bfloat16()
-    s, chosen = train.Settings(), {}
     unet.config = exsvd.UNetConfig()  # as large as SVD-XT, for all that is asked of it
-    with monkeypatch.context() as m:
-        m.setattr(train, "of_all_ranks", lambda free: [free, 300e9])
-        m.setattr(train.dist, "get_world_size", lambda: 8)
-        m.setattr(torch.cuda, "memory_reserved", lambda device: 2e9)
-        m.setattr(torch.cuda, "memory_allocated", lambda device: 1e9)
-        for free in (8, 24, 34, 40, 300):
-            m.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 1e9, 0))
-            chosen[free], why = train.choose_checkpoint(s, unet, 833_000_000, torch.device("cuda"))
-    assert chosen == {8: "memory", 24: "memory-large", 34: "balanced-small", 40: "balanced", 300: "none"}
-    assert "226.9 GB of the 270.0 GB that are free" in why
-    for flags, level in (("--steps 1", "none"), ("--steps 2 --checkpoint balanced", "balanced"),
-                         ("--steps 3", "balanced")):  # a run keeps what was chosen
-        run(flags)
-        assert f"--checkpoint {level}" in capsys.readouterr().out
+    monkeypatch.setattr(train, "of_all_ranks", lambda free: [free, 300e9])
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2e9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1e9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 1e9, 0))
+    name, why = train.choose_checkpoint(train.Settings(), unet, 833_000_000, torch.device("cuda"))
+    assert name == chosen and f"of the {0.9 * min(free + 1, 300):.1f} GB that are free" in why
+    assert free < 300 or "takes about 226.9 GB" in why
 
 
-def test_progress_shows_frames_evenly_and_drops_rows_that_come_again(tmp_path):
-    frames = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 64, 64, 3)
-    for step in (0, 10, 20, 10):
-        train.add_progress(tmp_path, step, frames + step)
-    rows = data.read_image(tmp_path / "progress.png")[::64, ::64, 0]
-    assert rows[0].tolist() == [*range(0, 40, 5), 39] and rows[:, 0].tolist() == [0, 10]
-
-
-def test_draws_depend_on_seed_and_number():
-    numbers = (*range(4000), 2**32, 2**33)
-    draws = [train.draw(train.Settings(seed=seed), n, (1, 4, 2, 2))
-             for seed in (0, 1, 10**12) for n in numbers]
-    different = {float(sigma) for sigma, _, _ in draws}
-    assert len(different) > 0.999 * len(draws)  # 32-bit seeds may coincide
-    again = train.draw(train.Settings(seed=1), 7, (1, 4, 2, 2))
-    assert all(torch.equal(a, b) for a, b in zip(again, draws[4002 + 7]))
-    scaled = train.draw(train.Settings(seed=1, sigma_scale=3.0), 7, (1, 4, 2, 2))
-    assert scaled[0] == 3 * again[0] and torch.equal(scaled[1], again[1])
-    ln = torch.stack([sigma for sigma, _, _ in draws]).log()
-    assert abs(ln.mean() - 0.7) < 0.06 and abs(ln.std() - 1.6) < 0.05  # four standard errors
-    dropped = 1 - torch.stack([kept for _, _, kept in draws]).mean()
-    assert abs(dropped - 0.1) < 0.012
+# What ends a run
 
 
 def test_gradients_that_stay_bad_stop_the_run(small, run, tmp_path, monkeypatch):
@@ -3941,40 +3835,57 @@ def test_gradients_that_stay_bad_stop_the_run(small, run, tmp_path, monkeypatch)
         run(f"--model {bad}")
 
 
-def test_a_clip_whose_loss_is_not_finite_is_named_at_once(run, tmp_path, capsys):
+def test_a_clip_whose_loss_is_not_finite_is_named_at_once(run, clips_with, capsys):
     """Its step is left out of weights and average."""
-    bad = tmp_path / "clips.py"
-    bad.write_text("""
-import torch
-class Latents:
-    def __init__(self, frames, size, seed):
-        self.frames = frames
-    def __getitem__(self, n):
-        latents = torch.full((self.frames, 4, 8, 8), float("nan") if n == 2 else 1.0)
-        return {"latents": latents, "cond": torch.ones(4, 8, 8), "ctx": torch.ones(16), "aug": 0.1,
-                "fps": 8.0, "motion": 40.0, "name": f"clip-{n}"}
-clips = Latents
-""")
+    latents = """z = torch.full((self.frames, 4, 8, 8), float("nan") if n == 2 else 1.0)
+        return {"latents": z, "cond": torch.ones(4, 8, 8), "ctx": torch.ones(16), "aug": 0.1, """
+    bad = clips_with(('return {"video": video, ', latents))
     out = run("--steps 2 --accumulate 2 --save-every 1", data=bad)
-    assert "step 2 is left out: no finite loss on clip-2\n" in capsys.readouterr().out
+    assert "step 2 is left out: no finite loss on clip 2\n" in capsys.readouterr().out
     for key in ("master", "average"):
-        before, after = (flat(out, step, key, 1)[0] for step in (1, 2))
-        assert torch.equal(before, after) and after.isfinite().all()
+        before, after = (kept(out, step, key) for step in (1, 2))
+        assert all(torch.equal(before[name], t) and t.isfinite().all() for name, t in after.items())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_every_item_is_checked_where_it_is_read(workers, run, clips_with):
-    bad = clips_with(("return {", "video = video[:1] if n == 1 else video; return {"))
-    with pytest.raises(data.MediaError, match=r'^dataset\[1\]\["video"\]: found Tensor of torch.uint8 \(1, '):
-        run(f"--steps 3 --workers {workers}", data=bad)
+@pytest.mark.parametrize("code, words", [
+    ("assert n < 3, 'a bug of mine'", "AssertionError: a bug of mine"),
+    ("self.frames -= n == 3", 'train.py: dataset[3]["video"]: found Tensor of torch.uint8 (9, ')])
+def test_a_failing_run_with_readers_ends(code, words, small, clips_with, tmp_path):
+    """Within seconds, though readers ignore SIGTERM. A user's own bug shows its traceback, and an
+    item that is not what it should be is named."""
+    p = launch("--model", small, "--data", clips_with(("W, H =", f"{code}; W, H =")),
+               "--out", tmp_path / "run", "--workers", 2)
+    text = p.communicate(timeout=100)[0]
+    assert p.returncode == 1 and words in text, text
+    assert ("Traceback" in text) == ("bug" in code)
+
+
+def test_what_cannot_be_loaded_again_ends_the_run_before_its_first_step(run, tmp_path, monkeypatch):
+    save_extension = exsvd.save_extension
+
+    def wrong_shape(path, unet, state, *args, **meta):
+        save_extension(path, unet, state | {next(iter(state)): torch.zeros(3)}, *args, **meta)
+
+    monkeypatch.setattr(exsvd, "save_extension", wrong_shape)
+    with pytest.raises(exsvd.WeightsError):
+        run("--train temporal --steps 1")
+    assert not (tmp_path / "run" / "log.csv").exists()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(times, run, clips_with, tmp_path):
+    interrupts = f"[os.kill(os.getpid(), signal.SIGINT) for _ in range({times} * (n == 2))]; W, H ="
+    file = clips_with(("import torch", "import os, signal, torch"), ("W, H =", interrupts))
+    with pytest.raises(KeyboardInterrupt) if times == 2 else contextlib.nullcontext():
+        run(data=file)
+    assert state_path(tmp_path / "run", 3).exists() == (times == 1)
 
 
 def test_a_run_that_is_alive_keeps_others_out(run, tmp_path):
     """The lock dies with its process."""
-    other = subprocess.Popen(
-        [sys.executable, "-c", "import train, sys; train.of_all_ranks = lambda x: [x]; f = train.hold(sys.argv[1], 0); "
-         "print('held', flush=True); input()", tmp_path],
-        cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    code = "import sys, train; train.hold(sys.argv[1]); print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=HERE, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(SystemExit, match="another run writes to"):
         run("--steps 1", out=tmp_path)
@@ -3984,42 +3895,23 @@ def test_a_run_that_is_alive_keeps_others_out(run, tmp_path):
     run("--steps 1", out=tmp_path)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_saves_and_a_second_one_ends_at_once(times, run, clips_with, tmp_path):
-    interrupts = f"[os.kill(os.getpid(), signal.SIGINT) for _ in range({times} * (n == 2))]; W, H ="
-    file = clips_with(("import torch", "import os, signal, torch"), ("W, H =", interrupts))
-    with pytest.raises(KeyboardInterrupt) if times == 2 else contextlib.nullcontext():
-        run(data=file)
-    assert state_file(tmp_path / "run", 3).exists() == (times == 1)
-
-
-def test_processes_of_srun_that_do_not_know_of_each_other_are_refused(run, monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with pytest.raises(SystemExit, match="srun started"):
-        run()
-
-
 @pytest.mark.parametrize("flags, words", [
     ("--nonsense", "unrecognized"), ("--size 100x100", "multiples of 64"),
     ("--size 64", "WIDTHxHEIGHT"), ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"),
     ("--motion much", "must be a number"), ("--data missing", "missing"),
     ("--sample-image missing.png", "missing.png"), ("--loss l2", "invalid choice"),
     ("--train nothing", "names no parameter"), ("--train (", "not a valid regular"),
-    ("--deepspeed_config missing.json", "missing.json")])
-def test_train_refuses_in_one_line(flags, words, run, tmp_path, capsys):
+    ("--size 128x64 64x64 --batch 2", "--batch must be 1"),
+    ("--deepspeed_config missing.json", "missing.json"), ("SLURM_STEP_NUM_TASKS=2", "srun started")])
+def test_train_refuses_in_one_line(flags, words, run, tmp_path, capsys, monkeypatch):
+    if flags.startswith("SLURM"):
+        monkeypatch.setenv(*flags.split("="))
+        flags = ""
     with pytest.raises((SystemExit, data.MediaError)) as e:
         run(flags)
     assert words in capsys.readouterr().err + str(e.value)
     assert getattr(e.value, "code", 1) not in (0, None)
     assert not list(tmp_path.glob("run/state-*"))
-
-
-def test_train_exits_with_a_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "missing.safetensors"])
-    expected = r"^train.py: missing.safetensors: no such weight file$"
-    with pytest.raises(SystemExit, match=expected):
-        runpy.run_path(train.__file__, run_name="__main__")
 
 
 def test_the_toy_is_the_default(monkeypatch):
@@ -4107,6 +3999,6 @@ for test in (
         test_guidance_goes_linearly_over_the_frames, test_chunks_cover_every_frame_once_in_order,
         # EMA, resume
         test_average_is_its_closed_form, test_killed_while_saving_it_resumes_bit_identically,
-        test_flat_tensors_are_cut_anew_for_any_number_of_ranks,
+        test_a_state_is_cut_for_any_number_of_ranks,
         test_draws_depend_on_seed_and_number):
     pytest.mark.quick(test)

@@ -35,7 +35,7 @@ SVD's formulation, public training codes or ourselves. Beside it the script rele
     weight decay        0.01 on matrices and convolutions       0.01 on everything
 
 A run folder (--out) holds
-    state-<step>/               what resuming needs: the last two states
+    state-<step>.safetensors    what resuming needs: the last two states
     exvideo-<step>.safetensors  the EMA in float16, for --extension; at 128 frames the official code
                                 reads it too. Where more is trained: a whole model, model-<step>
     log.csv                     losses (by noise level, of --val), gradient norm, lr, seconds, memory
@@ -56,7 +56,6 @@ Ctrl-C on, torchrun SIGTERM too; both kill 30 s later. Several nodes without a h
 """
 
 import argparse
-import csv
 import fcntl
 import inspect
 import json
@@ -73,15 +72,12 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache
-from itertools import chain, count, zip_longest
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -97,6 +93,7 @@ TOY_IMAGE = os.path.join(HERE, "assets", "img.png")
 
 SIGMA_BINS = (0.7, 2.0, 6.0)  # the loss is logged apart between these: quartiles of EDM's sigmas
 BUCKET = 50_000_000           # gradients that DeepSpeed reduces at once, a tenth of its default
+STATES_KEPT = 2               # the last ones
 MAX_SKIPPED = 50              # steps in a row without an update that end a run; float16 needs some
 VAL_CLIPS = 8                 # held-out clips of --val, and the noise levels of their losses
 VAL_SIGMAS = (0.2, 1.0, 5.0, 25.0)
@@ -213,9 +210,10 @@ def parse(argv=None):
         p.error("--data is needed with --model: a folder of videos, for example")
     if len(s.size) > 1 and s.batch > 1:
         p.error("--batch must be 1 with several --size: use --accumulate")
-    for start in starts_of(s.out)[-1:]:  # keep what was chosen for the machine on which it began
-        kept = {"dtype", "checkpoint"} - given.keys()
-        s = replace(s, **{name: start["settings"][name] for name in kept})
+    state = newest_state(saved_states(s.out))
+    if state:  # keep what was chosen for the machine on which the run began
+        s = replace(s, **{name: value for name, value in state.meta["chosen"].items()
+                          if name not in given})
     if s.dtype is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         s = replace(s, dtype=str(exsvd.best_dtype(device, training=True)).removeprefix("torch."))
@@ -224,29 +222,21 @@ def parse(argv=None):
     return s
 
 
-def starts_of(out):
-    """What run.json holds: an entry for each start; [] of a new run."""
-    if not saved_states(out):
-        return []
-    path = os.path.join(out, "run.json")
-    if not os.path.exists(path):
-        sys.exit(f"train.py: {path} is missing: without it the run cannot be resumed. Give another --out")
-    with open(path) as f:
-        return json.load(f)
-
-
 # --------------------------------------------------------------------------------------------------
 # Ranks
 
 
 def join_ranks(s):
-    """Find the other ranks; without a launcher there are none. -> this rank's device"""
+    """Take the run folder and find the other ranks; without a launcher there are none. -> this
+    rank's device"""
     if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
         sys.exit("train.py: srun started processes that do not know of each other: have it start "
                  "torchrun, once per node, and torchrun this file")
     alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
     for key, value in alone.items():  # port 0: a free one
         os.environ.setdefault(key, str(value))
+    if os.environ["RANK"] == "0":
+        hold(s.out)
     if s.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -257,9 +247,8 @@ def join_ranks(s):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(minutes=s.timeout))
     if "OMP_NUM_THREADS" not in os.environ:  # else the user or torchrun has said how many
-        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-        local = int(local or dist.get_world_size())  # ranks that share the cores
-        share = max(1, torch.get_num_threads() // local)
+        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+        share = max(1, torch.get_num_threads() // int(local))  # of the cores of this machine
         torch.set_num_threads(min(share, sample.idle_cores()))
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -268,20 +257,18 @@ def join_ranks(s):
     return device
 
 
-def hold(out, rank):
-    """Keep other runs out of a run folder, as long as the file that this returns is open. Its lock
-    ends with this process, however that ends."""
-    file, free = None, True
-    if rank == 0:
-        os.makedirs(out, exist_ok=True)
-        file = open(os.path.join(out, "lock"), "w")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:  # of other kinds where the file system has no locks
-            free = not isinstance(e, BlockingIOError)
-    if not all(of_all_ranks(free)):
+def hold(out):
+    """Keep other runs out of a run folder until this process ends, however it ends."""
+    os.makedirs(out, exist_ok=True)
+    lock = os.open(os.path.join(out, "lock"), os.O_WRONLY | os.O_CREAT)  # a number: stays open
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         sys.exit(f"train.py: another run writes to {out}: stop it, or give another --out")
-    return file
+    except OSError:  # the file system has no locks
+        pass
+    for unfinished in Path(out).glob("*.tmp"):  # of a run that was killed
+        unfinished.unlink()
 
 
 def say(text):
@@ -296,24 +283,21 @@ def of_all_ranks(value):
     return values
 
 
-def on_all_ranks(f):
-    """f() on every rank -> its result. If the disk fails on one rank, all raise OSError;
-    otherwise the others would wait for it."""
-    result = problem = None
-    try:
-        result = f()
-    except (OSError, SafetensorError) as e:
-        problem = e
-    for message in of_all_ranks(problem and str(problem)):
-        if message:
-            raise OSError(message) from problem
-    return result
+def on_rank_0(f):
+    """f() on rank 0, for which the others wait. If it raises OSError, all do."""
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            f()
+        except OSError as e:
+            problem = e
+    problem = of_all_ranks(problem)[0]
+    if problem:
+        raise problem
 
 
 def sum_over_ranks(sums):
-    total = sums.clone()
-    dist.all_reduce(total)
-    return total
+    return sum(of_all_ranks(sums.cpu()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,7 +307,7 @@ def sum_over_ranks(sums):
 class PostTuning(nn.Module):
     """What DeepSpeed wraps: the UNet and the loss; and CLIP, where it is trained too."""
 
-    def __init__(self, unet, clip, loss):
+    def __init__(self, unet, clip=None, loss=None):
         super().__init__()
         self.unet, self.clip, self.loss = unet, clip, loss
 
@@ -337,16 +321,13 @@ class PostTuning(nn.Module):
         return exsvd.training_loss(self.unet, self.loss, x, sigma, noise, cond, ctx, ids)
 
 
-def in_extension(name):
-    """Of names such as unet.down.1.attn.temporal.attn1.to_q.weight"""
-    network, _, name = name.partition(".")
-    return network == "unet" and exsvd.is_extension_parameter(name)
-
-
-def is_named(s, name):
-    """Whether --train names a parameter of UNet or CLIP."""
+def is_trained(s, name):
+    """Whether --train names a parameter such as unet.down.1.attn.temporal.attn1.to_q.weight. Those
+    without effect (exsvd.IDLE) get no gradient, and training would only decay them."""
+    if exsvd.IDLE.search(name):
+        return False
     if s.train == "temporal":
-        return in_extension(name)
+        return name.startswith("unet.") and exsvd.is_extension_parameter(name.removeprefix("unet."))
     return s.train == "all" or re.search(s.train, name) is not None
 
 
@@ -356,10 +337,13 @@ def trains(network):
 
 def load_networks(s, pixels, device):
     """SVD, extended to --frames, or at its own length if what trains is part of the extension. What
-    is trained, or saved with it, is loaded in fp32, the rest in --dtype. VAE and CLIP are there
-    only where clips are pixels."""
+    trains has requires_grad and is in fp32, as are VAE and CLIP, which are there only where clips
+    are pixels. The rest is in --dtype."""
     def keep_float32(name):
-        return is_named(s, name) or in_extension(name) or name.startswith(("vae.", "clip."))
+        return is_trained(s, name) or name.startswith(("vae.", "clip."))
+
+    def parameters():
+        return dict(PostTuning(svd.unet, svd.clip).named_parameters())
 
     if s.train == "all" and not pixels:
         sys.exit(f"train.py: {s.data} holds CLIP embeddings, but training CLIP needs the videos")
@@ -370,35 +354,20 @@ def load_networks(s, pixels, device):
     if s.native:
         svd.unet.config = replace(svd.unet.config, native_frames=s.native)
     known = svd.unet.max_frames or svd.unet.config.native_frames
-    names = [name for name, _ in PostTuning(svd.unet, svd.clip, None).named_parameters()]
-    added = s.train == "temporal" or not any(is_named(s, name) for name in names)  # by extend()
+    added = s.train == "temporal" or not any(is_trained(s, name) for name in parameters())
     if s.frames > known or (added and svd.unet.max_frames is None):
         exsvd.extend(svd.unet, max(s.frames, known))
+    for name, p in parameters().items():
+        p.requires_grad_(is_trained(s, name))
+    if not trains(svd.unet) and not trains(svd.clip):
+        sys.exit(f"train.py: --train {s.train} names no parameter; names look like "
+                 "unet.down.1.attn.temporal.attn1.to_q.weight")
     if pixels:
         svd.vae.to(device)
         svd.clip.to(device)
+        if not trains(svd.clip):
+            svd.clip.to(data.encoding_on(device)[0])  # as for encoded latents
     return svd
-
-
-def prepare(s, svd):
-    """-> the module that DeepSpeed wraps, in its final dtype; {name: parameter} of what is trained;
-    fp32 values {name: tensor} of that and of the rest of the extension."""
-    module = PostTuning(svd.unet, svd.clip, exsvd.LOSSES[s.loss])
-    for name, p in module.named_parameters():
-        # parameters without effect (exsvd.IDLE) get no gradient: training would only decay them
-        p.requires_grad_(is_named(s, name) and not exsvd.IDLE.search(name))
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if not trained:
-        sys.exit(f"train.py: --train {s.train} names no parameter; names look like "
-                 "unet.down.1.attn.temporal.attn1.to_q.weight")
-    if not trains(svd.clip):
-        module.clip = None
-        if svd.clip is not None:
-            svd.clip.to(data.encoding_on(svd.clip.proj.device)[0])  # as for encoded latents
-    values = {name: p.detach().float() for name, p in module.named_parameters()
-              if name in trained or in_extension(name)}
-    module.to(getattr(torch, s.dtype)).train()  # values keeps the fp32 tensors that this replaces
-    return module, trained, values
 
 
 def activations(checkpoint, s, unet):
@@ -416,7 +385,8 @@ def choose_checkpoint(s, unet, elements, device):
     if device.type != "cuda":
         return "none", "nothing is computed again on a CPU"
     free = sample.USABLE * min(of_all_ranks(sample.free_bytes(device)))
-    gradients = elements * (unet.conv_out.weight.itemsize + 4 / dist.get_world_size())
+    sums = 0 if s.offload else 4 / dist.get_world_size()  # bytes of a gradient in fp32
+    gradients = elements * (unet.conv_out.weight.itemsize + sums)
     need = {name: activations(name, s, unet) + gradients for name in CHECKPOINTS}
     name = next((name for name in CHECKPOINTS if need[name] <= free), "memory")
     return name, f"a step takes about {need[name] / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
@@ -430,13 +400,11 @@ def parameter_groups(trained, s):
     """Groups for the optimiser: what decays, and what does not. Decay pulls towards 0. That is
     neutral for matrices and convolutions, but not for norms, biases, tables of positions and the
     identity convolution."""
-    exempt = {name for name, p in trained.items()
-              if p.ndim < 2 or re.search("frame_table|frame_conv|positional_embedding", name)}
-    groups = [{"params": [trained[name] for name in trained if name not in exempt],
-               "weight_decay": s.weight_decay},
-              {"params": [trained[name] for name in trained if name in exempt],
-               "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups = {s.weight_decay: [], 0.0: []}
+    for name, p in trained.items():
+        exempt = p.ndim < 2 or re.search("frame_table|frame_conv|positional_embedding", name)
+        groups[0.0 if exempt else s.weight_decay].append(p)
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
 
 
 def make_optimizer(groups, s):
@@ -463,6 +431,7 @@ def deepspeed_config(s):
         "zero_optimization": {"stage": 2, "round_robin_gradients": False, "reduce_bucket_size": BUCKET},
         "bf16": {"enabled": s.dtype == "bfloat16"},
         "fp16": {"enabled": s.dtype == "float16", "min_loss_scale": 1},
+        "scheduler": {},
     }
     if s.offload:
         config["zero_optimization"]["offload_optimizer"] = {
@@ -471,8 +440,7 @@ def deepspeed_config(s):
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if s.deepspeed_config:
         try:
-            with open(s.deepspeed_config) as f:
-                config = merge(config, json.load(f))
+            merge(config, json.loads(Path(s.deepspeed_config).read_text()))
             check_config(s, config)
         except Exception as e:  # DeepSpeed raises many kinds; pydantic's have several lines
             why = " ".join(str(e).split(" [type=")[0].split())
@@ -486,18 +454,19 @@ SET_BY_FLAGS = {  # or, of the last two, by Shards, which is written for ZeRO-2
 
 
 def merge(ours, theirs, path=""):
-    """Settings with theirs in place of ours. "auto" means ours, or else DeepSpeed's default."""
+    """Put their settings in place of ours. "auto" means ours, or else DeepSpeed's default."""
     if not isinstance(theirs, dict):
         raise ValueError(f"{path or 'the file'} must be an object in braces")
     for key, value in theirs.items():
         name = f"{path}.{key}" if path else key
-        if isinstance(value, dict) or (isinstance(ours.get(key), dict) and value != "auto"):
-            ours[key] = merge(ours.get(key, {}), value, name)
-        elif value != "auto":
-            if name in SET_BY_FLAGS and value != ours[key]:
-                raise ValueError(f"{name} must be {ours[key]}: see --batch, --accumulate, --dtype")
+        if value == "auto":
+            continue
+        if isinstance(value, dict) or isinstance(ours.get(key), dict):
+            merge(ours.setdefault(key, {}), value, name)
+        elif name in SET_BY_FLAGS and value != ours[key]:
+            raise ValueError(f"{name} must be {ours[key]}: see --batch, --accumulate, --dtype")
+        else:
             ours[key] = value
-    return ours
 
 
 def check_config(s, config):
@@ -517,12 +486,10 @@ def check_config(s, config):
 
     if "optimizer" in config:
         raise ValueError("take its optimizer out: make_optimizer() in train.py makes the optimiser")
-    if not isinstance(config.get("scheduler", {}), dict):
-        raise ValueError('its scheduler must be an object such as {"type": "WarmupLR"}')
     DeepSpeedConfig(Config(config))
     if not known.issuperset(config):
         raise ValueError(f"DeepSpeed does not know {', '.join(config.keys() - known)}")
-    if "scheduler" in config:
+    if config["scheduler"]:
         if s.warmup or s.cooldown:
             raise ValueError("its scheduler and --warmup or --cooldown would both set the rate: "
                              "give --warmup 0 --cooldown 0, or take it out")
@@ -540,38 +507,31 @@ class Shards:
     """The part of the trained parameters that a rank keeps in fp32: DeepSpeed's master weights and
     what its optimiser keeps, and our moving average (EMA) of the masters, sharded alike.
 
-    The one place that knows DeepSpeed's insides. ZeRO-2 keeps every parameter group as one flat
-    tensor (in the order of round_robin_bit16_groups, each parameter at round_robin_bit16_offsets,
-    zeros at the end) cut into equal parts, one per rank; the fp32 master of our part is
-    single_partition_of_fp32_groups. This is no documented API, hence the pinned minor version.
+    The one place that knows DeepSpeed's insides. ZeRO-2 makes a flat tensor of each parameter group
+    and cuts it into equal parts, one per rank. single_partition_of_fp32_groups has the fp32 master
+    of our part, and p._hp_mapping where parameter p lies in it, None if nothing of p does. This is
+    no documented API, hence the pinned minor version.
     """
     @torch.no_grad()
-    def __init__(self, engine, decay, weights):
-        """weights: {name: fp32 tensor} from which masters and average start (DeepSpeed made its
-        masters from copies in half precision), and what else is saved with them"""
+    def __init__(self, engine, decay, start):
+        """start: {name: fp32 tensor} of all that trains. DeepSpeed made its masters from copies in
+        half precision."""
         self.engine, self.zero, self.decay = engine, engine.optimizer, decay
         self.masters = self.zero.single_partition_of_fp32_groups
-        self.updates = 0   # of the average
-        self.layout = []   # [name, shape, group, offset in the group's flat tensor]
-        self.overlap = {}  # {name: (group, slice of our part, slice of the flattened parameter)}
+        assert all(master.dtype == torch.float32 for master in self.masters)
+        self.updates = 0  # of the average
+        self.places = {}  # {name: (group, slice of our part of it, slice of the flattened parameter)}
+        self.holds = {"optimizer": type(self.zero.optimizer).__name__}  # and {name: shape}
         name_of = {id(p): name for name, p in engine.module.named_parameters()}
-        groups = zip(self.masters, self.zero.round_robin_bit16_groups,
-                     self.zero.round_robin_bit16_offsets, self.zero.bit16_groups_flat)
-        for i, (master, group, offsets, flat) in enumerate(groups):
-            size = master.numel()
-            begin, end = dist.get_rank() * size, (dist.get_rank() + 1) * size
-            assert master.dtype == torch.float32 and flat.numel() == size * dist.get_world_size()
-            for p, offset in zip(group, offsets):
-                name = name_of[id(p)]
-                self.layout.append([name, list(p.shape), i, offset])
-                low, high = max(offset, begin), min(offset + p.numel(), end)
-                if low < high:
-                    part, piece = slice(low - begin, high - begin), slice(low - offset, high - offset)
-                    master.data[part] = weights[name].flatten()[piece].to(master)
-                    self.overlap[name] = i, part, piece
+        for i, group in enumerate(self.zero.bit16_groups):
+            for p in group:
+                name, part, piece = name_of[id(p)], slice(0), slice(0)
+                if p._hp_mapping:
+                    part, piece = (slice(at.start, at.start + at.numel) for at in (
+                        p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address))
+                self.masters[i].data[part] = start[name].flatten()[piece].to(self.masters[i])
+                self.places[name], self.holds[name] = (i, part, piece), list(p.shape)
         self.average = [m.detach().clone() for m in self.masters]
-        trained = {name for name, *_ in self.layout}
-        self.untrained = {name: t for name, t in weights.items() if name not in trained}
 
     @torch.no_grad()
     def update_average(self):
@@ -596,64 +556,61 @@ class Shards:
             master.data, self.average[i] = self.average[i], master.data
         self.zero.update_lp_params()  # the model's weights, from the masters
 
-    def gather_average(self):
-        """What weight files hold, {name: fp32 tensor on the CPU}: the average of all ranks. On
-        rank 0, {} elsewhere. Every rank must call it."""
-        weights = dict(self.untrained) if dist.get_rank() == 0 else {}
-        for name, shape, *_ in self.layout:
-            weight = torch.zeros(shape, device=self.engine.device)
-            if name in self.overlap:
-                i, part, piece = self.overlap[name]
-                weight.view(-1)[piece] = self.average[i][part].to(weight.device)
-            dist.reduce(weight, 0)  # of which each element is from one rank
-            if dist.get_rank() == 0:
-                weights[name] = weight.cpu()
-        return weights
+    def kept(self):
+        """What is kept of each group: a list of {key: a flat tensor, or a number such as the
+        optimiser's count of steps}"""
+        return [{"master": master.data, "average": average} | self.zero.optimizer.state[master]
+                for master, average in zip(self.masters, self.average)]
 
-    def save(self, path):
-        """Write this rank's parts. -> what else resuming needs, the same on all ranks, for JSON"""
-        tensors = {}
-        for i, master in enumerate(self.masters):
-            parts = {"master": master.detach(), "average": self.average[i]}
-            for key, value in (parts | self.zero.optimizer.state[master]).items():
-                value = torch.as_tensor(value)  # a count of steps may be an integer
-                assert value.shape in (master.shape, ()), f"can't save {key}"
-                tensors[f"{i}.{key}"] = value.cpu().contiguous()
-        save_file(tensors, path)
-        sync(path)
+    def gather(self, key):
+        """What all ranks keep under a key such as "average", put together: {name of a parameter:
+        fp32 tensor on the CPU}, {} except on rank 0. Every rank must call it."""
+        whole = {}
+        for name, (i, part, piece) in self.places.items():
+            flat = self.kept()[i].get(key)
+            if flat is None:  # optimisers may keep other things of another group
+                continue
+            assert flat.shape == self.masters[i].shape, f"can't save {key}"
+            t = torch.zeros(self.holds[name], device=self.engine.device)
+            t.view(-1)[piece] = flat[part].to(t.device)
+            dist.reduce(t, 0)  # each element is of one rank, and 0 on the others
+            if dist.get_rank() == 0:
+                whole[name] = t.cpu()
+        return whole
+
+    def state(self):
+        """What resuming needs: {"<parameter>.<key>": fp32 tensor}, {} except on rank 0, and {name:
+        value} for JSON. Every rank must call it. Rank 0 holds all ranks' tensors in CPU memory
+        while it writes them: 16 bytes per number that is trained, 12.9 GB for SVD-XT."""
+        counts, keys = [], set()
+        for kept in self.kept():
+            numbers = {key for key, value in kept.items() if torch.as_tensor(value).ndim == 0}
+            counts.append({key: torch.as_tensor(kept[key]).item() for key in numbers})
+            keys |= kept.keys() - numbers
+        tensors = {f"{name}.{key}": t for key in sorted(keys) for name, t in self.gather(key).items()}
         scheduler, scaler = self.engine.lr_scheduler, vars(self.zero.loss_scaler)
-        return {
-            "layout": self.layout,
-            "optimizer": type(self.zero.optimizer).__name__,
+        return tensors, {
+            "holds": self.holds,
+            "counts": counts,
             "updates": self.updates,
             "loss_scaler": {k: v for k, v in scaler.items() if type(v) in (bool, int, float)},
             "scheduler": scheduler.state_dict() if scheduler else None,
         }
 
-    def mismatch(self, saved):
-        """The first difference between these parameters and those of a state, or None."""
-        ours = [type(self.zero.optimizer).__name__, *self.layout]
-        theirs = [saved["optimizer"], *saved["layout"]]
-        return next((f"holds {there} where this run has {here} (name, shape, group, offset)"
-                     for here, there in zip_longest(ours, theirs) if here != there), None)
-
     @torch.no_grad()
-    def load(self, paths, saved):
-        """Continue from the files of all ranks of a run, whatever their number: the flat tensors
-        are cut anew."""
-        files = [safe_open(path, "pt") for path in paths]
-        for name in files[0].keys():
-            i, key = name.split(".", 1)
-            master, average = self.masters[int(i)], self.average[int(i)]
-            state = self.zero.optimizer.state[master]
-            if files[0].get_slice(name).get_shape():
-                target = {"master": master.data, "average": average}.get(key)
-                if target is None:
-                    target = state.setdefault(key, torch.zeros_like(master.data))
-                read_range(files, name, dist.get_rank() * master.numel(), target)
-            else:
-                value = files[0].get_tensor(name)
-                state[key] = value if value.is_floating_point() else value.item()
+    def load(self, tensors):
+        """Go on from a state, an exsvd.Tensors, of any number of ranks."""
+        saved, state = tensors.meta, self.zero.optimizer.state
+        for master, counts in zip(self.masters, saved["counts"]):
+            for key, value in counts.items():
+                state[master][key] = torch.tensor(value) if isinstance(value, float) else value
+        for full_name in tensors.file.keys():
+            name, key = full_name.rsplit(".", 1)
+            i, part, piece = self.places[name]
+            if key not in self.kept()[i]:
+                state[self.masters[i]][key] = torch.zeros_like(self.masters[i].data)
+            whole = tensors.file.get_tensor(full_name)  # mapped: what is not used is not read
+            self.kept()[i][key][part] = whole.flatten()[piece]
         self.updates = saved["updates"]
         vars(self.zero.loss_scaler).update(saved["loss_scaler"])
         scheduler = self.engine.lr_scheduler
@@ -663,31 +620,20 @@ class Shards:
         self.zero.update_lp_params()  # the model's weights, from the masters
 
 
-def read_range(files, name, begin, out):
-    """Read a flat tensor, of which each file has an equal part, from element `begin` on into `out`.
-    Beyond its end there are zeros."""
-    out.zero_()
-    end = begin + out.numel()
-    size = files[0].get_slice(name).get_shape()[0]
-    for r, file in enumerate(files):
-        low, high = max(begin, r * size), min(end, (r + 1) * size)
-        if low < high:
-            out[low - begin:high - begin] = file.get_slice(name)[low - r * size:high - r * size]
-
-
 def start_engine(s, svd, config, device):
     """-> Shards, and the settings, in which --checkpoint is chosen"""
     import deepspeed
-    module, trained, weights = prepare(s, svd)
+    module = PostTuning(svd.unet, svd.clip if trains(svd.clip) else None, exsvd.LOSSES[s.loss])
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    start = {name: p.detach() for name, p in trained.items()}  # fp32; the next line replaces it
+    module.to(getattr(torch, s.dtype)).train()
     zero, elements = config["zero_optimization"], sum(p.numel() for p in trained.values())
     zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], elements)  # all of it is allocated
     optimizer = make_optimizer(parameter_groups(trained, s), s)
-    if isinstance(optimizer, torch.optim.Muon):
-        sys.exit("train.py: torch's Muon needs matrices; ZeRO-2 flattens groups: see make_optimizer")
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if s.dtype == "float16":  # or DeepSpeed raises before MAX_SKIPPED steps
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
-    shards, why = Shards(engine, s.ema, weights), "as given"
+    shards, why = Shards(engine, s.ema, start), "as given"
     if s.checkpoint == "auto":
         name, why = choose_checkpoint(s, svd.unet, elements, device)
         s = replace(s, checkpoint=name)
@@ -703,111 +649,80 @@ def start_engine(s, svd, config, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# States: folders that get their names when they are complete.
-
-
-def sync(path):
-    """Have the disk write a file or folder now, so that it outlives a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write(path, text):
-    """Write a text file: complete or not at all."""
-    with open(path + ".tmp", "w") as f:
-        f.write(text)
-    sync(path + ".tmp")
-    os.replace(path + ".tmp", path)
+# States
 
 
 def saved_states(out):
-    """Folders of states in order of steps."""
-    return sorted(map(str, Path(out).glob("state-" + 8 * "[0-9]")))
+    """Their paths in order of steps. Folders are states of earlier versions, which nothing reads."""
+    return sorted(map(str, Path(out).glob("state-*[0-9s]")))
 
 
 def save_state(out, shards, about):
-    """Write state-<step>, and remove all states but the last two. Every rank must call it. Raises
-    OSError on all alike; what was written until then stays in state.tmp for the next one."""
-    rank, folder = dist.get_rank(), os.path.join(out, "state.tmp")
+    """Write state-<step>.safetensors, and remove all but the last states. Every rank must call it.
+    Raises OSError on all alike. about: {name: value}, for its metadata"""
+    path = os.path.join(out, f"state-{about['step']:08d}.safetensors")
+    tensors, meta = shards.state()
+    meta |= about | {"threads": of_all_ranks(torch.get_num_threads())}
 
-    def write_parts():
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, f"rank-{rank}.safetensors")
-        Path(path).unlink(missing_ok=True)  # of a save that failed, perhaps for lack of room
-        return shards.save(path)
+    def write():
+        exsvd.save(path, tensors, meta)
+        for old in saved_states(out)[:-STATES_KEPT]:
+            os.remove(old)
 
-    def finish():
-        write(os.path.join(folder, "state.json"), json.dumps(state))
-        sync(folder)
-        os.rename(folder, os.path.join(out, f"state-{about['step']:08d}"))
-        sync(out)
-        for old in saved_states(out)[:-2]:
-            os.rename(old, folder)  # first, so that a state is never half there
-            shutil.rmtree(folder)
-
-    parts, threads = on_all_ranks(write_parts), of_all_ranks(torch.get_num_threads())
-    state = about | {"shards": parts, "ranks": dist.get_world_size(), "threads": threads}
-    on_all_ranks(lambda: finish() if rank == 0 else None)
+    on_rank_0(write)
 
 
-def read_state(out):
-    """-> (folder, its state.json, the paths of its ranks' files) of the newest state; None of a new
-    run. Exits with a line if something is missing or cut off. Every rank must call it."""
-    folders = of_all_ranks(saved_states(out))[0]  # a shared disk may show other ranks older ones
-    if not folders:
+def newest_state(paths):
+    """-> exsvd.Tensors of the last of these states, None if there are none. Exits with a line if it
+    is damaged."""
+    if not paths:
         return None
-    newest, before = folders[-1], f"go on from {folders[-2]}" if folders[1:] else "begin anew"
     try:
-        with open(os.path.join(newest, "state.json")) as f:
-            info = json.load(f)
-        paths = [os.path.join(newest, f"rank-{r}.safetensors") for r in range(info["ranks"])]
-        for path in paths:
-            safe_open(path, "pt")  # compares the length of the file with what its header says
-    except (OSError, ValueError, SafetensorError) as e:
-        sys.exit(f"train.py: {newest} cannot be read ({e}): remove it to {before}")
-    return newest, info, paths
+        return exsvd.Tensors(paths[-1])
+    except exsvd.WeightsError as e:
+        before = f"go on from {paths[-2]}" if paths[1:] else "begin anew"
+        sys.exit(f"train.py: {paths[-1]} cannot be read ({e}): remove it to {before}")
 
 
 def origin(s, svd):
     """What a resumed run must have too: settings, and checksums of weights that are not trained."""
     same = {key: value for key, value in asdict(s).items() if key not in MAY_CHANGE}
     same |= {"architecture": exsvd.ARCHITECTURE, "ids": svd.unet.config.ids}
-    for part in ("unet", "vae", "clip"):
-        network, checksum = getattr(svd, part), 0
-        if network is not None:
-            for p in network.parameters():
-                if not p.requires_grad:
-                    values = p.detach().cpu().flatten().view(torch.uint8).numpy()
-                    checksum = zlib.crc32(values, checksum)
-            same[f"frozen weights of {part}"] = checksum
+    networks = {"unet": svd.unet, "vae": svd.vae, "clip": svd.clip}
+    for part, network in networks.items() if svd.vae else [("unet", svd.unet)]:
+        checksum = 0
+        for p in network.parameters():
+            if not p.requires_grad:
+                checksum = zlib.crc32(p.cpu().flatten().view(torch.uint8).numpy(), checksum)
+        same[f"frozen weights of {part}"] = checksum
     return json.loads(json.dumps(same))  # as it will be read again: tuples become lists
 
 
-def resume(s, shards, made_with, clips):
+def resume(s, shards, made_with):
     """Go on from the newest state, if there is one. -> step, videos seen, sums of losses since the
-    last row of log.csv, see add_losses(). clips: the id of the dataset"""
+    last row of log.csv, see add_losses(). made_with: what the state says of this run"""
     engine = shards.engine
     sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=engine.device)
-    newest = read_state(s.out)
-    if newest is None:
+    state = newest_state(of_all_ranks(saved_states(s.out))[0])  # others may see a shared disk late
+    if state is None:
         return 0, 0, sums
-    folder, info, paths = newest
-    changed = [f"{key} {value} (now {made_with[key]})" for key, value in info["settings"].items()
-               if made_with.get(key, value) != value]  # latents have no VAE
-    mismatch = f"was made with {', '.join(changed)}" if changed else shards.mismatch(info["shards"])
-    if mismatch:
-        sys.exit(f"train.py: {folder} {mismatch}: use what it was made with, or another --out "
-                 "(and --extension to start from its weights)")
-    shards.load(paths, info["shards"])
+    info, settings, theirs = state.meta, made_with["settings"], state.meta["holds"]
+    changed = [f"{key} {value} (now {settings[key]})" for key, value in info["settings"].items()
+               if settings.get(key, value) != value]  # latents have no VAE
+    changed += [f"{key} {theirs.get(key)} (now {shards.holds.get(key)})"
+                for key in theirs | shards.holds if theirs.get(key) != shards.holds.get(key)][:1]
+    if changed:
+        sys.exit(f"train.py: {state.path} was made with {', '.join(changed)}: use what it was made "
+                 "with, or another --out (and --extension to start from its weights)")
+    shards.load(state)
     rank, step, videos = dist.get_rank(), info["step"], info["videos"]
     if len(info["threads"]) == dist.get_world_size() and engine.device.type == "cpu":
         torch.set_num_threads(info["threads"][rank])  # their number changes the last bits
     engine.global_steps, engine.global_samples = step, videos  # for its own lines and curves
     if rank == 0:
         sums += torch.tensor(info["sums"], device=engine.device)
-    say(f"resumed from {folder}: step {step}, {videos} videos seen")
-    if info["clips"] != clips:
+    say(f"resumed from {state.path}: step {step}, {videos} videos seen")
+    if info["clips"] != made_with["clips"]:
         say(f"warning: {s.data} holds other clips than when that was saved")
     return step, videos, sums
 
@@ -817,7 +732,7 @@ def resume(s, shards, made_with, clips):
 
 
 class Log:
-    """log.csv, and curves in TensorBoard, W&B, ... of --deepspeed_config. For rank 0."""
+    """log.csv, and curves in TensorBoard, W&B, ... of --deepspeed_config. Rank 0 writes them."""
     LOSS = ["loss", *(f"loss_sigma_{low}_{high}"
                       for low, high in zip((0, *SIGMA_BINS), (*SIGMA_BINS, "inf")))]
     VAL = ["val_loss", *(f"val_loss_sigma_{sigma:g}" for sigma in VAL_SIGMAS)]
@@ -826,20 +741,23 @@ class Log:
 
     def __init__(self, out, step, monitor):
         """Resuming drops rows beyond the state: those steps come again."""
-        self.path, self.monitor, rows = os.path.join(out, "log.csv"), monitor, []
-        if step > 0 and os.path.exists(self.path):
-            with open(self.path) as f:
-                rows = [row for row in f.readlines()[1:] if int(row.split(",")[0]) <= step]
-        write(self.path, "".join([",".join(self.COLUMNS) + "\n", *rows]))
+        self.path, self.monitor, rows = Path(out, "log.csv"), monitor, []
+        if step > 0 and self.path.exists():
+            rows = self.path.read_text().splitlines()[1:]
+            rows = [row for row in rows if int(row.split(",")[0]) <= step]
+        if dist.get_rank() == 0:
+            with exsvd.written_whole(self.path) as temporary:
+                Path(temporary).write_text("\n".join([",".join(self.COLUMNS), *rows, ""]))
 
     def add(self, step, videos, values):
         """Append a row of {column: number, None if there is none}; other columns stay empty."""
         values = {column: float(value) for column, value in values.items() if value is not None}
         row = {column: f"{value:.6g}" for column, value in values.items()}
+        row |= {"step": str(step), "videos": str(videos)}
         try:
-            with open(self.path, "a") as f:
-                writer = csv.DictWriter(f, self.COLUMNS, lineterminator="\n")
-                writer.writerow({"step": step, "videos": videos} | row)
+            if dist.get_rank() == 0:
+                with open(self.path, "a") as f:
+                    f.write(",".join(row.get(column, "") for column in self.COLUMNS) + "\n")
         except OSError as e:
             say(f"warning: step {step} is missing in log.csv ({e})")
         self.draw({column.replace("_", "/", 1) if column in self.VAL else f"train/{column}": value
@@ -863,7 +781,6 @@ def losses_of(sums):
     return {name: total / n if n else None for name, total, n in zip(Log.LOSS, *sums.tolist())}
 
 
-@cache  # what runs is the commit at the start
 def commit():
     """That of this file, with -dirty if files differ from it; None without git."""
     git = shutil.which("git")
@@ -871,13 +788,16 @@ def commit():
     return git and subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def add_to_run_json(s, step, config):
-    """Add this start to run.json."""
+def add_to_run_json(s, step, code, config):
+    """Add this start to run.json. code: its commit. config: DeepSpeed's"""
     import deepspeed
+    path = Path(s.out, "run.json")
+    starts = json.loads(path.read_text()) if step > 0 and path.exists() else []
     versions = {"python": sys.version} | {m.__name__: m.__version__ for m in (torch, deepspeed)}
-    start = {"time": time.strftime("%F %T %z"), "step": step, "ranks": dist.get_world_size(),
-             "commit": commit(), "settings": asdict(s), "deepspeed": config, "versions": versions}
-    write(os.path.join(s.out, "run.json"), json.dumps([*starts_of(s.out), start], indent=1))
+    starts.append({"time": time.strftime("%F %T %z"), "step": step, "ranks": dist.get_world_size(),
+                   "commit": code, "settings": asdict(s), "deepspeed": config, "versions": versions})
+    with exsvd.written_whole(path) as temporary:
+        Path(temporary).write_text(json.dumps(starts, indent=1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -898,9 +818,17 @@ def open_clips(s, rank):
     return data.Checked(dataset, s.frames, s.size, config.context_dim, config.ids)
 
 
-def ignore_signals(_):
-    for stop in STOP_SIGNALS:  # in the readers, which launchers and terminals signal too
-        signal.signal(stop, signal.SIG_IGN)
+def batches(s, dataset, first, device):
+    """This rank's batches, from the video numbered `first` of all ranks on, without end."""
+    def ignore_signals(_):
+        for stop in STOP_SIGNALS:  # in the readers, which launchers and terminals signal too
+            signal.signal(stop, signal.SIG_IGN)
+
+    firsts = count(first + dist.get_rank() * s.batch, dist.get_world_size() * s.batch)
+    return iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=([*range(n, n + s.batch)] for n in firsts), num_workers=s.workers,
+        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
+        multiprocessing_context="fork" if s.workers else None))  # your clips can't be pickled
 
 
 def draw(s, n, shape):
@@ -967,11 +895,13 @@ def validate(shards, held_out, step):
     return dict(zip(Log.VAL, [losses.mean().item(), *losses.tolist()]))
 
 
-def decoders(s, svd):
-    """VAE and CLIP, for samples and whole models. If clips are latents, they are read anew."""
+def with_decoders(s, svd):
+    """SVD with VAE and CLIP, for samples and whole models. If clips are latents, they are read
+    anew."""
     if svd.vae is None:
-        svd = exsvd.load(s.model, parts=("vae", "clip"), device=svd.unet.conv_out.weight.device)
-    return {"vae": svd.vae, "clip": svd.clip}
+        device = svd.unet.conv_out.weight.device
+        svd = replace(exsvd.load(s.model, parts=("vae", "clip"), device=device), unet=svd.unet)
+    return svd
 
 
 def own_sampling(s, svd):
@@ -989,14 +919,14 @@ def add_progress(out, step, frames):
     T = len(frames)
     chosen = sorted({T * i // 8 for i in range(8)} | {T - 1})
     every = math.ceil(frames.shape[1] / 256)  # small enough to look at
-    folder, own = os.path.join(out, "progress"), f"{step:08d}.png"
-    os.makedirs(folder, exist_ok=True)
-    row = torch.cat([frames[i, ::every, ::every] for i in chosen], dim=1)  # (H, 9 W, 3)
-    data.write_png(os.path.join(folder, own), row)
-    for name in os.listdir(folder):
-        if name > own:  # of steps that come again
-            os.remove(os.path.join(folder, name))
-    rows = [data.read_image(os.path.join(folder, name)) for name in sorted(os.listdir(folder))]
+    folder = Path(out, "progress")
+    folder.mkdir(exist_ok=True)
+    own = folder / f"{step:08d}.png"
+    data.write_png(own, torch.cat([frames[i, ::every, ::every] for i in chosen], dim=1))
+    for row in folder.glob("*.png"):
+        if row > own:  # of steps that come again
+            row.unlink()
+    rows = [data.read_image(row) for row in sorted(folder.glob("*.png"))]
     data.write_png(os.path.join(out, "progress.png"), torch.cat(rows))
 
 
@@ -1015,10 +945,10 @@ def start_image(s, svd, dataset):
 def take_sample(s, svd, dataset, step):
     """Write sample-<step>.mp4 with the model's own settings and a row of progress.png, for rank 0.
     -> {name: what was measured}. If disk or memory is full, the run warns and goes on."""
-    meta = {"defaults": {"sample": own_sampling(s, svd)}}
     path = os.path.join(s.out, f"sample-{step:06d}.mp4")
+    own = {"defaults": {"sample": own_sampling(s, svd)}}
     try:
-        svd = replace(svd, extension=meta, **decoders(s, svd))
+        svd = replace(with_decoders(s, svd), extension=own)
         image = start_image(s, svd, dataset)
         given = dict(seed=s.seed, frames=s.frames, size=tuple(image.shape[:0:-1]))
         settings = sample.settings_for(svd, given, s.model)
@@ -1027,9 +957,7 @@ def take_sample(s, svd, dataset, step):
         with data.VideoWriter(path, settings.fps, asdict(settings)) as video:
             video.write(pixels)
         add_progress(s.out, step, pixels)
-    except (OSError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not sample.is_out_of_memory(e):
-            raise
+    except (OSError, torch.OutOfMemoryError) as e:
         say(f"warning: there is no sample of step {step} ({e})")
         return {}
     measured = {"motion_score": data.motion_score(pixels)}
@@ -1048,45 +976,46 @@ def is_extension(svd):
     return in_file and svd.unet.max_frames is not None and not trains(svd.clip)
 
 
-def save_weights(s, svd, path, weights, **about):
-    """Write the live module with `weights`, see Shards.gather_average(), in place of its own, in
-    float16. For rank 0. Of a whole model, what is not trained has been rounded to --dtype. about:
-    goes into the file's metadata."""
-    defaults = {"sample": own_sampling(s, svd)}
-    about |= {"data": s.data, "commit": commit()}
-    if is_extension(svd):
-        weights = {name.removeprefix("unet."): t for name, t in weights.items()}
-        exsvd.save_extension(path, svd.unet, weights, torch.float16, s.extension or (),
+def save_weights(s, svd, shards, path, **about):
+    """Write the networks with the average in place of their own weights, in float16. What is not
+    trained has been rounded to --dtype. about: goes into the file's metadata. Every rank must call
+    it. Raises OSError on all alike."""
+    weights = shards.gather("average")
+
+    def write():
+        defaults = {"sample": own_sampling(s, svd)}
+        if is_extension(svd):
+            state = {name.removeprefix("unet."): t for name, t in weights.items()}
+            exsvd.save_extension(path, svd.unet, state, torch.float16, s.extension or (),
+                                 defaults=defaults, **about)
+        else:
+            whole, defaults = with_decoders(s, svd), svd.meta.get("defaults", {}) | defaults
+            exsvd.save_model(path, whole.unet, whole.vae, whole.clip, torch.float16, weights,
                              defaults=defaults, **about)
-    else:
-        defaults = svd.meta.get("defaults", {}) | defaults
-        exsvd.save_model(path, svd.unet, *decoders(s, svd).values(), torch.float16, weights,
-                         defaults=defaults, **about)
+
+    on_rank_0(write)
 
 
 def try_saving(s, svd, shards):
     """Write the weights once as they will be written, and check them as sample.py will, which takes
     no memory. What can't be saved or loaded ends the run now, and not after a day."""
-    weights = shards.gather_average()
+    path = os.path.join(s.out, "trial.tmp")
+    save_weights(s, svd, shards, path)
     if dist.get_rank() == 0:
-        path = os.path.join(s.out, "trial.tmp")
-        save_weights(s, svd, path, weights)
         if is_extension(svd):
             exsvd.load(s.model, [*(s.extension or ()), path], parts=("unet",), device="meta")
         else:
             exsvd.load(path, device="meta")
         os.remove(path)
-    dist.barrier()
 
 
 def save(s, svd, shards, about, sums, with_weights):
     """Weights and state of a step. Every rank must call it. Raises OSError on all alike. about:
     {name: value}, for the metadata of both"""
     if with_weights:  # before the state: a run that resumes from it does not write them again
-        weights = shards.gather_average()
         name = "exvideo" if is_extension(svd) else "model"
         path = os.path.join(s.out, f"{name}-{about['step']:06d}.safetensors")
-        on_all_ranks(lambda: weights and save_weights(s, svd, path, weights, **about))
+        save_weights(s, svd, shards, path, **about)
         say(f"step {about['step']}: saved {path}")
     save_state(s.out, shards, about | {"sums": sum_over_ranks(sums).tolist()})
 
@@ -1104,7 +1033,7 @@ def not_finite(seen):
     """Of a step that was not applied: "loss" and the clips whose loss is not finite; if all are,
     "gradients" and all clips. Every rank must call it. seen: (names, losses) of its passes"""
     losses = [pair for names, loss in seen for pair in zip(names, loss.tolist())]
-    losses = list(chain(*of_all_ranks(losses)))
+    losses = sum(of_all_ranks(losses), [])
     bad = [name for name, loss in losses if not math.isfinite(loss)]
     return "loss" if bad else "gradients", ", ".join(bad or [name for name, _ in losses])
 
@@ -1127,28 +1056,24 @@ def main(argv=None):
     s = parse(argv)
     device = join_ranks(s)
     rank, world = dist.get_rank(), dist.get_world_size()
-    lock = hold(s.out, rank)  # noqa: F841, see there
     config = deepspeed_config(s)
     dataset = open_clips(s, rank)
-    pixels, clips = "video" in dataset[0], getattr(dataset, "id", "")
+    pixels = "video" in dataset[0]
     if hasattr(dataset, "describe"):
         say(dataset.describe())
     svd = load_networks(s, pixels, device)
     shards, s = start_engine(s, svd, config, device)
     engine = shards.engine
     learning_rates = [group["lr"] for group in engine.optimizer.param_groups]
-    made_with = origin(s, svd)
-    step, videos, sums = resume(s, shards, made_with, clips)
+    made_with = {"settings": origin(s, svd), "clips": getattr(dataset, "id", ""), "data": s.data,
+                 "commit": commit(), "chosen": {"dtype": s.dtype, "checkpoint": s.checkpoint}}
+    step, videos, sums = resume(s, shards, made_with)
     if rank == 0:
-        add_to_run_json(s, step, engine.config)
+        add_to_run_json(s, step, made_with["commit"], engine.config)
     try_saving(s, svd, shards)
-    firsts = count(videos + rank * s.batch, world * s.batch)  # this rank's videos, pass by pass
-    loader = iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=([*range(n, n + s.batch)] for n in firsts), num_workers=s.workers,
-        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
-        multiprocessing_context="fork" if s.workers else None))  # your clips can't be pickled
-    log = Log(s.out, step, engine.monitor) if rank == 0 else None
     held_out = hold_out(s, svd, pixels) if s.val else None
+    loader = batches(s, dataset, videos, device)
+    log = Log(s.out, step, engine.monitor)
 
     def due(every):
         return step % every == 0 or step == s.steps
@@ -1157,13 +1082,12 @@ def main(argv=None):
         """Validate and sample, where it is time to. -> what validate() returns, or {}"""
         if s.sample_every and due(s.sample_every):
             with shards.averaged():
-                if rank == 0:
-                    measured = take_sample(s, svd, dataset, step)
-                    log.draw({f"sample/{name}": value for name, value in measured.items()}, videos)
+                measured = take_sample(s, svd, dataset, step) if rank == 0 else {}
+            log.draw({f"sample/{name}": value for name, value in measured.items()}, videos)
         return validate(shards, held_out, step) if s.val and due(s.val_every) else {}
 
     validated = evaluate() if step == 0 else {}
-    if validated and rank == 0:
+    if validated:
         log.add(step, videos, validated)
     received = note_signals()
     bar = tqdm(total=s.steps, initial=step, desc="training", unit="step", disable=rank > 0)
@@ -1206,21 +1130,17 @@ def main(argv=None):
         seconds = (time.perf_counter() - began) / (step - logged)
         validated = evaluate()
         if due(s.log_every) or validated:
-            total = sum_over_ranks(sums)
-            if rank == 0:
-                row = losses_of(total) | {
-                    "grad_norm": engine.get_global_grad_norm(), "lr": lr,
-                    "seconds_per_step": seconds,
-                    "frames_per_second": s.accumulate * world * s.batch * s.frames / seconds,
-                    "peak_memory_GB": sample.peak_memory(device).split()[0]}
-                log.add(step, videos, row | validated)
-                bar.set_postfix(loss=f"{row['loss']:.4f}")
+            row = losses_of(sum_over_ranks(sums)) | {
+                "grad_norm": engine.get_global_grad_norm(), "lr": lr, "seconds_per_step": seconds,
+                "frames_per_second": s.accumulate * world * s.batch * s.frames / seconds,
+                "peak_memory_GB": sample.peak_memory(device).split()[0]}
+            log.add(step, videos, row | validated)
+            bar.set_postfix(loss=f"{row['loss']:.4f}")
             sums.zero_()
             logged, began = step, time.perf_counter()
-        with_weights = step % s.weights_every == 0 or leaving
-        if step % s.save_every == 0 or with_weights:
-            about = {"step": step, "videos": videos, "lr": lr, "loss": row.get("loss"),
-                     "settings": made_with, "clips": clips}
+        with_weights = due(s.weights_every) or leaving
+        if due(s.save_every) or with_weights:
+            about = made_with | {"step": step, "videos": videos, "lr": lr, "loss": row.get("loss")}
             try:
                 save(s, svd, shards, about, sums, with_weights)
             except OSError as e:
