@@ -321,13 +321,18 @@ class PostTuning(nn.Module):
         return exsvd.training_loss(self.unet, self.loss, x, sigma, noise, cond, ctx, ids)
 
 
+def in_extension(name):
+    """Of names such as unet.down.1.attn.temporal.attn1.to_q.weight"""
+    return name.startswith("unet.") and exsvd.is_extension_parameter(name.removeprefix("unet."))
+
+
 def is_trained(s, name):
-    """Whether --train names a parameter such as unet.down.1.attn.temporal.attn1.to_q.weight. Those
-    without effect (exsvd.IDLE) get no gradient, and training would only decay them."""
+    """Whether --train names a parameter. Those without effect (exsvd.IDLE) get no gradient, and
+    training would only decay them."""
     if exsvd.IDLE.search(name):
         return False
     if s.train == "temporal":
-        return name.startswith("unet.") and exsvd.is_extension_parameter(name.removeprefix("unet."))
+        return in_extension(name)
     return s.train == "all" or re.search(s.train, name) is not None
 
 
@@ -337,10 +342,10 @@ def trains(network):
 
 def load_networks(s, pixels, device):
     """SVD, extended to --frames, or at its own length if what trains is part of the extension. What
-    trains has requires_grad and is in fp32, as are VAE and CLIP, which are there only where clips
-    are pixels. The rest is in --dtype."""
+    trains has requires_grad. That, the extension, VAE and CLIP (which are there only where clips
+    are pixels) are in fp32, the rest in --dtype."""
     def keep_float32(name):
-        return is_trained(s, name) or name.startswith(("vae.", "clip."))
+        return is_trained(s, name) or in_extension(name) or name.startswith(("vae.", "clip."))
 
     def parameters():
         return dict(PostTuning(svd.unet, svd.clip).named_parameters())
@@ -514,8 +519,8 @@ class Shards:
     """
     @torch.no_grad()
     def __init__(self, engine, decay, start):
-        """start: {name: fp32 tensor} of all that trains. DeepSpeed made its masters from copies in
-        half precision."""
+        """start: {name: fp32 tensor} of all that trains, since DeepSpeed made its masters from
+        copies in half precision, and of the rest of the extension, which is saved with it."""
         self.engine, self.zero, self.decay = engine, engine.optimizer, decay
         self.masters = self.zero.single_partition_of_fp32_groups
         assert all(master.dtype == torch.float32 for master in self.masters)
@@ -532,6 +537,7 @@ class Shards:
                 self.masters[i].data[part] = start[name].flatten()[piece].to(self.masters[i])
                 self.places[name], self.holds[name] = (i, part, piece), list(p.shape)
         self.average = [m.detach().clone() for m in self.masters]
+        self.frozen = {name: t for name, t in start.items() if name not in self.places}
 
     @torch.no_grad()
     def update_average(self):
@@ -625,11 +631,14 @@ def start_engine(s, svd, config, device):
     import deepspeed
     module = PostTuning(svd.unet, svd.clip if trains(svd.clip) else None, exsvd.LOSSES[s.loss])
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    start = {name: p.detach() for name, p in trained.items()}  # fp32; the next line replaces it
+    start = {name: p.detach() for name, p in module.named_parameters()
+             if name in trained or in_extension(name)}  # fp32, which the next line replaces
     module.to(getattr(torch, s.dtype)).train()
     zero, elements = config["zero_optimization"], sum(p.numel() for p in trained.values())
     zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], elements)  # all of it is allocated
     optimizer = make_optimizer(parameter_groups(trained, s), s)
+    if isinstance(optimizer, torch.optim.Muon):
+        sys.exit("train.py: torch's Muon needs matrices; ZeRO-2 flattens groups: see make_optimizer")
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if s.dtype == "float16":  # or DeepSpeed raises before MAX_SKIPPED steps
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -977,10 +986,10 @@ def is_extension(svd):
 
 
 def save_weights(s, svd, shards, path, **about):
-    """Write the networks with the average in place of their own weights, in float16. What is not
-    trained has been rounded to --dtype. about: goes into the file's metadata. Every rank must call
-    it. Raises OSError on all alike."""
-    weights = shards.gather("average")
+    """Write the networks with the average in place of their own weights, in float16. Of a whole
+    model, what is not trained has been rounded to --dtype. about: goes into the file's metadata.
+    Every rank must call it. Raises OSError on all alike."""
+    weights = shards.frozen | shards.gather("average")
 
     def write():
         defaults = {"sample": own_sampling(s, svd)}
