@@ -356,7 +356,7 @@ def joined(ranks):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would wait for the others
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     deepspeed.init_distributed("fake")
-    yield deepspeed
+    yield
 
 
 def step_stages(level, shape, ranks=1, offload=False):
@@ -365,7 +365,7 @@ def step_stages(level, shape, ranks=1, offload=False):
     of its own, see joined()."""
     s = train.Settings(model="random", dtype="bfloat16", checkpoint=level, offload=offload)
     stages, device = {}, torch.device("meta")
-    with (joined(ranks) as deepspeed, computing(), Meter() as meter, redirect_stdout(sys.stderr),
+    with (joined(ranks), computing(), Meter() as meter, redirect_stdout(sys.stderr),
           patch.object(exsvd, "load", load_without_files),
           # as on CUDA, where AdamW keeps one temporary tensor, not two
           patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["meta"])):
