@@ -228,8 +228,7 @@ def _as_shown(path, frame, stream=None, size=None):
         x = 255 - (255 - x[..., :3]) * (x[..., 3:] / np.float32(255))
         frame = av.VideoFrame.from_ndarray(np.rint(x).astype(np.uint8), "rgb24")
         frame.color_trc, frame.color_primaries = curve, primaries
-    wide = curve in HDR or primaries in WIDE
-    # Planar formats are twice as fast as rgb24.
+    wide = curve in HDR or primaries in WIDE  # below, planar formats are twice as fast as rgb24
     frame = _convert(path, frame, "gbrp16le" if wide else "gbrp", width=W, height=H, **how)
     if wide:
         scaler = _hdr.__dict__.setdefault("scaler", VideoReformatter())
@@ -344,7 +343,7 @@ class VideoWriter:
     The name decides the format: .mp4 (H.264), .webm (VP9), .gif (a palette per frame), or a folder
     of PNGs if it has no extension or ends in a slash. settings: for JSON, kept in .mp4 and .webm.
     The output appears when the block ends without an error, and replaces an older one of its kind.
-    The same frames give the same bytes. Raises MediaError at once if name or rate cannot be used."""
+    The same frames give the same bytes. Raises MediaError at once for a bad name or rate."""
 
     def __init__(self, path, fps, settings=None):
         self.path, self.settings = Path(path), settings
@@ -487,8 +486,8 @@ def draw_conditions(seed, names, size):
 # --------------------------------------------------------------------------------------------------
 # 4. The index: each video is decoded once, before training relies on it
 #
-# A frame's number is its place among those that can be decoded, in the order in which they are shown
-# (headers count damaged, hidden and missing frames). Clips never cross a hard cut.
+# A frame's number is its place among those that can be decoded, in the order in which they are
+# shown (headers count damaged, hidden and missing frames). Clips never cross a hard cut.
 
 INDEX = ".exsvd-index-6.jsonl"  # the number changes with the format
 SUFFIXES = set(".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf"
@@ -586,7 +585,7 @@ def scan(path):
     except MediaError as e:
         return {"error": str(e).removeprefix(f"{one_line(path)}: ")}
     if None in stamps or stamps != sorted(stamps):
-        return {"error": "bad time stamps: none or jumps; encode again: ffmpeg -i OLD -crf 16 NEW.mp4"}
+        return {"error": "bad time stamps: ffmpeg -i OLD -crf 16 NEW.mp4 makes new ones"}
     lags, steps = np.array(lags), np.diff(stamps).tolist()
     cuts = find_cuts(lags)
     # How much the thumbnails of each shot change per frame.
@@ -890,8 +889,8 @@ def open_dataset(source, frames, size, seed=0, model=None, **settings):
 #
 # There is a .safetensors file per video. It holds "latents" of all frames, and a row of "cond",
 # "ctx", "aug" and "motion" (the score) for each frame at which a clip can start, in this order. Its
-# metadata is the video's entry in the index. Computed: an A100 encodes a frame of 512x512 in 8 ms, and
-# again where a clip can start. For videos of 720 frames and --start-every 16 it pays off in 6 epochs.
+# metadata is the video's entry in the index. Computed: an A100 takes 8 ms for a frame of 512x512,
+# twice where a clip can start; for 720 frames and --start-every 16 that pays off in 6 epochs.
 
 SETTINGS = "latents.json"  # with what a folder was encoded; its "model" is a fingerprint
 CLIP_SETTINGS = ("size", "frames", "stride", "fps", "skip_static")

@@ -1887,7 +1887,7 @@ def run_data(monkeypatch, *args):
 def test_what_cannot_be_used_is_left_out_and_named(mixed, capsys, monkeypatch):
     flags = ["--frames", 24, "--size", "128x64", "--skip-static", 0.002]
     assert run_data(monkeypatch, "check", mixed, *flags) == 0
-    out, stamps = capsys.readouterr().out, "bad time stamps: .* ffmpeg -i OLD -crf 16 NEW.mp4\n"
+    out, stamps = capsys.readouterr().out, "bad time stamps: ffmpeg -i OLD -crf 16 NEW.mp4 "
     for words in ("4 of 11 files hold .*stride 1, 3 bad time stamps, 1 cannot be read, "
                   "1 interlaced, 1 static, 1 too short", f"bare.h264: {stamps}", f"b.avi: {stamps}",
                   "short.mp4: too short: 12 frames, 12 without a cut", f"joined.ts: {stamps}",
