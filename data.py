@@ -154,8 +154,9 @@ def _container(path):
 
 def _decode(path, seek=None):
     """Yields (PyAV frame, stream) in the order in which frames are shown, from the start or from
-    the key frame at or before the time stamp `seek`. After damage frames are left out up to the next
-    key frame and, of two at one time, the second. Raises MediaError, also if no frame is left, or if one is interlaced."""
+    the key frame at or before the time stamp `seek`. Frames from damage up to the next key frame
+    are left out and, of two at one time, the second. Raises MediaError, also if no frame is left,
+    or if one is interlaced."""
     last, damaged = None, False
     with _container(path) as container:
         stream = container.streams.best("video")
@@ -511,12 +512,13 @@ def _read_list(source):
     except (OSError, ValueError, csv.Error) as e:
         raise unreadable(source, e) from e
     rows = rows if isinstance(rows, list) else [rows]
-    if rows and isinstance(rows[0], dict):
-        column = next((key for key in ("path", "video", "file") if key in rows[0]), None)
-        if not column:
-            raise unreadable(source, f"it has the columns {', '.join(map(repr, rows[0]))}; the "
-                                     "path must be in a column named path, video or file")
-        rows = [row[column] for row in rows]
+    for i, row in enumerate(rows):
+        if isinstance(row, dict):
+            column = next((key for key in ("path", "video", "file") if key in row), None)
+            if not column:
+                raise unreadable(source, f"it has the columns {', '.join(map(repr, row))}; the path "
+                                         "must be in a column named path, video or file")
+            rows[i] = row[column]
     return [str(path or "").strip() for path in rows]
 
 
@@ -1022,11 +1024,9 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
         path = os.path.join(out, f"{name}.safetensors")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            tensors = _encode_file(dataset, name, svd, dtype)
+            exsvd.save(path, _encode_file(dataset, name, svd, dtype), {"index": dataset.index[name]})
         except MediaError as e:
             failed.append(str(e))
-            continue
-        exsvd.save(path, tensors, {"index": dataset.index[name]})
     if failed:
         raise MediaError(f"{len(failed)} of {len(todo)} files were not encoded: {'; '.join(failed)}")
     return dataset

@@ -1466,7 +1466,8 @@ BAD_PICTURES = {  # what a file holds, words of the message
     "empty": (b"", "Invalid data"), "text.png": (b"no image\n" * 50, "Invalid data"),
     "noise": (NOISE.tobytes(), "Invalid data"), "a\nb": (b"?", "Invalid data"),
     "x.heic": (b"\0\0\0\x18ftypheic" + bytes(99), "Invalid data"),
-    "large.png": (LARGE, "exceeds limit of 178956970 pixels"),
+    "large.png": (LARGE, "more than 179 megapixels: shrink it"),
+    "float.tif": (file_of(np.full((9, 9), 1.5, np.float32), "TIFF"), "values above 1.0.*: export it"),
     "raw.dng": (RAW, "a raw photograph: export it"),
     "missing.png": (None, "No such file"), ".": (None, "Is a directory"),
     "x.svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="5" height="5"/>', "no picture"),
@@ -1477,7 +1478,7 @@ for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "AVIF", "BMP"):
         BAD_PICTURES[f"{part} of {form}"] = whole[:int(len(whole) * part)], "cannot be read"
 BAD_LISTS = {
     "a.json": (b'{"good.mp4": 1}', "has the columns 'good.mp4'"), "b.json": (b"[", "Expecting value"),
-    "c.json": (b'[{"cap": 1}]', "has the columns 'cap'; .* path, video or file"),
+    "c.json": (b'["a", {"cap": 1}]', "has the columns 'cap'; .* path, video or file"),
     "d.csv": (b"file_name,text\na,b", "has the columns 'file_name', 'text'"),
     "e.csv": (b"path;text\na;b", "has the columns 'path;text'"), "f.txt": (b"\xff", "can't decode"),
     "g.txt": (b"", "0 of 0 files"), "h.xyz": (b"", "no such folder")}
@@ -1752,6 +1753,16 @@ def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name
         assert torch.equal(clip, every[first:first + 8])
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+def test_what_refers_to_a_damaged_frame_is_left_out(tmp_path, codec):
+    """Decoders conceal it, and call the frames that are predicted from it good."""
+    path = write_video(tmp_path / "x.mkv", scene(3), codec, g="12", bf="0")
+    whole = data.read_video(path)[0]
+    damage(path, 16)
+    left = data.read_video(path)[0]
+    assert torch.equal(left, torch.cat([whole[:16], whole[24:]]))
+
+
 def test_a_duplicate_time_stamp_costs_one_frame(tmp_path):
     times = [33 * t for t in range(48)]
     times[20] = times[19]
@@ -1921,11 +1932,11 @@ def test_index_is_built_once_and_again_for_what_changed(mixed, monkeypatch):
 NAMES = ["deep/vp9.webm", "good.mp4"]
 ROWS = [f'a\u2028b\u0085c\x0cd,"e,\n{"f" * 200_000}",{name}' for name in NAMES]
 LISTS = {
-    "a.txt": "\ufeffgood.mp4\r\n\ndeep/vp9.webm\n", "print0.txt": "\0".join(NAMES),
+    "a.txt": "\ufeffgood.mp4\r\n\ndeep/vp9.webm\n",
     "b.csv": "path\n" + "\n".join(NAMES),
     "c.csv": "\ufeffcaption,extra,video\r\n" + "\r\n".join(ROWS),
     "d.csv": "path,file\n,x\n" + ",x\n".join(NAMES) + ",x",  # with an empty cell
-    "e.json": json.dumps([*NAMES, "two\nlines.mp4", "no \udcff.mp4"]),  # two that cannot be opened
+    "e.json": json.dumps([*NAMES, "two\nlines.mp4", "no \udcff", "\0"]),  # three that cannot be opened
     "f.json": "\ufeff" + json.dumps([{"path": name, "cap": "x"} for name in NAMES])}
 
 
@@ -1963,6 +1974,19 @@ def test_items_depend_on_seed_and_number_alone(mixed):
     assert same_item(moved[4], items[4]) and moved.id == dataset.id  # names decide, not places
 
 
+def test_a_file_that_goes_during_a_run_costs_a_line_and_another_clip(mixed, capfd):
+    dataset = open_clips(mixed, frames=24)
+    before = [dataset[n] for n in range(20)]
+    os.remove(mixed / "good.mp4")
+    for n, item in enumerate(before):
+        gone = item["name"].startswith("good.mp4")
+        try:
+            assert same_item(dataset[n], item) == (not gone)
+        except data.MediaError:
+            assert dataset._draw(n + 10**9)[0] == "good.mp4"  # the other clip is of the same file
+    assert "good.mp4: cannot be read: No such file or directory; another clip" in capfd.readouterr().err
+
+
 def test_the_error_of_a_worker_is_one_line(mixed):
     dataset = open_clips(mixed)
     for path in mixed.rglob("*.*"):
@@ -1993,7 +2017,7 @@ def test_a_bug_shows_its_traceback(mixed, monkeypatch):
     data.write_png(mixed / "x.png", corners())
     (mixed / "my_clips.py").write_text("clips = lambda frames, size, seed: size.typo")
     monkeypatch.setattr(data, "motion_score", lambda video: video.typo)
-    monkeypatch.setattr(data, "_picture_pixels", lambda picture: picture.typo)
+    monkeypatch.setattr(data, "_picture_pixels", lambda path, picture: picture.typo)
     for read in (lambda: dataset[0], lambda: data.read_image(mixed / "x.png"),
                  lambda: open_clips(mixed / "my_clips.py")):
         with pytest.raises(AttributeError, match="typo"):
@@ -2163,6 +2187,12 @@ def test_encoding_goes_on_and_follows_the_videos(pair, tmp_path, coder, monkeypa
     with monkeypatch.context() as m, pytest.raises(SystemExit, match="b.mp4: .* remove the index"):
         m.setattr(data, "_decode", lambda path: iter(()))  # a file that was changed meanwhile
         run()
+    encode_file = data._encode_file
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match="1 of 2 files .*a.mp4: cannot be read: x"):
+        m.setattr(data, "_encode_file", lambda dataset, name, *rest: encode_file(dataset, name, *rest)
+                  if name != "a.mp4" else exec("raise data.unreadable(name, 'x')"))
+        run(out="failed")
+    assert list(data.latents_in(tmp_path / "failed")) == ["deep/b.mp4"]
     first, = contents(tmp_path / "out").keys() - {"latents.json"}
     written = (tmp_path / "out" / first).stat().st_mtime_ns
     both = run()
