@@ -3,7 +3,7 @@
     1. Configurations         sizes of the three networks; SVD-XT is the default of each
     2. Primitives             sinusoid, attention, feed-forward
     3. Spatio-temporal blocks residual blocks over pixels and over frames, and the mix of the two
-    4. ExVideo                transformer block over frames, its extension; extend(), freeze()
+    4. ExVideo                transformer block over frames, its extension; extend()
     5. UNet                   (B,T,8,H,W) noisy and image latents -> (B,T,4,H,W)
     6. VAE                    image encoder, temporal decoder
     7. CLIP image encoder     ViT-H/14 and its antialiased preprocessing
@@ -35,7 +35,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial, wraps
+from functools import cache, partial
 from itertools import repeat
 from typing import NamedTuple
 
@@ -169,18 +169,6 @@ class ContextAttention(nn.Module):
 
     def forward(self, ctx):
         return self.to_out(self.to_v(ctx))  # (B, 1, D) -> (B, 1, C)
-
-
-def no_idle_autograd(method):
-    """Makes a network's method run without autograd if no parameter or input needs a gradient, so
-    that it takes as little memory for a caller who forgets torch.no_grad()."""
-    @wraps(method)
-    def run(self, *inputs, **named):
-        tensors = filter(torch.is_tensor, (*inputs, *named.values(), *self.parameters()))
-        needed = any(t.requires_grad for t in tensors)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and needed):
-            return method(self, *inputs, **named)
-    return run
 
 
 class FeedForward(nn.Module):
@@ -494,20 +482,13 @@ def extend(unet, num_frames=128):
 
 # Parameters that have no effect while the context is one token (see ContextAttention). They are
 # loaded and saved, but never trained.
-IDLE = re.compile(r"\.attn\.(spatial|temporal)\.(attn2\.to_[qk]|norm2)\.")
+WITHOUT_EFFECT = re.compile(r"\.attn\.(spatial|temporal)\.(attn2\.to_[qk]|norm2)\.")
 
 
 def is_extension_parameter(name):
-    """Whether the paper trains a parameter, named as in unet.named_parameters(). Extension files
-    hold these and no others."""
+    """Whether the paper trains a parameter (section 3.3), named as in unet.named_parameters().
+    Extension files hold these and no others."""
     return ".attn.temporal." in name
-
-
-def freeze(unet):
-    """Freeze all that the paper does not train (section 3.3). Returns the names of what it does."""
-    for name, p in unet.named_parameters():
-        p.requires_grad_(is_extension_parameter(name))
-    return [name for name, p in unet.named_parameters() if p.requires_grad]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -638,13 +619,13 @@ class UNet(nn.Module):
         """The 16 temporal transformer blocks, in forward order."""
         return [m for m in self.modules() if isinstance(m, TemporalBlock)]
 
-    @no_idle_autograd
     def forward(self, x, c_noise, ctx, ids):
         """F of EDM's preconditioning (section 8).
 
         x (B,T,8,H,W): 4 noisy latents times c_in, then 4 image latents; H and W multiples of 8.
         c_noise (B,): ln(sigma)/4. ctx (B,1,D): CLIP image embedding, zeros when unconditional.
-        ids (B,3): see unet_ids(). Returns (B,T,4,H,W) in x's dtype.
+        ids (B,3): see unet_ids(). Returns (B,T,4,H,W) in x's dtype. Use torch.no_grad() unless you
+        train: gradients need memory, and without checkpoints there are no slices.
         Raises ValueError if shapes do not fit or T exceeds max_frames.
         """
         B, T, _, H, W = x.shape
@@ -840,7 +821,6 @@ class VAE(nn.Module):
         self.encoder, self.quant_conv = Encoder(config), nn.Conv2d(8, 8, 1)
         self.decoder = Decoder(config)
 
-    @no_idle_autograd
     @exact_float32()
     def encode(self, img):
         """Mean latents of images, unscaled: (N,3,H,W) in [-1,1], H and W multiples of 8 ->
@@ -851,7 +831,6 @@ class VAE(nn.Module):
         h = self.quant_conv(self.encoder(img.to(self.quant_conv.weight.dtype)))
         return h[:, :4].to(img.dtype)
 
-    @no_idle_autograd
     @exact_float32()
     def decode(self, z):
         """Video of unscaled latents, the whole clip at once: (B,T,4,h,w) -> (B,T,3,8h,8w), about
@@ -923,7 +902,6 @@ class ImageEncoder(nn.Module):
         self.ln_post = LayerNorm(width)
         self.proj = random(width, config.out_dim)
 
-    @no_idle_autograd
     def forward(self, img):
         """Embedding of preprocessed images: (N,3,224,224) -> (N,out_dim), in img's dtype. Raises
         ValueError for other shapes."""

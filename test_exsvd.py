@@ -616,7 +616,7 @@ def test_a_step_of_training_is_counted():
     assert done.returncode == 0, done.stderr
     peaks = json.loads(done.stdout.splitlines()[-1])
     unet = exsvd.extend(exsvd.UNet(replace(UNET, **WIDE)), 128)
-    trains = [n for n in exsvd.freeze(unet) if not exsvd.IDLE.search(n)]
+    trains = [n for n in exsvd.freeze(unet) if not exsvd.WITHOUT_EFFECT.search(n)]
     trained = sum(unet.get_parameter(n).numel() for n in trains)
     held = sum(2 * p.numel() for p in (*unet.parameters(), *exsvd.ImageEncoder(CLIP).parameters()))
     held += sum(p.nbytes for p in exsvd.VAE(NARROW).parameters())
@@ -697,7 +697,7 @@ def test_freeze():
     grads = gradients(unet)
     idle = set(names) - set(grads)  # a softmax over the one context token is 1 whatever the query
     assert set(grads) <= set(names)
-    assert idle == {n for n in names if exsvd.IDLE.search(n)} and len(idle) == 4 * 16
+    assert idle == {n for n in names if exsvd.WITHOUT_EFFECT.search(n)} and len(idle) == 4 * 16
     for n, g in grads.items():
         if n.endswith("frame_table"):  # the rows of the three frames there were
             assert (g.abs().amax(1) > 0).tolist() == [True] * 3 + [False] * 9
@@ -3334,7 +3334,7 @@ def at_start(small):
     """-> the extended UNet, and {name: parameter} of what the paper trains"""
     unet = exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 10)
     return unet, {f"unet.{name}": p for name, p in unet.named_parameters()
-                  if exsvd.is_extension_parameter(name) and not exsvd.IDLE.search(name)}
+                  if exsvd.is_extension_parameter(name) and not exsvd.WITHOUT_EFFECT.search(name)}
 
 
 # What a run computes
@@ -3384,7 +3384,7 @@ def test_only_temporal_blocks_learn_and_all_of_them(small, videos, one_rank):
     for name, p in svd.unet.named_parameters():
         temporal = exsvd.is_extension_parameter(name)
         was = start[name].half().float() if temporal else start[name]
-        assert torch.equal(p, was) != (temporal and not exsvd.IDLE.search(name)), name
+        assert torch.equal(p, was) != (temporal and not exsvd.WITHOUT_EFFECT.search(name)), name
     in_release = exsvd.file_names(svd.unet, "exvideo").values()
     assert set(load_file(file)) == {name for names in in_release for name in names}
     s = sample.settings_for(svd)

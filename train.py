@@ -327,9 +327,9 @@ def in_extension(name):
 
 
 def is_trained(s, name):
-    """Whether --train names a parameter. Those without effect (exsvd.IDLE) get no gradient, and
-    training would only decay them."""
-    if exsvd.IDLE.search(name):
+    """Whether --train names a parameter. What has no effect (exsvd.WITHOUT_EFFECT) gets no
+    gradient, and training would only decay it."""
+    if exsvd.WITHOUT_EFFECT.search(name):
         return False
     if s.train == "temporal":
         return in_extension(name)
