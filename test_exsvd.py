@@ -53,6 +53,7 @@ from einops import rearrange
 from PIL import Image, ImageCms
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -365,10 +366,6 @@ def test_the_third_input_of_the_unet():
     settings = {"motion": torch.tensor([127.0, 20.0]), "fps": 7, "aug": 0.02, "steps": 25}
     ids = exsvd.unet_ids(("fps", "motion", "aug"), settings)
     assert torch.equal(ids, torch.tensor([[6, 127, 0.02], [6, 20, 0.02]]))
-    unet = make_unet(ids=("fps", "motion", "aug", "pan"), **TWO_LEVELS)
-    x, c_noise, ctx, _ = unet_inputs(2)
-    ids = exsvd.unet_ids(unet.config.ids, settings | {"pan": 1})
-    assert unet(x, c_noise, ctx, ids).shape == (2, 2, 4, 8, 8)
     with pytest.raises(ValueError, match="conditioned on fps, pan, but there is no pan"):
         exsvd.unet_ids(("fps", "pan"), settings)
 
@@ -702,18 +699,18 @@ def plain_attention(q, k, v, deterministic=False):
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.float()).to(q.dtype)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
 @torch.no_grad()
-def test_layout_handed_to_flash_attn(monkeypatch, deterministic):
+def test_layout_handed_to_flash_attn(monkeypatch):
     q, k, v = torch.randn(2, 7, 12), torch.randn(2, 5, 12), torch.randn(2, 5, 12)
     flash = Mock(wraps=plain_attention)
     want = exsvd.attention(q, k, v, heads=3)
     monkeypatch.setattr(exsvd, "flash_fits", lambda q: True)
     monkeypatch.setattr(exsvd, "flash_attn_func", flash)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    close(exsvd.attention(q, k, v, heads=3), want, 1e-5, "attention through flash-attn's layout")
-    assert flash.call_args.args[0].shape == (2, 7, 3, 4)
-    assert flash.call_args.kwargs == {"deterministic": deterministic}
+    for deterministic in (False, True):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+        close(exsvd.attention(q, k, v, heads=3), want, 1e-5, "through flash-attn's layout")
+        assert flash.call_args.args[0].shape == (2, 7, 3, 4)
+        assert flash.call_args.kwargs == {"deterministic": deterministic}
 
 
 def test_what_flash_attn_takes(monkeypatch):
@@ -800,21 +797,6 @@ def test_sliced_norm_is_as_exact_as_group_norm():
     assert sliced is not norm
     rows = torch.cat([sliced(part) for part in video.split(4, 3)], 3)
     close(rows, exact, 1.05 * rel(norm(video), exact), "sliced norm")
-
-
-def test_work_is_counted():
-    """By the bench, of operations that can be counted by hand."""
-    with compare.computing(), compare.Meter() as meter:
-        x = torch.ones(1, 2, 4096, 64, dtype=torch.float16, device="meta")
-        meter.stage()
-        y = (x @ x.transpose(2, 3))[0, 0].cpu()  # views are free
-        F.scaled_dot_product_attention(x, x, x)
-        assert y.isfinite().all() and not y.isnan().any(), "what is read is assumed to be finite"
-    _, work = meter.stage()
-    assert work["products"] == 2 * 2 * 4096**2 * 64 == work["attention"] / 2
-    assert work["copied"] == 2 * 4096**2 and work["launches"] == 2, "nothing keeps all scores"
-    by_memory, by_work = (2 * 2**20 + 2**26) / 1.6e12, 4 * 2 * 4096**2 * 64 / (0.6 * 312e12)
-    assert work["A100"] == pytest.approx(by_memory + by_work + 4e-6, rel=1e-3)
 
 
 def test_a_step_of_training_is_counted():
@@ -1077,6 +1059,7 @@ def write_model(path, layout, nets, dtype=torch.float32):
         everything = tensors[0] | tensors[1] | tensors[2] | sgm_leftovers(nets[1])
         save_file(everything, path / "svd.safetensors", metadata=CONFIG)
         return path / "svd.safetensors"
+    tensors[2]["vision_model.embeddings.position_ids"] = torch.arange(17)[None]  # in older files
     fp16 = ".fp16" if dtype == torch.float16 else ""
     for stem, t in zip(exsvd.FOLDER.values(), tensors):
         folder = path / os.path.dirname(stem)
@@ -1162,32 +1145,22 @@ def test_whole_models_of_ours(tmp_path, files):
 
 
 def test_a_unet_by_itself(tmp_path, files):
-    other, path = make_unet(seed=8), tmp_path / "sgm.safetensors"
-    folder = shutil.copytree(files.folder / "unet", tmp_path / "unet")
-    save_file(named(other, "diffusers"), folder / "diffusion_pytorch_model.safetensors")
-    save_file(named(other, "sgm"), path, metadata=CONFIG)
-    for unet in (folder, folder / "diffusion_pytorch_model.safetensors", path):
-        svd = exsvd.load(files.single, unet=unet)
+    """With the prefixes of training tools, in any layout."""
+    other, folder = make_unet(seed=8), shutil.copytree(files.folder / "unet", tmp_path / "unet")
+    in_folder, sgm, ours = folder / "diffusion_pytorch_model.safetensors", tmp_path / "sgm", tmp_path / "x"
+    for path, layout, prefix in ((in_folder, "diffusers", "model."), (ours, "ours", ""),
+                                 (sgm, "sgm", "module._orig_mod.unet.")):
+        tensors = {prefix + n: t for n, t in named(other, layout).items()}
+        save_file(tensors, path, metadata=CONFIG)
+    for path in (folder, in_folder, sgm, ours):
+        svd = exsvd.load(files.single, unet=path)
         same(svd.unet, other.state_dict())
     same(svd.vae, files.nets[1].state_dict())
     assert svd.meta["note"] == "hello"
-    same(exsvd.load(path, parts=("unet",)).unet, other.state_dict())
-    for alone in (path, folder):
+    same(exsvd.load(sgm, parts=("unet",)).unet, other.state_dict())
+    for alone in (sgm, folder):
         with refused("holds a UNet alone.* give it as --unet"):
             exsvd.load(alone)
-
-
-@pytest.mark.parametrize("part, layout, prefix", [
-    ("unet", "ours", ""), ("vae", "ours", ""), ("clip", "diffusers", ""),
-    ("unet", "sgm", "module._orig_mod.unet."), ("unet", "diffusers", "model.")])
-def test_one_network_in_other_layouts_with_prefixes_of_training_tools(
-        tmp_path, files, part, layout, prefix):
-    net = dict(zip(exsvd.FOLDER, files.nets))[part]
-    tensors = {prefix + n: t for n, t in named(net, layout).items()}
-    if (part, layout) == ("clip", "diffusers"):  # which older files hold, and no network needs
-        tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
-    save_file(tensors, tmp_path / "x", metadata=CONFIG)
-    same(getattr(exsvd.load(tmp_path / "x", parts=(part,)), part), net.state_dict())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1292,31 +1265,64 @@ def test_another_architecture_without_the_table(tmp_path, files, monkeypatch):
 # Files that cannot be used
 
 
-def test_damaged_files_and_pickles(tmp_path, files):
-    net, path = files.nets[2], tmp_path / "x.safetensors"
-    save_file(named(net, "diffusers"), path)
-    good = path.read_bytes()
-    header = 8 + int.from_bytes(good[:8], "little")
-    damaged = "is not a complete safetensors file"
-    pickle = "is a pickled checkpoint, which is never opened"
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
-    bad = [(b"", damaged), (good[:-1000], damaged), (good[:1000], damaged),
-           (good + b"0000", damaged), (b"<!DOCTYPE html><html></html>", damaged),
-           (pointer, "is a Git LFS pointer"), (b"PK\x03\x04" + good, pickle)]
+def test_files_that_are_no_models(tmp_path):
+    path, zeros = tmp_path / "x.safetensors", {"x": torch.zeros(9)}
+    good, pickles = to_bytes(zeros), []
     for zipped in (False, True):
-        torch.save({"x": 1}, path, _use_new_zipfile_serialization=zipped)
-        bad.append((path.read_bytes(), pickle))
-    bad += [(good[:at] + bytes([good[at] ^ bit]) + good[at + 1:], "") for bit in (0x01, 0x80)
-            for at in [0, 1, 3, 7, 8, *range(9, header - 8, header // 20)]]
-    for content, words in bad:
-        path.write_bytes(content)
-        with refused(f"x.safetensors {words}"):
+        torch.save(zeros, path, _use_new_zipfile_serialization=zipped)
+        pickles.append(path.read_bytes())
+    configs = ([], 3, None, {"unet": 3}, {"unet": {"channels": "a"}}, {"unet": {"groups": 0}},
+               {"unet": {"chan": 1}}, {"vae": {"channels": [32]}}, {"clip": {"layers": -1}})
+    metadata = ["{", "3", "null", "[1]", *(json.dumps({"config": config}) for config in configs)]
+    html, pointer = b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\noid"
+    for words, contents in {
+            "is not a complete safetensors file": [b"", good[:20], good[:-1], good + b"0", html],
+            "is a Git LFS pointer": [pointer],
+            "is a pickled checkpoint, which is never opened": [*pickles, b"PK\x03\x04" + good],
+            "": [to_bytes(zeros, {"exsvd": text}) for text in metadata],
+            "is the image-decoder variant.*use svd_xt.safetensors": [
+                to_bytes({"first_stage_model.post_quant_conv.weight": zeros["x"]})],
+            "is an extension, not a model": [to_bytes({"blocks.7.norm_in.bias": zeros["x"]})]}.items():
+        for content in contents:
+            path.write_bytes(content)
+            with refused(f"x.safetensors.*{words}"):
+                exsvd.load(path)
+
+
+def test_damaged_headers_are_noticed(tmp_path, files):
+    net, path = files.nets[2], tmp_path / "x.safetensors"
+    good = to_bytes(named(net, "diffusers"))
+    header = 8 + int.from_bytes(good[:8], "little")
+    for at, bit in itertools.product(
+            (0, 1, 3, 7, 8, *range(9, header - 8, header // 20)), (0x01, 0x80)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1:])
+        with refused("x.safetensors"):
             exsvd.locate(net, exsvd.Tensors(path))
     for begins in (b"\x80\x02", b"PK"):  # of a pickle and of a zip, here a header's length
         header = b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
         header = header.ljust(int.from_bytes(begins, "little"))
         path.write_bytes(begins + bytes(6) + header + np.float32([1, 2]).tobytes())
         assert exsvd.Tensors(path).get("x").tolist() == [1, 2]
+
+
+def test_paths_that_cannot_be_loaded(tmp_path, files):
+    none, folder, stem = tmp_path / "none", tmp_path / "folder", "vae/diffusion_pytorch_model.safetensors"
+    for given, words in (([none], "none: no such weight file"),
+                         ([files.single, none], "none: no such weight file"),
+                         ([tmp_path], "no unet/diffusion_pytorch_model.safetensors"),
+                         ([files.single, files.single], "is not an extension")):
+        with refused(words):
+            exsvd.load(*given, device="meta")
+    shutil.copytree(files.folder, folder)
+    for config, words in (("{", "not readable as JSON"), ("3", "not readable as JSON of diffusers"),
+                          ('{"num_frames": "many"}', "many of its configuration")):
+        (folder / "unet/config.json").write_text(config)
+        with refused(f"unet/.*{words}"):
+            exsvd.load(folder)
+    (folder / stem).rename(folder / f"{stem}.index.json")
+    with refused("no vae/.*split into several files: .*max_shard_size"):
+        (folder / "unet/config.json").write_text("{}")
+        exsvd.load(folder)
 
 
 def test_tensors_that_do_not_fit(tmp_path, files):
@@ -1346,41 +1352,6 @@ def test_tensors_that_do_not_fit(tmp_path, files):
         save_file(tensors, tmp_path / "x")
         with refused(*words):
             exsvd.locate(net, exsvd.Tensors(tmp_path / "x"))
-
-
-def test_models_that_cannot_be_loaded(tmp_path, files):
-    none, bad, one = tmp_path / "none.safetensors", tmp_path / "x.safetensors", torch.zeros(1)
-    with refused("x.safetensors is the image-decoder variant.*use svd_xt.safetensors"):
-        save_file({"first_stage_model.post_quant_conv.weight": one}, bad)
-        exsvd.load(bad)
-    for given, words in (([none], "none.safetensors: no such weight file"),
-                         ([files.single, none], "none.safetensors: no such weight file"),
-                         ([tmp_path], "no unet/diffusion_pytorch_model.safetensors"),
-                         ([files.own], "is an extension, not a model"),
-                         ([files.single, files.single], "is not an extension")):
-        with refused(words):
-            exsvd.load(*given, device="meta")
-    configs = ([], 3, None, {"unet": 3}, {"unet": {"channels": "a"}}, {"unet": {"groups": 0}},
-               {"unet": {"chan": 1}}, {"vae": {"channels": [32]}}, {"clip": {"layers": -1}})
-    for text in ("{", "3", "null", "[1]", *(json.dumps({"config": c}) for c in configs)):
-        save_file({"x": one}, bad, metadata={"exsvd": text})
-        with refused("x.safetensors"):
-            exsvd.load(bad)
-
-
-@pytest.mark.parametrize("name, text, words", [
-    ("unet/config.json", "{", "unet/.*not readable as JSON"),
-    ("unet/config.json", "3", "unet/.*not readable as JSON of diffusers"),
-    ("unet/config.json", '{"num_frames": "many"}', "unet/.*many of its configuration"),
-    ("vae/diffusion_pytorch_model.safetensors.index.json", "{}",
-     "no vae/.*split into several files: .*max_shard_size")])
-def test_folders_that_are_not_whole(tmp_path, files, name, text, words):
-    folder = shutil.copytree(files.folder, tmp_path / "x")
-    if name.startswith("vae"):
-        os.remove(folder / "vae/diffusion_pytorch_model.safetensors")
-    (folder / name).write_text(text)
-    with refused(words):
-        exsvd.load(folder)
 
 
 def test_failing_save_leaves_the_old_file(tmp_path, monkeypatch, files):
