@@ -349,17 +349,16 @@ def test_freeze():
     unet = make_unet(num_frames=12, **TINY).train()
     names = exsvd.freeze(unet)
     blocks = {id(p) for block in unet.temporal_blocks() for p in block.parameters()}
-    assert len(names) == 33 * 16
     assert set(names) == {n for n, p in unet.named_parameters() if id(p) in blocks}
+    assert len(names) == 33 * 16
     grads = gradients(unet)
     idle = set(names) - set(grads)  # a softmax over the one context token is 1 whatever the query
     assert idle == {n for n in names if exsvd.IDLE.search(n)} and len(idle) == 4 * 16
-    assert set(grads) <= set(names)
     for n, g in grads.items():
         if n.endswith("frame_table"):  # the rows of the three frames there were
             assert (g.abs().amax(1) > 0).tolist() == [True] * 3 + [False] * 9
         else:
-            assert g.abs().max() > 0, n
+            assert n in names and g.abs().max() > 0, n
 
 
 def test_the_third_input_of_the_unet():
@@ -1240,25 +1239,6 @@ def test_a_lora(tmp_path, published, files, lora):
                       keep_float32=exsvd.is_extension_parameter).unet
     assert all(p.dtype == (torch.float32 if exsvd.is_extension_parameter(n) else torch.float16)
                for n, p in half.named_parameters())
-
-
-def test_another_architecture_without_the_table(tmp_path, files, monkeypatch):
-    def extend(unet, num_frames):
-        unet.max_frames = num_frames
-        return unet
-
-    monkeypatch.setattr(exsvd, "ARCHITECTURE", "tableless")
-    monkeypatch.setattr(exsvd, "extend", extend)
-    unet = exsvd.extend(make_unet(seed=6), 20)
-    exsvd.save_extension(tmp_path / "extension", unet)
-    exsvd.save_model(tmp_path / "whole", unet, *files.nets[1:])
-    loaded = exsvd.load(files.single, tmp_path / "extension", parts=("unet",)).unet
-    same(loaded, files.nets[0].state_dict() | extension_of(unet))
-    whole = exsvd.load(tmp_path / "whole", parts=("unet",)).unet
-    same(whole, unet.state_dict())
-    assert loaded.max_frames == whole.max_frames == 20
-    with refused("frame_table|positional_embedding"):
-        exsvd.load(files.single, files.release, device="meta", parts=("unet",))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2818,11 +2798,14 @@ def test_torchrun_shares_out_the_videos(small, pictures, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["first.mp4", "second.mp4"]
 
 
-def test_longer_than_the_table_in_rounds(make, extensions, monkeypatch):
-    clips, condition = torch.randn(3, 1, 20, 4, 8, 8), spied(monkeypatch, sample, "condition")
-    oracle(monkeypatch, *clips)
+def test_longer_than_the_table_in_rounds_to_an_end(make, extensions, pictures, monkeypatch):
+    *clips, backward = clips_and_end = torch.randn(4, 1, 20, 4, 8, 8)
+    oracle(monkeypatch, *clips_and_end)
+    condition = spied(monkeypatch, sample, "condition")
     out = make("--extension", extensions[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45,
-               name="frames/")
+               "--end", pictures[1], name="frames/")
+    # the last round alone knows the end
+    clips[2] = torch.lerp(clips[2], backward.flip(1), torch.linspace(0, 1, 20).view(1, 20, 1, 1, 1))
     expected = torch.zeros(1, 45, 4, 8, 8)  # common frames fade from one round to the next
     for clip, start, shared in zip(clips, (0, 16, 25), (0, 4, 11)):
         fading = torch.linspace(1, 0, shared + 1)[:-1]
@@ -2830,8 +2813,10 @@ def test_longer_than_the_table_in_rounds(make, extensions, monkeypatch):
         made = expected[:, start:start + 20]
         expected[:, start:start + 20] = torch.lerp(clip, made, weight)
     assert torch.allclose(latents_of(out), expected, atol=1e-4)
-    video, (_, *later) = floats(frames_of(out)), [c.args[1] for c in condition.call_args_list]
+    first, *later, last = [call.args[1] for call in condition.call_args_list]
+    assert torch.equal(first, fitted(pictures[0])) and torch.equal(last, fitted(pictures[1]))
     # a round is conditioned on its own first frame, as the model was trained
+    video = floats(frames_of(out))
     assert [(video - img).square().mean((1, 2, 3)).argmin() for img in later] == [16, 25]
 
 
@@ -2856,29 +2841,14 @@ def test_rounds_and_key_frames_of_published_weights(
     assert settings.contrast == 1 and settings.match_stats and keyframes == [14]
 
 
-def test_an_end_and_key_frames(make, small_vae, extensions, pictures, monkeypatch):
+def test_an_end_and_key_frames(make, small_vae, pictures, monkeypatch):
     a, b = torch.randn(2, 1, 8, 4, 8, 8)
     shown, _ = oracle(monkeypatch, a, b)
-    condition = spied(monkeypatch, sample, "condition")
     out = make("--end", pictures[1], "--keyframe", f"3={pictures[1]}")
     assert torch.equal(shown[1][0], shown[0][0].flip(1)), "the end sees the video run backward"
     expected = torch.lerp(a, b.flip(1), torch.linspace(0, 1, 8).view(1, 8, 1, 1, 1))
-    first, last = map(fitted, pictures)
-    expected[:, 3] = small_vae.encode(last[None]) * exsvd.VAE_SCALE
+    expected[:, 3] = small_vae.encode(fitted(pictures[1])[None]) * exsvd.VAE_SCALE
     assert torch.allclose(latents_of(out), expected, atol=1e-5)
-    images = [call.args[1] for call in condition.call_args_list]
-    assert torch.equal(images[0], first) and torch.equal(images[1], last)
-
-    condition.reset_mock()  # in rounds, the last of them alone knows the end
-    clips = torch.randn(3, 1, 20, 4, 8, 8)
-    oracle(monkeypatch, *clips)
-    out = make("--extension", extensions[0], "--frames", 24, "--overlap", 4, "--end", pictures[1])
-    images = [call.args[1] for call in condition.call_args_list]
-    assert len(images) == 3
-    assert torch.equal(images[0], first) and torch.equal(images[2], last)
-    z = latents_of(out)
-    assert torch.allclose(z[:, [0]], clips[0][:, [0]], atol=1e-5)
-    assert torch.allclose(z[:, -1], clips[2][:, 0], atol=1e-5)
 
 
 def test_a_video_is_refined_from_where_the_strength_says(
@@ -2922,7 +2892,12 @@ def test_a_video_to_refine_is_resampled_by_time():
     assert torch.equal(sample.resampled(even, 20)[0], latents)
 
 
-def test_out_of_memory_names_what_helps(monkeypatch):
+def test_what_the_command_prints(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sample, "main", lambda argv: print("caf\udce9 \xe9", flush=True))
+    sample.command([])
+    assert terminal.buffer.getvalue() == b"caf\\udce9 \\xe9\n", "what a terminal can't costs nothing"
     monkeypatch.setattr(sample, "main", Mock(side_effect=torch.OutOfMemoryError("injected")))
     with pytest.raises(SystemExit, match="--offload"):
         sample.command([])
@@ -2958,14 +2933,6 @@ def test_bad_input_is_one_line_and_a_failure(
     last = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err
     assert exit.value.code not in (0, None) and words in last.strip().splitlines()[-1]
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("out/*"))
-
-
-def test_what_cannot_be_printed_costs_nothing(monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(sample, "main", lambda argv: print("caf\udce9 \xe9", flush=True))
-    sample.command([])
-    assert terminal.buffer.getvalue() == b"caf\\udce9 \\xe9\n"
 
 
 def test_sampling_needs_no_deepspeed():
@@ -3933,17 +3900,18 @@ def test_the_measures_tell_bad_flights_from_good_ones():
     m = measure.measure(video, picture, 60, 8)
     assert abs(m["arrival"] - 1) < 0.01 and m["rms"] < 0.01 and m["back"] < 0.01
     assert m["flicker_sharp"] == 1 and min(m["psnr"]) > 60
-    for how, bad, expected in (("frozen", video[:1].expand_as(video), dict(arrival=0, back=0, flicker=0)),
-                               ("half as fast", video[torch.arange(40) // 2], dict(arrival=0.5, back=0)),
-                               ("to and fro", torch.cat([video[::2], video[::2].flip(0)]), dict(arrival=0, back=1))):
+    to_and_fro = torch.cat([video[::2], video[::2].flip(0)])
+    for bad, expected in ((video[:1].expand_as(video), dict(arrival=0, back=0, flicker=0)),
+                          (video[torch.arange(40) // 2], dict(arrival=0.5, back=0)),
+                          (to_and_fro, dict(arrival=0, back=1))):
         m = measure.measure(bad, picture, 60, 8)
-        assert all(abs(m[name] - value) < 0.03 for name, value in expected.items()), (how, m)
-        assert m["rms"] > 0.2 and m["psnr"][-1] < 25, (how, m)
-    soft = world.flight(F.avg_pool2d(picture, 16), world.scales(60, 8, 40), 128)  # softer than the picture, but steady
-    m = measure.measure(soft, picture, 60, 8)
+        assert all(abs(m[name] - value) < 0.03 for name, value in expected.items()), (expected, m)
+        assert m["rms"] > 0.2 and m["psnr"][-1] < 25, (expected, m)
+    soft = world.flight(F.avg_pool2d(picture, 16), world.scales(60, 8, 40), 128)
+    m = measure.measure(soft, picture, 60, 8)  # softer than the picture, but steady
     assert m["flicker_sharp"] < 0.8 and abs(m["flicker"] - 1) < 0.1
-    tints = 0.2 * torch.randn(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))  # another in each frame
-    m = measure.measure(video + tints, picture, 60, 8)
+    tints = 0.2 * torch.randn(40, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    m = measure.measure(video + tints, picture, 60, 8)  # another in each frame
     assert abs(m["arrival"] - 1) < 0.03 and m["back"] < 0.03, m
     assert m["flicker"] > 2 and m["rms"] < 0.02 and max(m["psnr"]) < 40, m
 
