@@ -272,7 +272,7 @@ def test_clip_preprocessing_parity(size):
 
 
 # --------------------------------------------------------------------------------------------------
-# ExVideo: extending changes nothing up to the native length; the fold; the borders.
+# ExVideo: extending changes nothing up to the native length; the fold; the borders; what trains.
 
 
 # a base; a model extended before, with learned table and convolution; a frozen base in bfloat16
@@ -280,12 +280,11 @@ def test_clip_preprocessing_parity(size):
     (6, None, (8, 16), torch.float32), (3, 7, 8, torch.float32), (3, None, 8, torch.bfloat16)])
 @torch.no_grad()
 def test_extending_changes_nothing_up_to_the_native_length(native, learned, size, dtype):
-    base, longer = (make_unet(learned, native_frames=native).to(dtype).requires_grad_(
-        dtype == torch.float32) for _ in range(2))
-    assert exsvd.extend(longer, 40) is longer and longer.max_frames == 40
-    assert {(p.dtype, p.requires_grad) for p in longer.parameters()} == {
-        (dtype, dtype == torch.float32)}, "new parameters are not like their neighbours"
-    native = learned or native
+    base, longer = (make_unet(learned, native_frames=native).to(dtype) for _ in range(2))
+    trains, native = dtype == torch.float32, learned or native
+    base.requires_grad_(trains)
+    assert exsvd.extend(longer.requires_grad_(trains), 40) is longer and longer.max_frames == 40
+    assert {(p.dtype, p.requires_grad) for p in longer.parameters()} == {(dtype, trains)}
     # batches have other memory layouts than one video
     for T, B in (1, 2), (2, 1), (native - 1, 2), (native, 1):
         inputs = unet_inputs(T, size, B, seed=T)
@@ -689,7 +688,7 @@ def test_seams_do_not_show(all_threads):
 
 
 # --------------------------------------------------------------------------------------------------
-# Memory and training: slices, checkpoints, freezing; other devices; half precision.
+# Memory and speed: flash-attn, checkpoints, slices, streaming; other devices; half precision.
 
 
 def plain_attention(q, k, v, deterministic=False):
@@ -1163,7 +1162,7 @@ def test_a_unet_by_itself(tmp_path, files):
 
 
 # --------------------------------------------------------------------------------------------------
-# Extension files, of the paper's architecture and of others
+# Extension files, the paper's and others
 
 
 def test_an_extension_is_what_the_release_is(tmp_path, full, files):
@@ -3920,8 +3919,8 @@ def test_the_measures_tell_bad_flights_from_good_ones():
 # -m quick
 
 warnings.filterwarnings("ignore", "Unknown pytest.mark.quick")  # no file at the top registers it
-for test in (*QUICK, test_names_of_published_files,
-             test_average_is_its_closed_form, test_killed_while_saving_it_resumes_bit_identically,
-             test_flat_tensors_are_cut_anew_for_any_number_of_ranks,
-             test_draws_depend_on_seed_and_number):
-    pytest.mark.quick(test)
+for quick in (*QUICK, test_names_of_published_files,  # not named test, or pytest would run it
+              test_average_is_its_closed_form, test_killed_while_saving_it_resumes_bit_identically,
+              test_flat_tensors_are_cut_anew_for_any_number_of_ranks,
+              test_draws_depend_on_seed_and_number):
+    pytest.mark.quick(quick)
