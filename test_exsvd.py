@@ -2500,6 +2500,211 @@ def test_what_the_model_says_comes_out(make, small_vae, monkeypatch):
     assert (frames_of(out).int() - expected.int()).abs().max() <= 1
 
 
+def test_longer_than_the_table_in_rounds_to_an_end(make, extensions, pictures, monkeypatch):
+    *clips, backward = clips_and_end = torch.randn(4, 1, 20, 4, 8, 8)
+    oracle(monkeypatch, *clips_and_end)
+    condition = spied(monkeypatch, sample, "condition")
+    out = make("--extension", extensions[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45,
+               "--end", pictures[1], name="frames/")
+    # the last round alone knows the end
+    clips[2] = torch.lerp(clips[2], backward.flip(1), torch.linspace(0, 1, 20).view(1, 20, 1, 1, 1))
+    expected = torch.zeros(1, 45, 4, 8, 8)  # common frames fade from one round to the next
+    for clip, start, shared in zip(clips, (0, 16, 25), (0, 4, 11)):
+        fading = torch.linspace(1, 0, shared + 1)[:-1]
+        weight = torch.cat([fading, torch.zeros(20 - shared)]).view(1, 20, 1, 1, 1)
+        made = expected[:, start:start + 20]
+        expected[:, start:start + 20] = torch.lerp(clip, made, weight)
+    assert torch.allclose(latents_of(out), expected, atol=1e-4)
+    first, *later, last = [call.args[1] for call in condition.call_args_list]
+    assert torch.equal(first, fitted(pictures[0])) and torch.equal(last, fitted(pictures[1]))
+    # a round is conditioned on its own first frame, as the model was trained
+    video = floats(frames_of(out))
+    assert [(video - img).square().mean((1, 2, 3)).argmin() for img in later] == [16, 25]
+
+
+def test_rounds_and_key_frames_of_published_weights(
+        make, small_vae, extensions, pictures, monkeypatch):
+    """A later round is conditioned on the frame that a viewer sees. A key frame enters at the scale
+    of the authors' encoder, and its statistics stay."""
+    clips = torch.randn(2, 1, 20, 4, 8, 8)
+    _, conditions = oracle(monkeypatch, *clips)
+    out = make("--extension", extensions[1], "--frames", 24, "--overlap", 8,
+               "--keyframe", f"14={pictures[0]}")
+    z, s = latents_of(out), sample.Settings(match_stats=True, contrast=1.2)
+    encoded = small_vae.encode(fitted(pictures[0])[None])
+    assert torch.allclose(z[:, 14], encoded * 0.13025, atol=1e-5)
+    assert torch.allclose(sample.adjust(z, s, [14])[:, 14], z[:, 14] * 1.2)
+    clips[0][:, 14] = z[:, 14]
+    seen = sample.adjust(clips[0], s, [14])[:, 4:5] / exsvd.VAE_SCALE
+    assert torch.allclose(conditions[1], seen, atol=1e-4)
+    write_video = spied(monkeypatch, sample, "write_video")
+    make("--decode-only", sample.latents_path(str(out)), "--contrast", 1, images=())
+    _, _, settings, _, keyframes = write_video.call_args.args
+    assert settings.contrast == 1 and settings.match_stats and keyframes == [14]
+
+
+def test_an_end_and_key_frames(make, small_vae, pictures, monkeypatch):
+    a, b = torch.randn(2, 1, 8, 4, 8, 8)
+    shown, _ = oracle(monkeypatch, a, b)
+    out = make("--end", pictures[1], "--keyframe", f"3={pictures[1]}")
+    assert torch.equal(shown[1][0], shown[0][0].flip(1)), "the end sees the video run backward"
+    expected = torch.lerp(a, b.flip(1), torch.linspace(0, 1, 8).view(1, 8, 1, 1, 1))
+    expected[:, 3] = small_vae.encode(fitted(pictures[1])[None]) * exsvd.VAE_SCALE
+    assert torch.allclose(latents_of(out), expected, atol=1e-5)
+
+
+def test_a_video_is_refined_from_where_the_strength_says(
+        make, small_vae, extensions, pictures, monkeypatch):
+    """The video and its latents start alike, at the scale of the weights: published ones take
+    0.13025."""
+    first = make("--frames", 8, name="first.mp4")
+    video, fps = data.read_video(first)
+    source, z = sample.latents_path(str(first)), latents_of(first) / exsvd.VAE_SCALE
+    encoded = data.encode_frames(small_vae, floats(video))[None]
+    noise = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    for path, given, flags, strength, scale in (
+            (first, encoded, (), 0.5, exsvd.VAE_SCALE),
+            (source, z, (), 1, exsvd.VAE_SCALE),
+            (source, z, ("--extension", extensions[1]), 0.5, 0.13025)):
+        shown, _ = oracle(monkeypatch, torch.randn(1, 4, 4, 8, 8))
+        out = make("--video", path, "--strength", strength, "--steps", 4, "--seed", 5,
+                   "--frames", 4, *flags, images=(), name="refined.mp4")
+        s = sample.Settings(steps=4, strength=strength, schedule="karras")
+        sigma = sample.noise_levels(s, True)[0]
+        assert len(shown) == 4 and shown[0][1] == sigma, "all steps are made"
+        start = given[:, [0, 2, 5, 7]] * scale + sigma * noise
+        assert torch.allclose(shown[0][0], start, rtol=1e-4, atol=1e-3)
+        refined, its_fps = data.read_video(out)
+        assert refined.shape == (4, 64, 64, 3) and its_fps == fps / 2, "as long as it was"
+    condition = spied(monkeypatch, sample, "condition")
+    oracle(monkeypatch, torch.zeros(1, 8, 4, 8, 8))
+    make("--video", source, images=pictures[1:], name="refined.mp4")
+    assert torch.equal(condition.call_args.args[1], fitted(pictures[1]))
+    with pytest.raises(data.MediaError, match="latents are of 64x64"):
+        sample.open_video(source, (128, 128), small_vae, torch.device("cpu"))
+
+
+def test_a_video_to_refine_is_resampled_by_time():
+    latents, times = torch.arange(20.0).view(20, 1, 1, 1), [i / 5 for i in range(10)]
+    times += [2 + i / 50 for i in range(10)]  # 200 ms each, then 20 ms
+    video = sample.Video(latents, torch.tensor(times), 9.2, None)
+    found = sample.resampled(video, 12)[0].flatten().int().tolist()
+    assert found == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 19]
+    even = sample.Video(latents, torch.arange(20) / 5, 5, None)
+    assert torch.equal(sample.resampled(even, 20)[0], latents)
+
+
+def test_one_call_makes_what_the_command_makes(make, small, pictures):
+    """Of a path, a Pillow image, or pixels; with Settings, or some of them by name."""
+    folder = frames_of(make("--steps", 2, "--seed", 3, name="frames/"))
+    svd, given, pixels = exsvd.load(small), dict(steps=2, seed=3), data.read_image(pictures[0])
+    for image in (pictures[0], Image.open(pictures[0]), pixels, pixels.numpy(), fitted(pictures[0])):
+        frames = sample.generate(svd, image, device="cpu", **given)
+        assert torch.equal(sample.to_pixels(frames), folder), type(image)
+    for settings in (sample.settings_for(svd, given), sample.complete(svd, given)):
+        assert torch.equal(sample.generate(svd, pixels, settings), frames)
+    assert len(sample.generate(svd, pixels, settings, frames=3)) == 3
+    for bad in (pixels.permute(2, 0, 1), floats(pixels[None])[0] * 255, torch.zeros(1, 64, 64),
+                pixels[..., 0], pixels[None], torch.full((3, 64, 64), math.nan)):
+        with pytest.raises(data.MediaError, match="a picture is"):
+            sample.generate(svd, bad)
+    with refused("setting cfg is not usable"):
+        sample.generate(svd, pixels, cfg=2.0)
+
+
+def test_the_toy_that_ships(all_threads, tmp_path):
+    names = "toy.safetensors", "toy-exvideo.safetensors", "img.png"
+    toy, tuned, image = (os.path.join(HERE, "assets", name) for name in names)
+    assert os.path.getsize(toy) + os.path.getsize(tuned) < 32e6
+    out = tmp_path / "a.mp4"
+    sample.main([image, "--model", toy, "--extension", tuned, "--out", str(out),
+                 "--size", "128x128"])  # a quarter of its own size, to save time
+    frames, fps = data.read_video(out)
+    size = frames.shape[1]
+    picture = data.fit_image(data.read_image(image), size, size)
+    m = measure.measure(floats(frames), picture, data.read_settings(out)["motion"], fps)
+    assert len(frames) == 40
+    assert 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.08 and m["back"] < 0.03, m
+
+
+def test_the_defaults_of_a_model_come_in_order():
+    """The class, published weights, the model's file, the extension's file, flags."""
+    def has(s, **expected):
+        assert asdict(s) == asdict(s) | expected
+
+    unet = make_unet()
+    svd = exsvd.SVD(unet, None, None, {}, None)
+    has(sample.settings_for(svd), steps=25, size=(1024, 576), cfg=(1, 3), fps=7, native=25,
+        dtype="float32", match_stats=False)
+    unet.max_frames = 128
+    has(sample.settings_for(replace(svd, extension={})), steps=50, size=(512, 512),
+        match_stats=True, contrast=1.2, encode_scale=0.13025)
+    sampling = {"steps": 8, "size": [256, 128], "cfg": [1, 1], "sampler": "lcm"}
+    own = {"defaults": {"sample": {"size": [64, 64]}}}
+    ours = replace(svd, meta={"defaults": {"sample": sampling}}, extension=own)
+    has(sample.settings_for(ours, {"steps": 3}), steps=3, size=(64, 64), cfg=(1, 1),
+        schedule="lcm", match_stats=False, contrast=1)
+    for bad in ({"steps": 0}, {"size": [100, 64]}, {"cfg": [1]}, {"sampler": "rm -rf"},
+                {"out": "/etc/passwd"}, {"share_mean": 1}, {"fps": "fast"}, {"fps": None},
+                {"dtype": ["float32"]}):
+        meta = {"defaults": {"sample": bad}}
+        with pytest.raises(exsvd.WeightsError, match=f"m.st: its setting {next(iter(bad))} is not usable"):
+            sample.settings_for(replace(svd, meta=meta), model="m.st")
+
+
+def completed(svd, flags, picture=None):
+    return sample.complete(svd, sample.parse(["a.png", *flags.split()])[1], picture)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--frames 9", "9 frames, but this model knows 8"), ("--frames 9 --native 9", None),
+    ("--frames 9 --overlap 1", None),
+    ("--sampler euler --eta 1", "eta has no effect without --sampler ddim"),
+    ("--strength 1", "strength has no effect without --video"),
+    ("--encode-scale 0.13", "encode_scale has no effect without --video or --keyframe"),
+    ("--cfg-interval 1 2", "cfg_interval has no effect without --cfg other than 1"),
+    ("--eta 1 --strength 0.5", None)])  # the small model's sampler is ddim; 0.5 is the default
+def test_what_flags_warn_of(small, flags, words, capsys):
+    completed(exsvd.load(small, parts=("unet",)), flags)
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {words}") and said.count("\n") == 1 if words else not said
+
+
+def test_a_file_states_its_size_and_published_weights_follow_the_image(small):
+    ours = exsvd.load(small, parts=("unet",))
+    assert completed(ours, "", (400, 100)).size == (64, 64)
+    assert completed(ours, "--size 128x64", (400, 100)).size == (128, 64)
+    published = replace(ours, meta={})  # as many pixels as 1024x576, in the image's aspect
+    assert completed(published, "", (400, 100)).size == (1536, 384)
+    published.unet.max_frames = 16  # as many pixels as 512x512
+    assert completed(published, "", (400, 100)).size == (1024, 256)
+
+
+def test_default_model(tmp_path, monkeypatch, capsys):
+    def chosen(model=None, extension=None):
+        model, files = sample.default_model(argparse.Namespace(model=model, extension=extension, unet=None))
+        return [os.path.relpath(path, tmp_path) for path in (model, *(files or ()))]
+
+    monkeypatch.setattr(sample, "HERE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    toy = ["assets/toy.safetensors", "assets/toy-exvideo.safetensors"]
+    assert chosen() == toy and "using the toy" in capsys.readouterr().err
+    assert chosen(toy[0]) == toy and chosen("m") == ["m"]
+    weights = ["weights/svd_xt.safetensors", "weights/model.fp16.safetensors", "weights/exvideo.safetensors"]
+    os.mkdir("weights")
+    for path in weights:  # the last is our own, and comes first
+        open(path, "w").close()
+        assert chosen() == list(dict.fromkeys([weights[0], path]))
+    assert chosen(extension=["e", "f"]) == [weights[0], "e", "f"] and not capsys.readouterr().err
+
+
+def test_names_of_outputs():
+    outs = ["a/b.1.mp4", "a/b.2.mp4", "b.1/", "b.2/", "b"]
+    assert len({sample.latents_path(out) for out in outs}) == len(outs)
+    jobs = sample.parse(["a.png", "--seeds", "2", "--out", "frames.d/"])[0].jobs
+    assert [out for *_, out in jobs] == ["frames.d-0/", "frames.d-1/"], "seeds of a folder are folders"
+
+
 def test_offload_changes_nothing(make):
     assert make(name="plain.mp4").read_bytes() == make("--offload", name="offload.mp4").read_bytes()
 
@@ -2600,157 +2805,6 @@ def test_offload_really_moves(make, small):
     make("--device", "cuda", name="resident.mp4")
 
 
-def test_the_defaults_of_a_model_come_in_order():
-    """The class, published weights, the model's file, the extension's file, flags."""
-    def has(s, **expected):
-        assert asdict(s) == asdict(s) | expected
-
-    unet = make_unet()
-    svd = exsvd.SVD(unet, None, None, {}, None)
-    has(sample.settings_for(svd), steps=25, size=(1024, 576), cfg=(1, 3), fps=7, native=25,
-        dtype="float32", match_stats=False)
-    unet.max_frames = 128
-    has(sample.settings_for(replace(svd, extension={})), steps=50, size=(512, 512),
-        match_stats=True, contrast=1.2, encode_scale=0.13025)
-    sampling = {"steps": 8, "size": [256, 128], "cfg": [1, 1], "sampler": "lcm"}
-    own = {"defaults": {"sample": {"size": [64, 64]}}}
-    ours = replace(svd, meta={"defaults": {"sample": sampling}}, extension=own)
-    has(sample.settings_for(ours, {"steps": 3}), steps=3, size=(64, 64), cfg=(1, 1),
-        schedule="lcm", match_stats=False, contrast=1)
-    for bad in ({"steps": 0}, {"size": [100, 64]}, {"cfg": [1]}, {"sampler": "rm -rf"},
-                {"out": "/etc/passwd"}, {"share_mean": 1}, {"fps": "fast"}, {"fps": None},
-                {"dtype": ["float32"]}):
-        meta = {"defaults": {"sample": bad}}
-        with pytest.raises(exsvd.WeightsError, match=f"m.st: its setting {next(iter(bad))} is not usable"):
-            sample.settings_for(replace(svd, meta=meta), model="m.st")
-
-
-def completed(svd, flags, picture=None):
-    return sample.complete(svd, sample.parse(["a.png", *flags.split()])[1], picture)
-
-
-@pytest.mark.parametrize("flags, words", [
-    ("--frames 9", "9 frames, but this model knows 8"), ("--frames 9 --native 9", None),
-    ("--frames 9 --overlap 1", None),
-    ("--sampler euler --eta 1", "eta has no effect without --sampler ddim"),
-    ("--strength 1", "strength has no effect without --video"),
-    ("--encode-scale 0.13", "encode_scale has no effect without --video or --keyframe"),
-    ("--cfg-interval 1 2", "cfg_interval has no effect without --cfg other than 1"),
-    ("--eta 1 --strength 0.5", None)])  # the small model's sampler is ddim; 0.5 is the default
-def test_what_flags_warn_of(small, flags, words, capsys):
-    completed(exsvd.load(small, parts=("unet",)), flags)
-    said = capsys.readouterr().err
-    assert said.startswith(f"warning: {words}") and said.count("\n") == 1 if words else not said
-
-
-def test_a_file_states_its_size_and_published_weights_follow_the_image(small):
-    ours = exsvd.load(small, parts=("unet",))
-    assert completed(ours, "", (400, 100)).size == (64, 64)
-    assert completed(ours, "--size 128x64", (400, 100)).size == (128, 64)
-    published = replace(ours, meta={})  # as many pixels as 1024x576, in the image's aspect
-    assert completed(published, "", (400, 100)).size == (1536, 384)
-    published.unet.max_frames = 16  # as many pixels as 512x512
-    assert completed(published, "", (400, 100)).size == (1024, 256)
-
-
-def test_one_call_makes_what_the_command_makes(make, small, pictures):
-    """Of a path, a Pillow image, or pixels; with Settings, or some of them by name."""
-    folder = frames_of(make("--steps", 2, "--seed", 3, name="frames/"))
-    svd, given, pixels = exsvd.load(small), dict(steps=2, seed=3), data.read_image(pictures[0])
-    for image in (pictures[0], Image.open(pictures[0]), pixels, pixels.numpy(), fitted(pictures[0])):
-        frames = sample.generate(svd, image, device="cpu", **given)
-        assert torch.equal(sample.to_pixels(frames), folder), type(image)
-    for settings in (sample.settings_for(svd, given), sample.complete(svd, given)):
-        assert torch.equal(sample.generate(svd, pixels, settings), frames)
-    assert len(sample.generate(svd, pixels, settings, frames=3)) == 3
-    for bad in (pixels.permute(2, 0, 1), floats(pixels[None])[0] * 255, torch.zeros(1, 64, 64),
-                pixels[..., 0], pixels[None], torch.full((3, 64, 64), math.nan)):
-        with pytest.raises(data.MediaError, match="a picture is"):
-            sample.generate(svd, bad)
-    with refused("setting cfg is not usable"):
-        sample.generate(svd, pixels, cfg=2.0)
-
-
-def test_latents_survive_a_failing_decoder(make, small, tmp_path, monkeypatch):
-    """They are decoded by the VAE that they were made for, or one that is named."""
-    def infinite(vae, z):
-        return torch.full((1, z.shape[1], 3, 64, 64), math.inf)
-
-    model, lost = shutil.copy(small, tmp_path / "own.safetensors"), tmp_path / "lost.mp4"
-    whole = make("--model", model, name="whole.mp4").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(exsvd.VAE, "decode", infinite)
-        with pytest.raises(FloatingPointError, match="--decode-only .*--dtype float32"):
-            make("--model", model, name="lost.mp4")
-    assert not lost.exists()
-    again = ["--decode-only", sample.latents_path(str(lost)), "--dtype", "float32", "--out", str(lost)]
-    sample.main(again)
-    assert lost.read_bytes() == whole
-
-    svd = exsvd.load(model)
-    exsvd.save_model(model, svd.unet, randomize(svd.vae, seed=9), svd.clip)
-    with refused("own.safetensors, which is not there or has another VAE"):
-        sample.main(again)
-    os.remove(model)
-    with refused("own.safetensors, which is not there or has another VAE"):
-        sample.main(again)
-    os.remove(lost)
-    sample.main([*again, "--model", small])
-    assert lost.read_bytes() == whole
-
-
-def test_latents_that_cannot_be_used(tmp_path):
-    path, zeros = tmp_path / "saved.safetensors", torch.zeros(1, 2, 4, 8, 8)
-    saved = asdict(sample.Settings(frames=2, size=(64, 64), dtype="float32"))
-    for latents, settings, words in (
-            (zeros, None, "no latents"), (zeros, [1], "no latents"),
-            (zeros, {"frames": 2}, "no latents"), (zeros[0], saved, "no latents"),
-            (zeros * math.nan, saved, "not finite")):
-        exsvd.save(path, {"latents": latents}, {"settings": settings})
-        with refused(words):
-            sample.saved_latents(path)
-
-
-def test_names_of_outputs():
-    outs = ["a/b.1.mp4", "a/b.2.mp4", "b.1/", "b.2/", "b"]
-    assert len({sample.latents_path(out) for out in outs}) == len(outs)
-    jobs = sample.parse(["a.png", "--seeds", "2", "--out", "frames.d/"])[0].jobs
-    assert [out for *_, out in jobs] == ["frames.d-0/", "frames.d-1/"], "seeds of a folder are folders"
-
-
-def test_the_toy_that_ships(all_threads, tmp_path):
-    names = "toy.safetensors", "toy-exvideo.safetensors", "img.png"
-    toy, tuned, image = (os.path.join(HERE, "assets", name) for name in names)
-    assert os.path.getsize(toy) + os.path.getsize(tuned) < 32e6
-    out = tmp_path / "a.mp4"
-    sample.main([image, "--model", toy, "--extension", tuned, "--out", str(out),
-                 "--size", "128x128"])  # a quarter of its own size, to save time
-    frames, fps = data.read_video(out)
-    size = frames.shape[1]
-    picture = data.fit_image(data.read_image(image), size, size)
-    m = measure.measure(floats(frames), picture, data.read_settings(out)["motion"], fps)
-    assert len(frames) == 40
-    assert 0.85 < m["arrival"] < 1.15 and m["rms"] < 0.08 and m["back"] < 0.03, m
-
-
-def test_default_model(tmp_path, monkeypatch, capsys):
-    def chosen(model=None, extension=None):
-        model, files = sample.default_model(argparse.Namespace(model=model, extension=extension, unet=None))
-        return [os.path.relpath(path, tmp_path) for path in (model, *(files or ()))]
-
-    monkeypatch.setattr(sample, "HERE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    toy = ["assets/toy.safetensors", "assets/toy-exvideo.safetensors"]
-    assert chosen() == toy and "using the toy" in capsys.readouterr().err
-    assert chosen(toy[0]) == toy and chosen("m") == ["m"]
-    weights = ["weights/svd_xt.safetensors", "weights/model.fp16.safetensors", "weights/exvideo.safetensors"]
-    os.mkdir("weights")
-    for path in weights:  # the last is our own, and comes first
-        open(path, "w").close()
-        assert chosen() == list(dict.fromkeys([weights[0], path]))
-    assert chosen(extension=["e", "f"]) == [weights[0], "e", "f"] and not capsys.readouterr().err
-
-
 def test_a_batch(make, pictures, tmp_path, monkeypatch, capsys):
     """Seeds, a bad image, latents that overflow, a full memory, what exists already; one load of
     the model."""
@@ -2797,109 +2851,46 @@ def test_torchrun_shares_out_the_videos(small, pictures, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["first.mp4", "second.mp4"]
 
 
-def test_longer_than_the_table_in_rounds_to_an_end(make, extensions, pictures, monkeypatch):
-    *clips, backward = clips_and_end = torch.randn(4, 1, 20, 4, 8, 8)
-    oracle(monkeypatch, *clips_and_end)
-    condition = spied(monkeypatch, sample, "condition")
-    out = make("--extension", extensions[0], "--frames", 45, "--overlap", 4, "--decode-chunk", 45,
-               "--end", pictures[1], name="frames/")
-    # the last round alone knows the end
-    clips[2] = torch.lerp(clips[2], backward.flip(1), torch.linspace(0, 1, 20).view(1, 20, 1, 1, 1))
-    expected = torch.zeros(1, 45, 4, 8, 8)  # common frames fade from one round to the next
-    for clip, start, shared in zip(clips, (0, 16, 25), (0, 4, 11)):
-        fading = torch.linspace(1, 0, shared + 1)[:-1]
-        weight = torch.cat([fading, torch.zeros(20 - shared)]).view(1, 20, 1, 1, 1)
-        made = expected[:, start:start + 20]
-        expected[:, start:start + 20] = torch.lerp(clip, made, weight)
-    assert torch.allclose(latents_of(out), expected, atol=1e-4)
-    first, *later, last = [call.args[1] for call in condition.call_args_list]
-    assert torch.equal(first, fitted(pictures[0])) and torch.equal(last, fitted(pictures[1]))
-    # a round is conditioned on its own first frame, as the model was trained
-    video = floats(frames_of(out))
-    assert [(video - img).square().mean((1, 2, 3)).argmin() for img in later] == [16, 25]
+def test_latents_survive_a_failing_decoder(make, small, tmp_path, monkeypatch):
+    """They are decoded by the VAE that they were made for, or one that is named."""
+    def infinite(vae, z):
+        return torch.full((1, z.shape[1], 3, 64, 64), math.inf)
+
+    model, lost = shutil.copy(small, tmp_path / "own.safetensors"), tmp_path / "lost.mp4"
+    whole = make("--model", model, name="whole.mp4").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(exsvd.VAE, "decode", infinite)
+        with pytest.raises(FloatingPointError, match="--decode-only .*--dtype float32"):
+            make("--model", model, name="lost.mp4")
+    assert not lost.exists()
+    again = ["--decode-only", sample.latents_path(str(lost)), "--dtype", "float32", "--out", str(lost)]
+    sample.main(again)
+    assert lost.read_bytes() == whole
+
+    svd = exsvd.load(model)
+    exsvd.save_model(model, svd.unet, randomize(svd.vae, seed=9), svd.clip)
+    with refused("own.safetensors, which is not there or has another VAE"):
+        sample.main(again)
+    with refused("was made with .*own.safetensors, and the VAE of .* is another"):
+        make("--model", model, "--video", again[1], images=(), name="refined.mp4")
+    os.remove(model)
+    with refused("own.safetensors, which is not there or has another VAE"):
+        sample.main(again)
+    os.remove(lost)
+    sample.main([*again, "--model", small])
+    assert lost.read_bytes() == whole
 
 
-def test_rounds_and_key_frames_of_published_weights(
-        make, small_vae, extensions, pictures, monkeypatch):
-    """A later round is conditioned on the frame that a viewer sees. A key frame enters at the scale
-    of the authors' encoder, and its statistics stay."""
-    clips = torch.randn(2, 1, 20, 4, 8, 8)
-    _, conditions = oracle(monkeypatch, *clips)
-    out = make("--extension", extensions[1], "--frames", 24, "--overlap", 8,
-               "--keyframe", f"14={pictures[0]}")
-    z, s = latents_of(out), sample.Settings(match_stats=True, contrast=1.2)
-    encoded = small_vae.encode(fitted(pictures[0])[None])
-    assert torch.allclose(z[:, 14], encoded * 0.13025, atol=1e-5)
-    assert torch.allclose(sample.adjust(z, s, [14])[:, 14], z[:, 14] * 1.2)
-    clips[0][:, 14] = z[:, 14]
-    seen = sample.adjust(clips[0], s, [14])[:, 4:5] / exsvd.VAE_SCALE
-    assert torch.allclose(conditions[1], seen, atol=1e-4)
-    write_video = spied(monkeypatch, sample, "write_video")
-    make("--decode-only", sample.latents_path(str(out)), "--contrast", 1, images=())
-    _, _, settings, _, keyframes = write_video.call_args.args
-    assert settings.contrast == 1 and settings.match_stats and keyframes == [14]
-
-
-def test_an_end_and_key_frames(make, small_vae, pictures, monkeypatch):
-    a, b = torch.randn(2, 1, 8, 4, 8, 8)
-    shown, _ = oracle(monkeypatch, a, b)
-    out = make("--end", pictures[1], "--keyframe", f"3={pictures[1]}")
-    assert torch.equal(shown[1][0], shown[0][0].flip(1)), "the end sees the video run backward"
-    expected = torch.lerp(a, b.flip(1), torch.linspace(0, 1, 8).view(1, 8, 1, 1, 1))
-    expected[:, 3] = small_vae.encode(fitted(pictures[1])[None]) * exsvd.VAE_SCALE
-    assert torch.allclose(latents_of(out), expected, atol=1e-5)
-
-
-def test_a_video_is_refined_from_where_the_strength_says(
-        make, small_vae, extensions, pictures, monkeypatch):
-    """The video and its latents start alike, at the scale of the weights: published ones take
-    0.13025."""
-    first = make("--frames", 8, name="first.mp4")
-    video, fps = data.read_video(first)
-    source, z = sample.latents_path(str(first)), latents_of(first) / exsvd.VAE_SCALE
-    encoded = data.encode_frames(small_vae, floats(video))[None]
-    noise = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    for path, given, flags, strength, scale in (
-            (first, encoded, (), 0.5, exsvd.VAE_SCALE),
-            (source, z, (), 1, exsvd.VAE_SCALE),
-            (source, z, ("--extension", extensions[1]), 0.5, 0.13025)):
-        shown, _ = oracle(monkeypatch, torch.randn(1, 4, 4, 8, 8))
-        out = make("--video", path, "--strength", strength, "--steps", 4, "--seed", 5,
-                   "--frames", 4, *flags, images=(), name="refined.mp4")
-        s = sample.Settings(steps=4, strength=strength, schedule="karras")
-        sigma = sample.noise_levels(s, True)[0]
-        assert len(shown) == 4 and shown[0][1] == sigma, "all steps are made"
-        start = given[:, [0, 2, 5, 7]] * scale + sigma * noise
-        assert torch.allclose(shown[0][0], start, rtol=1e-4, atol=1e-3)
-        refined, its_fps = data.read_video(out)
-        assert refined.shape == (4, 64, 64, 3) and its_fps == fps / 2, "as long as it was"
-    condition = spied(monkeypatch, sample, "condition")
-    oracle(monkeypatch, torch.zeros(1, 8, 4, 8, 8))
-    make("--video", source, images=pictures[1:], name="refined.mp4")
-    assert torch.equal(condition.call_args.args[1], fitted(pictures[1]))
-    with pytest.raises(data.MediaError, match="latents are of 64x64"):
-        sample.open_video(source, (128, 128), small_vae, torch.device("cpu"))
-
-
-def test_a_video_to_refine_is_resampled_by_time():
-    latents, times = torch.arange(20.0).view(20, 1, 1, 1), [i / 5 for i in range(10)]
-    times += [2 + i / 50 for i in range(10)]  # 200 ms each, then 20 ms
-    video = sample.Video(latents, torch.tensor(times), 9.2, None)
-    found = sample.resampled(video, 12)[0].flatten().int().tolist()
-    assert found == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 19]
-    even = sample.Video(latents, torch.arange(20) / 5, 5, None)
-    assert torch.equal(sample.resampled(even, 20)[0], latents)
-
-
-def test_what_the_command_prints(monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(sample, "main", lambda argv: print("caf\udce9 \xe9", flush=True))
-    sample.command([])
-    assert terminal.buffer.getvalue() == b"caf\\udce9 \\xe9\n", "what a terminal can't costs nothing"
-    monkeypatch.setattr(sample, "main", Mock(side_effect=torch.OutOfMemoryError("injected")))
-    with pytest.raises(SystemExit, match="--offload"):
-        sample.command([])
+def test_latents_that_cannot_be_used(tmp_path):
+    path, zeros = tmp_path / "saved.safetensors", torch.zeros(1, 2, 4, 8, 8)
+    saved = asdict(sample.Settings(frames=2, size=(64, 64), dtype="float32"))
+    for latents, settings, words in (
+            (zeros, None, "no latents"), (zeros, [1], "no latents"),
+            (zeros, {"frames": 2}, "no latents"), (zeros[0], saved, "no latents"),
+            (zeros * math.nan, saved, "not finite")):
+        exsvd.save(path, {"latents": latents}, {"settings": settings})
+        with refused(words):
+            sample.saved_latents(path)
 
 
 @pytest.mark.parametrize("args, words", [
@@ -2932,6 +2923,17 @@ def test_bad_input_is_one_line_and_a_failure(
     last = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err
     assert exit.value.code not in (0, None) and words in last.strip().splitlines()[-1]
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("out/*"))
+
+
+def test_what_the_command_prints(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sample, "main", lambda argv: print("caf\udce9 \xe9", flush=True))
+    sample.command([])
+    assert terminal.buffer.getvalue() == b"caf\\udce9 \\xe9\n", "what a terminal can't costs nothing"
+    monkeypatch.setattr(sample, "main", Mock(side_effect=torch.OutOfMemoryError("injected")))
+    with pytest.raises(SystemExit, match="--offload"):
+        sample.command([])
 
 
 def test_the_snippets_of_the_readme(small, extensions, pictures, tmp_path, monkeypatch):
