@@ -2515,14 +2515,13 @@ def test_the_defaults_of_a_model_come_in_order():
     unet.max_frames = 128
     has(sample.settings_for(replace(svd, extension={})), steps=50, size=(512, 512),
         match_stats=True, contrast=1.2, encode_scale=0.13025)
-    sampling = {"steps": 8, "size": [256, 128], "cfg": [1, 1], "sampler": "lcm"}
+    sampling = {"steps": 8, "size": [256, 128], "cfg": [1, 1], "sampler": "lcm", "contrast": None}
     own = {"defaults": {"sample": {"size": [64, 64]}}}
     ours = replace(svd, meta={"defaults": {"sample": sampling}}, extension=own)
     has(sample.settings_for(ours, {"steps": 3}), steps=3, size=(64, 64), cfg=(1, 1),
         schedule="lcm", match_stats=False, contrast=1)
     for bad in ({"steps": 0}, {"size": [100, 64]}, {"cfg": [1]}, {"sampler": "rm -rf"},
-                {"out": "/etc/passwd"}, {"share_mean": 1}, {"fps": "fast"}, {"fps": None},
-                {"dtype": ["float32"]}):
+                {"out": "/etc/passwd"}, {"share_mean": 1}, {"fps": "fast"}, {"dtype": ["float32"]}):
         meta = {"defaults": {"sample": bad}}
         with pytest.raises(exsvd.WeightsError, match=f"m.st: its setting {next(iter(bad))} is not usable"):
             sample.settings_for(replace(svd, meta=meta), model="m.st")
