@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 import exsvd
 
-# We print one line about a damaged file. These libraries would print more about it.
+# We print one line about a damaged file. Without this, these libraries would print more.
 av.logging.set_level(None)
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module="PIL")
@@ -116,8 +116,8 @@ def _picture_pixels(path, picture):
     profile = picture.info.get("icc_profile", b"")
     if picture.mode[0] in "IF":  # grey of more than 8 bits, which convert() would clip
         grey = np.nan_to_num(np.asarray(picture) * (255.0 if picture.mode == "F" else 1 / 257))
-        if grey.max() > 256:
-            raise unreadable(path, "it has values above 1.0, or above 65535: export it as PNG")
+        if grey.min() < -1 or grey.max() > 256:
+            raise unreadable(path, "its values go beyond 0 to 1.0, or 0 to 65535: export it as PNG")
         picture = Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))
     image = picture if picture.mode in ("CMYK", "L") else picture.convert("RGB")
     try:
@@ -146,7 +146,8 @@ def _container(path):
             options = {"protocol_whitelist": "none"}
             with av.open(content, options=options, metadata_errors="replace") as container:
                 if container.metadata.get("major_brand", "")[:3] in ("hei", "hev", "mif", "msf"):
-                    raise unreadable(path, "HEIC, which needs pip install pillow-heif; or damaged")
+                    raise unreadable(path, "a HEIC picture, which needs pip install pillow-heif, "
+                                           "or is damaged if you have that")
                 yield container
     except (OSError, av.FFmpegError) as e:
         raise unreadable(path, e) from e
@@ -154,36 +155,38 @@ def _container(path):
 
 def _decode(path, seek=None):
     """Yields (PyAV frame, stream) in the order in which frames are shown, from the start or from
-    the key frame at or before the time stamp `seek`. Frames from damage up to the next key frame
-    are left out and, of two at one time, the second. Raises MediaError, also if no frame is left,
-    or if one is interlaced."""
-    last, damaged = None, False
+    the key frame at or before the time stamp `seek`. After an error that FFmpeg reports, frames
+    are left out up to the next key frame. Of two frames at one time the second is left out. Raises
+    MediaError, also if no frame is left, or if one is interlaced."""
+    last, damaged, fresh = None, False, False  # fresh: a key frame was read since the damage
     with _container(path) as container:
         stream = container.streams.best("video")
         decoder = stream and stream.codec_context
         if not decoder:  # FFmpeg finds SVG, but does not decode it
             raise unreadable(path, "it holds no picture that can be decoded")
-        if decoder.name in ("exr", "hdr"):  # linear light, of which FFmpeg says nothing
+        if decoder.name in ("exr", "hdr", "pfm", "phm"):  # linear light, of which FFmpeg says nothing
             raise unreadable(path, "it holds linear light: export it as PNG or JPEG")
         # FFmpeg's own decoders of VP8 and VP9 drop an alpha channel, those of libvpx keep it.
         libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
         if libvpx and {"alpha_mode", "ALPHA_MODE"} & stream.metadata.keys():
             decoder = av.CodecContext.create(libvpx, "r")
         decoder.thread_count = 1  # with more, errors surface at other packets from run to run
-        if seek is not None:
+        if seek is not None and container.format.name != "mpeg":  # there time stamps would change
             container.seek(int(seek), stream=stream)
         for packet in container.demux(stream):
+            fresh = fresh or packet.is_keyframe
             try:
                 frames = decoder.decode(packet)
             except (av.FFmpegError, ValueError):
-                damaged = True
-                continue
-            for frame in frames:
+                frames = None
+            if frames is None or packet.is_corrupt:
+                damaged, fresh = True, False
+            for frame in frames or ():
                 if frame.interlaced_frame:
-                    raise MediaError(f"{path}: interlaced: two moments per frame; encode again: "
+                    raise MediaError(f"{path}: interlaced: two moments per frame: encode it again: "
                                      "ffmpeg -i OLD -vf bwdif=0 -crf 16 NEW.mp4")
                 twice = last is not None and frame.pts is not None and frame.pts == last.pts
-                damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+                damaged = frame.is_corrupt or (damaged and not (fresh and frame.key_frame))
                 if not damaged and not twice:
                     last = frame
                     yield frame, stream
@@ -205,7 +208,7 @@ def _convert(path, frame, form, scaler=None, **options):
 def _as_shown(path, frame, stream=None, size=None):
     """A PyAV frame as players show it: uint8 (H, W, 3), on white, upright, with square pixels, in
     SDR (203 nits are white). size: (W, H), which it is scaled to cover, then centre cropped; of
-    several, the nearest in aspect."""
+    several sizes, the nearest in aspect ratio."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     # A pixel at (x, y) is shown at (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] if matrix else (1, 0, 0, 0, 1)
@@ -490,7 +493,7 @@ def draw_conditions(seed, names, size):
 # A frame's number is its place among those that can be decoded, in the order in which they are
 # shown (headers count damaged, hidden and missing frames). Clips never cross a hard cut.
 
-INDEX = ".exsvd-index-6.jsonl"  # the number changes with the format
+INDEX = ".exsvd-index-7.jsonl"  # the number changes with the format
 SUFFIXES = set(".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf"
                " .ogv .ts .vob .webm .wmv .y4m".split())  # in folders; a list may name any file
 csv.field_size_limit(2**31 - 1)  # captions may be long
@@ -511,7 +514,8 @@ def _read_list(source):
             rows = json.loads(text)
     except (OSError, ValueError, csv.Error) as e:
         raise unreadable(source, e) from e
-    rows = rows if isinstance(rows, list) else [rows]
+    if not isinstance(rows, list):
+        raise unreadable(source, "its JSON is not a list: give a list of paths or of objects")
     for i, row in enumerate(rows):
         if isinstance(row, dict):
             column = next((key for key in ("path", "video", "file") if key in row), None)
@@ -718,8 +722,8 @@ class Checked:
 
 
 def read_clip(path, entry, numbers, size):
-    """Frames of a video by number: uint8 (T, 3, H, W). size: of several, the first frame takes the
-    nearest in aspect ratio, and the others that. Raises MediaError."""
+    """Frames of a video by number: uint8 (T, 3, H, W). size: of several, all frames have the
+    one nearest in aspect ratio to the first. Raises MediaError."""
     stamps = _stamps(entry)[numbers].tolist()
     earlier = max(stamps[0] - 2 * entry["base"][1] / entry["base"][0], entry["start"])  # by 2 s
     # FFmpeg finds a key frame by the time of its decoding, and it may be shown after the first.
@@ -733,7 +737,7 @@ def read_clip(path, entry, numbers, size):
                 break
         if got.keys() == set(stamps):
             return torch.stack([got[stamp] for stamp in stamps])
-    raise unreadable(path, "its frames are not those of the index; remove the index")
+    raise unreadable(path, f"its frames are not those of the index: remove {INDEX}")
 
 
 @dataclass
@@ -742,7 +746,7 @@ class Clips:
     anywhere in it."""
     source: str  # what list_files() takes, or a folder that encode() wrote
     frames: int  # of a clip
-    size: tuple  # (W, H), or several of them, see read_clip()
+    size: tuple  # (W, H), multiples of 64; or several, see read_clip()
     seed: int = 0
     stride: int = 1  # take every stride-th frame; or
     fps: float = None  # the frames nearest to each 1/fps
@@ -843,8 +847,8 @@ class Clips:
 
 
 class LatentClips(Clips):
-    """Clips from a folder that encode() wrote; items hold "latents", "cond", "ctx", "aug". Noise is
-    that of the seed with which they were encoded."""
+    """Clips from a folder that encode() wrote; items hold "latents", "cond", "ctx", "aug". The
+    noise is drawn from the seed of the encoding, not from `seed`."""
 
     def _open(self):
         encoded = check_encoded(self.source, {key: getattr(self, key) for key in CLIP_SETTINGS})
@@ -866,7 +870,8 @@ def open_dataset(source, frames, size, seed=0, model=None, **settings):
     source: videos (see list_files), a folder that encode() wrote, or a Python file that defines
     clips(frames, size, seed), whose errors are not caught. size: (W, H), or several. model: the
     path of one whose VAE and CLIP must have encoded the folder. settings: of Clips; a Python file
-    takes none. Of several processes one must open videos first: it builds the index."""
+    takes none. If several processes open the same videos, one must do so first: it
+    builds the index."""
     if str(source).endswith(".py") and os.path.isfile(source):
         if settings != {key: getattr(Clips, key) for key in settings}:
             raise MediaError(f"{source}: --stride, --fps, --motion, --skip-static are for videos")
@@ -892,7 +897,8 @@ def open_dataset(source, frames, size, seed=0, model=None, **settings):
 # There is a .safetensors file per video. It holds "latents" of all frames, and a row of "cond",
 # "ctx", "aug" and "motion" (the score) for each frame at which a clip can start, in this order. Its
 # metadata is the video's entry in the index. Computed: an A100 takes 8 ms for a frame of 512x512,
-# twice where a clip can start; for 720 frames and --start-every 16 that pays off in 6 epochs.
+# and twice that where a clip can start. With videos of 720 frames and --start-every 16, encoding
+# pays off after 6 epochs.
 
 SETTINGS = "latents.json"  # with what a folder was encoded; its "model" is a fingerprint
 CLIP_SETTINGS = ("size", "frames", "stride", "fps", "skip_static")
@@ -976,9 +982,11 @@ def _encode_file(dataset, name, svd, dtype):
     for a in range(0, len(stamps), at_once):
         batch = list(itertools.islice(frames, at_once))
         if [frame.pts for frame, _ in batch] != stamps[a:a + at_once]:
-            raise unreadable(path, "its frames are not those of the index; remove the index")
-        pixels = [_as_shown(path, *each, size).permute(2, 0, 1) for each in batch]
-        size = pixels[0].shape[:0:-1]  # of several, that of the first frame
+            raise unreadable(path, f"its frames are not those of the index: remove {INDEX}")
+        pixels = []
+        for each in batch:
+            pixels.append(_as_shown(path, *each, size).permute(2, 0, 1))
+            size = pixels[0].shape[:0:-1]  # of several, that of the first frame
         window |= {a + k: x.numpy() for k, x in enumerate(pixels)}
         video = to_float(torch.stack(pixels))
         tensors["latents"] += encode_frames(svd.vae, video).to("cpu", dtype)
@@ -1001,6 +1009,8 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
     kept, unless its video has changed since. dtype: of what is stored. shard: (I, N), the I-th of N
     parts. settings: of Clips. Raises MediaError if `out` was begun with another model or other
     settings; and, when the others are encoded, if files cannot be read."""
+    if shard[0] > shard[1]:
+        raise MediaError(f"--shard {shard[0]} {shard[1]}: the first must not be above the second")
     dataset = Clips(source, **settings)
     svd = exsvd.load(model, device=device, parts=("vae", "clip"))
     ours = {key: getattr(dataset, key) for key in ("seed", *CLIP_SETTINGS, "start_every")}
@@ -1015,8 +1025,8 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
     encoded = latents_in(out)
     gone = one_line(", ".join(sorted(encoded.keys() - dataset.usable.keys())))
     if gone:
-        print(f"{out} also holds what is no usable video of {source}; remove it if you do not want "
-              f"to train on it: {gone}", file=sys.stderr)
+        print(f"{out} also holds latents of videos that {source} lacks or that cannot be used; remove "
+              f"them if you do not want to train on them: {gone}", file=sys.stderr)
     todo = [name for name in dataset.names[shard[0] - 1::shard[1]]
             if encoded.get(name) != dataset.index[name]]
     failed = []
@@ -1024,6 +1034,8 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
         path = os.path.join(out, f"{name}.safetensors")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
+            if len(os.fsencode(os.path.basename(path))) > 240:  # with that of a temporary file
+                raise MediaError(f"{name}: its name is too long: rename it")
             exsvd.save(path, _encode_file(dataset, name, svd, dtype), {"index": dataset.index[name]})
         except MediaError as e:
             failed.append(str(e))
@@ -1038,7 +1050,8 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
 
 def main():
     import train  # here, since it imports this file
-    parser = argparse.ArgumentParser(description="Check or encode a set of videos for training.")
+    parser = argparse.ArgumentParser(description="Check or encode a set of videos for training. In "
+                                     "[brackets]: the default; a model's file may hold others.")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="say what cannot be used, and why")
     encoding = commands.add_parser("encode", help="store latents; goes on where it was stopped")

@@ -1490,7 +1490,8 @@ BAD_PICTURES = {  # what a file holds, words of the message
     "noise": (NOISE.tobytes(), "Invalid data"), "a\nb": (b"?", "Invalid data"),
     "x.heic": (b"\0\0\0\x18ftypheic" + bytes(99), "Invalid data"),
     "large.png": (LARGE, "more than 179 megapixels: shrink it"),
-    "float.tif": (file_of(np.full((9, 9), 1.5, np.float32), "TIFF"), "values above 1.0.*: export it"),
+    "float.tif": (file_of(np.full((9, 9), 1.5, np.float32), "TIFF"), "values go beyond .*: export it"),
+    "minus.tif": (file_of(np.full((9, 9), -0.5, np.float32), "TIFF"), "values go beyond .*: export it"),
     "raw.dng": (RAW, "a raw photograph: export it"),
     "missing.png": (None, "No such file"), ".": (None, "Is a directory"),
     "x.svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="5" height="5"/>', "no picture"),
@@ -1500,7 +1501,7 @@ for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "AVIF", "BMP"):
     for part in (0.05, 0.3, 0.6, 0.9, 0.98):
         BAD_PICTURES[f"{part} of {form}"] = whole[:int(len(whole) * part)], "cannot be read"
 BAD_LISTS = {
-    "a.json": (b'{"good.mp4": 1}', "has the columns 'good.mp4'"), "b.json": (b"[", "Expecting value"),
+    "a.json": (b'{"good.mp4": 1}', "its JSON is not a list"), "b.json": (b"[", "Expecting value"),
     "c.json": (b'["a", {"cap": 1}]', "has the columns 'cap'; .* path, video or file"),
     "d.csv": (b"file_name,text\na,b", "has the columns 'file_name', 'text'"),
     "e.csv": (b"path;text\na;b", "has the columns 'path;text'"), "f.txt": (b"\xff", "can't decode"),
@@ -1759,7 +1760,7 @@ def from_workers(dataset, numbers):
     ("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("d.avi", "mjpeg", {}),
     ("c.avi", "mpeg4", {"bf": "2"}), ("k.mts", "libx264", {"bf": "3"}),
     ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}),
-    ("g.ts", "mpeg2video", {"bf": "2"}), ("h.mkv", "ffv1", {}), ("i.mkv", "libx265", {}),
+    ("g.ts", "mpeg2video", {"bf": "2"}), ("j.mpg", "mpeg2video", {"bf": "2"}), ("h.mkv", "ffv1", {}), ("i.mkv", "libx265", {}),
     ("l.gif", "gif", {})])
 def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name, codec, options):
     if codec not in av.codecs_available:
@@ -1776,14 +1777,16 @@ def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name
         assert torch.equal(clip, every[first:first + 8])
 
 
-@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
-def test_what_refers_to_a_damaged_frame_is_left_out(tmp_path, codec):
+@pytest.mark.parametrize("name, codec, bf, packet, kept", [
+    ("x.mkv", "libx264", 0, 16, [*range(16), *range(24, 48)]),
+    ("x.mkv", "mpeg2video", 0, 16, [*range(16), *range(24, 48)]),
+    ("x.avi", "mpeg4", 2, 13, [*range(12), *range(24, 48)])])  # read before frame 12 is decoded
+def test_what_refers_to_a_damaged_frame_is_left_out(tmp_path, name, codec, bf, packet, kept):
     """Decoders conceal it, and call the frames that are predicted from it good."""
-    path = write_video(tmp_path / "x.mkv", scene(3), codec, g="12", bf="0")
+    path = write_video(tmp_path / name, scene(3), codec, g="12", bf=str(bf))
     whole = data.read_video(path)[0]
-    damage(path, 16)
-    left = data.read_video(path)[0]
-    assert torch.equal(left, torch.cat([whole[:16], whole[24:]]))
+    damage(path, packet)
+    assert torch.equal(data.read_video(path)[0], whole[kept])
 
 
 def test_a_duplicate_time_stamp_costs_one_frame(tmp_path):
@@ -2207,7 +2210,7 @@ def test_encoding_goes_on_and_follows_the_videos(pair, tmp_path, coder, monkeypa
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(exsvd, "save_file", stops)
         run()
-    with monkeypatch.context() as m, pytest.raises(SystemExit, match="b.mp4: .* remove the index"):
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match="b.mp4: .* those of the index: remove"):
         m.setattr(data, "_decode", lambda path: iter(()))  # a file that was changed meanwhile
         run()
     encode_file = data._encode_file
@@ -2234,7 +2237,7 @@ def test_encoding_goes_on_and_follows_the_videos(pair, tmp_path, coder, monkeypa
 
 @pytest.mark.parametrize("flags, words", [
     (["--size", "64"], "WIDTHxHEIGHT"), (["--size", "72x64"], "nearest is 64x64"),
-    (["--shard", 0, 2], "at least 1"), (["--frames", "-1"], "at least 1"),
+    (["--shard", 0, 2], "at least 1"), (["--shard", 3, 2], "must not be above"), (["--frames", "-1"], "at least 1"),
     ([], "the index cannot be written .*: give a .txt list")])
 def test_the_command_refuses_in_a_line(pair, monkeypatch, capsys, coder, tmp_path, flags, words):
     (pair / data.INDEX).mkdir()  # stands in for a folder that is read-only, which does not stop root
@@ -3252,7 +3255,7 @@ def test_a_state_is_cut_for_any_number_of_ranks(ranks, tmp_path, monkeypatch):
     start = {name: torch.zeros(p.shape) for name, p in module.items()}
     state = {f"{name}.{key}": torch.rand(p.shape) for name, p in module.items()
              for key in ("master", "average", "exp_avg")}
-    exsvd.save(path, state, {"counts": [{"step": 2.0}], "updates": 2, "loss_scaler": {}})
+    exsvd.save(path, state, {"numbers": [{"step": 2.0}], "updates": 2, "loss_scaler": {}})
     total, masters = {}, torch.zeros(ranks, size)
     for rank, master in enumerate(masters):
         link_hp_params([*module.values()], master, {}, {}, False, 0, rank * size, size, None)
@@ -3261,7 +3264,7 @@ def test_a_state_is_cut_for_any_number_of_ranks(ranks, tmp_path, monkeypatch):
         shards = train.Shards(Mock(optimizer=zero, module=module, device="cpu", lr_scheduler=None), 0.9, start)
         shards.load(exsvd.Tensors(path))
         tensors, meta = shards.state()
-        assert meta["counts"] == [{"step": 2.0}] and tensors.keys() == state.keys()
+        assert meta["numbers"] == [{"step": 2.0}] and tensors.keys() == state.keys()
         total = {name: t + total.get(name, 0) for name, t in tensors.items()}  # as dist.reduce() adds
     assert all(torch.equal(total[name], t) for name, t in state.items())
     flat = torch.cat([state[f"{name}.master"].flatten() for name in module])
@@ -3335,6 +3338,12 @@ def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(one_rank, run, vid
 
 
 # Optimiser and DeepSpeed
+
+
+def test_a_run_goes_on_with_another_weight_decay(run):
+    out = run("--train temporal --weight-decay 0 --steps 1")
+    run("--train temporal --weight-decay 0.5 --steps 2")
+    assert int(log_of(out)[-1]["step"]) == 2
 
 
 def test_optimiser_on_the_cpu(run, tmp_path):

@@ -35,7 +35,7 @@ SVD's formulation, public training codes or ourselves. Beside it the script rele
     weight decay        0.01 on matrices and convolutions       0.01 on everything
 
 A run folder (--out) holds
-    state-<step>.safetensors    what resuming needs: the last two states
+    state-<step>.safetensors    what resuming needs: the last two, 12.9 GB each for SVD-XT
     exvideo-<step>.safetensors  the EMA in float16, for --extension; at 128 frames the official code
                                 reads it too. Where more is trained: a whole model, model-<step>
     log.csv                     losses (by noise level, of --val), gradient norm, lr, seconds, memory
@@ -44,8 +44,8 @@ A run folder (--out) holds
 
 The same command resumes from the newest state. What a step draws (clip, noise level, noise,
 dropout) depends on --seed and the number of the video alone, so a run that was killed resumes
-bit-identically (on CUDA: with --deterministic). Another number of ranks continues too: the sharded
-state is cut anew, and no video is seen twice. When a save fails, the run warns and goes on.
+bit-identically (on CUDA: with --deterministic). Another number of ranks can go on too: each takes
+its part of the state, and no video is seen twice. When a save fails, the run warns and goes on.
 
 To stop early and lose nothing, press Ctrl-C once, or send SIGTERM or SIGUSR1 to one training
 process (rank 0 prints its id) or to all: the ranks agree, save and leave. `deepspeed` passes only
@@ -260,14 +260,14 @@ def join_ranks(s):
 def hold(out):
     """Keep other runs out of a run folder until this process ends, however it ends."""
     os.makedirs(out, exist_ok=True)
-    lock = os.open(os.path.join(out, "lock"), os.O_WRONLY | os.O_CREAT)  # a number: stays open
+    lock = os.open(os.path.join(out, "lock"), os.O_WRONLY | os.O_CREAT, 0o666)  # stays open
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"train.py: another run writes to {out}: stop it, or give another --out")
     except OSError:  # the file system has no locks
         pass
-    for unfinished in Path(out).glob("*.tmp"):  # of a run that was killed
+    for unfinished in Path(out).glob("*.safetensors*.tmp"):  # of a run that was killed
         unfinished.unlink()
 
 
@@ -284,7 +284,8 @@ def of_all_ranks(value):
 
 
 def on_rank_0(f):
-    """f() on rank 0, for which the others wait. If it raises OSError, all do."""
+    """Call f() on rank 0 while the others wait. If it raises OSError, all ranks do. Every rank must
+    call it."""
     problem = None
     if dist.get_rank() == 0:
         try:
@@ -342,8 +343,9 @@ def trains(network):
 
 def load_networks(s, pixels, device):
     """SVD, extended to --frames, or at its own length if what trains is part of the extension. What
-    trains has requires_grad. That, the extension, VAE and CLIP (which are there only where clips
-    are pixels) are in fp32, the rest in --dtype."""
+    trains has requires_grad. It is in fp32, as are the extension and the VAE; the rest is in
+    --dtype. VAE and CLIP are there only where clips are pixels. A CLIP that is not trained has the
+    dtype of encoding."""
     def keep_float32(name):
         return is_trained(s, name) or in_extension(name) or name.startswith(("vae.", "clip."))
 
@@ -405,16 +407,18 @@ def parameter_groups(trained, s):
     """Groups for the optimiser: what decays, and what does not. Decay pulls towards 0. That is
     neutral for matrices and convolutions, but not for norms, biases, tables of positions and the
     identity convolution."""
-    groups = {s.weight_decay: [], 0.0: []}
+    decaying, exempt = [], []
     for name, p in trained.items():
-        exempt = p.ndim < 2 or re.search("frame_table|frame_conv|positional_embedding", name)
-        groups[0.0 if exempt else s.weight_decay].append(p)
-    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+        spared = p.ndim < 2 or re.search("frame_table|frame_conv|positional_embedding", name)
+        (exempt if spared else decaying).append(p)
+    groups = [{"params": decaying, "weight_decay": s.weight_decay},
+              {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def make_optimizer(groups, s):
     """The optimiser that DeepSpeed shards: any of torch's interface that works element by element.
-    With --offload it must be one of DeepSpeed's for the CPU, which are compiled on first use.
+    States hold what it keeps of each parameter, not what it keeps in its groups. With --offload it must be one of DeepSpeed's for the CPU, which are compiled on first use.
 
     ZeRO-2 makes a flat tensor of each group, so torch.optim.Muon, which needs matrices, cannot
     work. MuonWithAuxAdam of deepspeed.runtime.zero.muon.muon_optimizer does, with --clip 0."""
@@ -498,7 +502,9 @@ def check_config(s, config):
         if s.warmup or s.cooldown:
             raise ValueError("its scheduler and --warmup or --cooldown would both set the rate: "
                              "give --warmup 0 --cooldown 0, or take it out")
-        scheduler = getattr(lr_schedules, config["scheduler"].get("type", ""))
+        if "type" not in config["scheduler"]:
+            raise ValueError('its scheduler needs a type, such as "WarmupLR"')
+        scheduler = getattr(lr_schedules, config["scheduler"]["type"])
         params = config["scheduler"].setdefault("params", {})  # a list has an entry per group
         theirs = inspect.signature(scheduler).parameters
         for key, ours in {"total_num_steps": s.steps, "warmup_max_lr": s.lr}.items():
@@ -525,8 +531,8 @@ class Shards:
         self.masters = self.zero.single_partition_of_fp32_groups
         assert all(master.dtype == torch.float32 for master in self.masters)
         self.updates = 0  # of the average
-        self.places = {}  # {name: (group, slice of our part of it, slice of the flattened parameter)}
-        self.holds = {"optimizer": type(self.zero.optimizer).__name__}  # and {name: shape}
+        self.places = {}  # {name: (group, where in our part of it, where in the flattened parameter)}
+        self.holds = {"optimizer": type(self.zero.optimizer).__name__}  # and {name: shape}: a state's too
         name_of = {id(p): name for name, p in engine.module.named_parameters()}
         for i, group in enumerate(self.zero.bit16_groups):
             for p in group:
@@ -537,7 +543,7 @@ class Shards:
                 self.masters[i].data[part] = start[name].flatten()[piece].to(self.masters[i])
                 self.places[name], self.holds[name] = (i, part, piece), list(p.shape)
         self.average = [m.detach().clone() for m in self.masters]
-        self.frozen = {name: t for name, t in start.items() if name not in self.places}
+        self.rest_of_extension = {name: t for name, t in start.items() if name not in self.places}
 
     @torch.no_grad()
     def update_average(self):
@@ -585,19 +591,19 @@ class Shards:
         return whole
 
     def state(self):
-        """What resuming needs: {"<parameter>.<key>": fp32 tensor}, {} except on rank 0, and {name:
-        value} for JSON. Every rank must call it. Rank 0 holds all ranks' tensors in CPU memory
-        while it writes them: 16 bytes per number that is trained, 12.9 GB for SVD-XT."""
-        counts, keys = [], set()
+        """What resuming needs: {"<parameter>.<key>": fp32 tensor}, which is {} except on rank 0,
+        and {name: value} for JSON. Every rank must call it. Rank 0 holds all ranks' tensors in CPU memory
+        while it writes them: with AdamW 16 bytes per number that is trained, 12.9 GB for SVD-XT."""
+        numbers, keys = [], set()
         for kept in self.kept():
-            numbers = {key for key, value in kept.items() if torch.as_tensor(value).ndim == 0}
-            counts.append({key: torch.as_tensor(kept[key]).item() for key in numbers})
-            keys |= kept.keys() - numbers
+            numbers.append({key: torch.as_tensor(value).item() for key, value in kept.items()
+                            if torch.as_tensor(value).ndim == 0})
+            keys |= kept.keys() - numbers[-1].keys()
         tensors = {f"{name}.{key}": t for key in sorted(keys) for name, t in self.gather(key).items()}
         scheduler, scaler = self.engine.lr_scheduler, vars(self.zero.loss_scaler)
         return tensors, {
             "holds": self.holds,
-            "counts": counts,
+            "numbers": numbers,
             "updates": self.updates,
             "loss_scaler": {k: v for k, v in scaler.items() if type(v) in (bool, int, float)},
             "scheduler": scheduler.state_dict() if scheduler else None,
@@ -607,8 +613,8 @@ class Shards:
     def load(self, tensors):
         """Go on from a state, an exsvd.Tensors, of any number of ranks."""
         saved, state = tensors.meta, self.zero.optimizer.state
-        for master, counts in zip(self.masters, saved["counts"]):
-            for key, value in counts.items():
+        for master, numbers in zip(self.masters, saved["numbers"], strict=True):
+            for key, value in numbers.items():
                 state[master][key] = torch.tensor(value) if isinstance(value, float) else value
         for full_name in tensors.file.keys():
             name, key = full_name.rsplit(".", 1)
@@ -632,7 +638,7 @@ def start_engine(s, svd, config, device):
     module = PostTuning(svd.unet, svd.clip if trains(svd.clip) else None, exsvd.LOSSES[s.loss])
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     start = {name: p.detach() for name, p in module.named_parameters()
-             if name in trained or in_extension(name)}  # fp32, which the next line replaces
+             if name in trained or in_extension(name)}  # fp32; the module's are now made --dtype
     module.to(getattr(torch, s.dtype)).train()
     zero, elements = config["zero_optimization"], sum(p.numel() for p in trained.values())
     zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], elements)  # all of it is allocated
@@ -662,7 +668,8 @@ def start_engine(s, svd, config, device):
 
 
 def saved_states(out):
-    """Their paths in order of steps. Folders are states of earlier versions, which nothing reads."""
+    """Paths in order of steps. Folders, which earlier versions wrote, are among them: nothing reads
+    them, and no new run begins beside them."""
     return sorted(map(str, Path(out).glob("state-*[0-9s]")))
 
 
@@ -682,8 +689,8 @@ def save_state(out, shards, about):
 
 
 def newest_state(paths):
-    """-> exsvd.Tensors of the last of these states, None if there are none. Exits with a line if it
-    is damaged."""
+    """-> the last of these states, an exsvd.Tensors, or None. Exits with a line if it cannot be
+    read."""
     if not paths:
         return None
     try:
@@ -709,7 +716,7 @@ def origin(s, svd):
 
 def resume(s, shards, made_with):
     """Go on from the newest state, if there is one. -> step, videos seen, sums of losses since the
-    last row of log.csv, see add_losses(). made_with: what the state says of this run"""
+    last row of log.csv, see add_losses(). made_with: what states of this run say, to compare"""
     engine = shards.engine
     sums = torch.zeros(2, len(SIGMA_BINS) + 2, dtype=torch.float64, device=engine.device)
     state = newest_state(of_all_ranks(saved_states(s.out))[0])  # others may see a shared disk late
@@ -729,7 +736,7 @@ def resume(s, shards, made_with):
         torch.set_num_threads(info["threads"][rank])  # their number changes the last bits
     engine.global_steps, engine.global_samples = step, videos  # for its own lines and curves
     if rank == 0:
-        sums += torch.tensor(info["sums"], device=engine.device)
+        sums += torch.tensor(info["sums"], dtype=sums.dtype, device=engine.device)
     say(f"resumed from {state.path}: step {step}, {videos} videos seen")
     if info["clips"] != made_with["clips"]:
         say(f"warning: {s.data} holds other clips than when that was saved")
@@ -966,7 +973,9 @@ def take_sample(s, svd, dataset, step):
         with data.VideoWriter(path, settings.fps, asdict(settings)) as video:
             video.write(pixels)
         add_progress(s.out, step, pixels)
-    except (OSError, torch.OutOfMemoryError) as e:
+    except (OSError, RuntimeError) as e:
+        if not isinstance(e, OSError) and not sample.is_out_of_memory(e):
+            raise
         say(f"warning: there is no sample of step {step} ({e})")
         return {}
     measured = {"motion_score": data.motion_score(pixels)}
@@ -986,10 +995,10 @@ def is_extension(svd):
 
 
 def save_weights(s, svd, shards, path, **about):
-    """Write the networks with the average in place of their own weights, in float16. Of a whole
-    model, what is not trained has been rounded to --dtype. about: goes into the file's metadata.
+    """Write the networks with the average in place of their own weights, in float16. In a whole
+    model, what is not trained was rounded to --dtype before. about: goes into the file's metadata.
     Every rank must call it. Raises OSError on all alike."""
-    weights = shards.frozen | shards.gather("average")
+    weights = shards.rest_of_extension | shards.gather("average")
 
     def write():
         defaults = {"sample": own_sampling(s, svd)}
@@ -1008,7 +1017,7 @@ def save_weights(s, svd, shards, path, **about):
 def try_saving(s, svd, shards):
     """Write the weights once as they will be written, and check them as sample.py will, which takes
     no memory. What can't be saved or loaded ends the run now, and not after a day."""
-    path = os.path.join(s.out, "trial.tmp")
+    path = os.path.join(s.out, "trial.safetensors.tmp")
     save_weights(s, svd, shards, path)
     if dist.get_rank() == 0:
         if is_extension(svd):
