@@ -34,7 +34,7 @@ import threading
 import types
 import warnings
 from collections import Counter, deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -164,7 +164,7 @@ def _decode(path, seek=None):
         decoder = stream and stream.codec_context
         if not decoder:  # FFmpeg finds SVG, but does not decode it
             raise unreadable(path, "it holds no picture that can be decoded")
-        if decoder.name in ("exr", "hdr", "pfm", "phm"):  # linear light, of which FFmpeg says nothing
+        if decoder.name in ("exr", "hdr", "pfm", "phm"):  # FFmpeg does not say that it is linear
             raise unreadable(path, "it holds linear light: export it as PNG or JPEG")
         # FFmpeg's own decoders of VP8 and VP9 drop an alpha channel, those of libvpx keep it.
         libvpx = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
@@ -1068,9 +1068,8 @@ def main():
     flag("--seed", type=train.integer(0), default=0, help="of noise on condition images [0]")
     flag("--start-every", type=train.integer(1), default=1, metavar="N",
          help="clips start at every N-th frame only, which needs fewer conditions [1]")
-    for f in fields(train.Settings):
-        for command in (check, encoding) if f.name in CLIP_SETTINGS else ():
-            command.add_argument("--" + f.name.replace("_", "-"), **f.metadata["options"])
+    for command in (check, encoding):
+        train.sample.add_flags(command, train.Settings, CLIP_SETTINGS)
     args = parser.parse_args()
     try:
         model = vars(args).get("model")

@@ -206,9 +206,10 @@ def setting(default, check, help, in_file=True, flag=None, **options):
         "in_file": in_file and check is not str, "flag": flag, "options": options})
 
 
-def add_flags(parser, cls):
-    """A flag for each setting of a class. What is not given is not in the parsed namespace."""
-    for f in fields(cls):
+def add_flags(parser, cls, only=None):
+    """A flag for each setting of a class, or for those named in `only`. What is not given is not in
+    the parsed namespace."""
+    for f in [f for f in fields(cls) if only is None or f.name in only]:
         flag = f.metadata["flag"] or "--" + f.name.replace("_", "-")
         parser.add_argument(flag, dest=f.name, **f.metadata["options"])
 

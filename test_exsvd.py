@@ -1760,7 +1760,8 @@ def from_workers(dataset, numbers):
     ("a.mp4", "libx264", {"bf": "3"}), ("b.webm", "libvpx-vp9", {}), ("d.avi", "mjpeg", {}),
     ("c.avi", "mpeg4", {"bf": "2"}), ("k.mts", "libx264", {"bf": "3"}),
     ("e.mkv", "libsvtav1", {"preset": "12"}), ("f.mov", "prores_ks", {}),
-    ("g.ts", "mpeg2video", {"bf": "2"}), ("j.mpg", "mpeg2video", {"bf": "2"}), ("h.mkv", "ffv1", {}), ("i.mkv", "libx265", {}),
+    ("g.ts", "mpeg2video", {"bf": "2"}), ("j.mpg", "mpeg2video", {"bf": "2"}),
+    ("h.mkv", "ffv1", {}), ("i.mkv", "libx265", {}),
     ("l.gif", "gif", {})])
 def test_frames_found_by_seeking_are_those_decoded_from_the_start(tmp_path, name, codec, options):
     if codec not in av.codecs_available:

@@ -418,7 +418,8 @@ def parameter_groups(trained, s):
 
 def make_optimizer(groups, s):
     """The optimiser that DeepSpeed shards: any of torch's interface that works element by element.
-    States hold what it keeps of each parameter, not what it keeps in its groups. With --offload it must be one of DeepSpeed's for the CPU, which are compiled on first use.
+    States hold what it keeps of each parameter, not what it keeps in its groups. With --offload it
+    must be one of DeepSpeed's for the CPU, which are compiled on first use.
 
     ZeRO-2 makes a flat tensor of each group, so torch.optim.Muon, which needs matrices, cannot
     work. MuonWithAuxAdam of deepspeed.runtime.zero.muon.muon_optimizer does, with --clip 0."""
@@ -531,8 +532,10 @@ class Shards:
         self.masters = self.zero.single_partition_of_fp32_groups
         assert all(master.dtype == torch.float32 for master in self.masters)
         self.updates = 0  # of the average
-        self.places = {}  # {name: (group, where in our part of it, where in the flattened parameter)}
-        self.holds = {"optimizer": type(self.zero.optimizer).__name__}  # and {name: shape}: a state's too
+        # {name: (group, where in our part of it, where in the flattened parameter)}
+        self.places = {}
+        # and {name: shape}, which must be those of a state
+        self.holds = {"optimizer": type(self.zero.optimizer).__name__}
         name_of = {id(p): name for name, p in engine.module.named_parameters()}
         for i, group in enumerate(self.zero.bit16_groups):
             for p in group:
@@ -577,9 +580,9 @@ class Shards:
     def gather(self, key):
         """What all ranks keep under a key such as "average", put together: {name of a parameter:
         fp32 tensor on the CPU}, {} except on rank 0. Every rank must call it."""
-        whole = {}
+        whole, kept = {}, self.kept()
         for name, (i, part, piece) in self.places.items():
-            flat = self.kept()[i].get(key)
+            flat = kept[i].get(key)
             if flat is None:  # optimisers may keep other things of another group
                 continue
             assert flat.shape == self.masters[i].shape, f"can't save {key}"
@@ -592,8 +595,9 @@ class Shards:
 
     def state(self):
         """What resuming needs: {"<parameter>.<key>": fp32 tensor}, which is {} except on rank 0,
-        and {name: value} for JSON. Every rank must call it. Rank 0 holds all ranks' tensors in CPU memory
-        while it writes them: with AdamW 16 bytes per number that is trained, 12.9 GB for SVD-XT."""
+        and {name: value} for JSON. Every rank must call it. Rank 0 holds all ranks' tensors in CPU
+        memory while it writes them: with AdamW 16 bytes per number that is trained, 12.9 GB for
+        SVD-XT."""
         numbers, keys = [], set()
         for kept in self.kept():
             numbers.append({key: torch.as_tensor(value).item() for key, value in kept.items()
