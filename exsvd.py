@@ -1019,13 +1019,9 @@ class Slices:
         return max(1, math.ceil(largest / self.size))
 
     def length(self, dim, *xs):
-        """Length of a slice along a dimension: a divisor of the whole if one is near, since
-        torch.compile compiles again for a last slice that is shorter."""
+        """Length of a slice along a dimension. The last one may be shorter."""
         n = xs[0].shape[dim]
-        most = math.ceil(n / min(n, self.count(*xs)))
-        if torch.is_grad_enabled():  # the fewer slices, the less is computed again
-            return most
-        return next((length for length in range(most, most // 2, -1) if n % length == 0), most)
+        return math.ceil(n / min(n, self.count(*xs)))
 
     def for_cache(self, x):
         """These slices; for inference on a CPU smaller ones, which its cache holds."""
