@@ -302,6 +302,18 @@ def sizes_of(size):
     return np.reshape(size, (-1, 2)).tolist()
 
 
+def frame_size(text):
+    """The type of a flag: WxH -> (W, H), multiples of 64."""
+    try:
+        W, H = map(int, text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: write WIDTHxHEIGHT, like 512x512") from None
+    if min(W, H) < 64 or W % 64 or H % 64:
+        near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
+        raise argparse.ArgumentTypeError(f"{text}: use multiples of 64; the nearest is {near}")
+    return W, H
+
+
 def to_float(video):
     """uint8 pixels of any shape -> float32 in [-1, 1]."""
     return video.float() / 127.5 - 1
@@ -755,6 +767,11 @@ class Clips:
     start_every: int = 1  # of the frames at which a clip can start, take every so many
 
     def __post_init__(self):
+        limits = dict(frames=1, stride=1, fps=1, start_every=1, skip_static=0, seed=0)
+        for key, least in limits.items():
+            value = getattr(self, key)
+            if value is not None and not least <= value < math.inf:
+                raise MediaError(f"{key} {value}: must be at least {least}")
         sizes = sizes_of(self.size)  # lists, as in JSON
         self.size = sizes if len(sizes) > 1 else sizes[0]
         self.index = self._open()  # {name: what scan() found}
@@ -1009,8 +1026,8 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
     kept, unless its video has changed since. dtype: of what is stored. shard: (I, N), the I-th of N
     parts. settings: of Clips. Raises MediaError if `out` was begun with another model or other
     settings; and, when the others are encoded, if files cannot be read."""
-    if shard[0] > shard[1]:
-        raise MediaError(f"--shard {shard[0]} {shard[1]}: the first must not be above the second")
+    if not 1 <= shard[0] <= shard[1]:
+        raise MediaError(f"--shard {shard[0]} {shard[1]}: the first must be from 1 to the second")
     dataset = Clips(source, **settings)
     svd = exsvd.load(model, device=device, parts=("vae", "clip"))
     ours = {key: getattr(dataset, key) for key in ("seed", *CLIP_SETTINGS, "start_every")}
@@ -1049,9 +1066,9 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
 
 
 def main():
-    import train  # here, since it imports this file
-    parser = argparse.ArgumentParser(description="Check or encode a set of videos for training. In "
-                                     "[brackets]: the default; a model's file may hold others.")
+    parser = argparse.ArgumentParser(
+        description="Check or encode a set of videos for training. In [brackets]: the default; the "
+                    "file of --model may hold others.")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="say what cannot be used, and why")
     encoding = commands.add_parser("encode", help="store latents; goes on where it was stopped")
@@ -1063,25 +1080,33 @@ def main():
     flag("--out", required=True, help="folder for the latents")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="[cuda if there is one, else cpu]")
-    flag("--shard", type=train.integer(1), nargs=2, default=(1, 1), metavar=("I", "N"),
+    flag("--shard", type=int, nargs=2, default=(1, 1), metavar=("I", "N"),
          help="encode the I-th of N parts, on one GPU; first run `check`, which builds the index")
-    flag("--seed", type=train.integer(0), default=0, help="of noise on condition images [0]")
-    flag("--start-every", type=train.integer(1), default=1, metavar="N",
+    flag("--seed", type=int, metavar="N", help="of noise on condition images [0]")
+    flag("--start-every", type=int, metavar="N",
          help="clips start at every N-th frame only, which needs fewer conditions [1]")
     for command in (check, encoding):
-        train.sample.add_flags(command, train.Settings, CLIP_SETTINGS)
+        flag = command.add_argument
+        flag("--frames", type=int, metavar="N", help="of a clip [128]")
+        flag("--size", type=frame_size, nargs="+", metavar="WxH", help="multiples of 64; of "
+             "several a video takes the nearest in aspect ratio [512x512]")
+        flag("--stride", type=int, metavar="N", help="take every N-th frame of a video [1]")
+        flag("--fps", type=float, metavar="N", help="take frames at this rate, not by a stride")
+        flag("--skip-static", type=float, metavar="N",
+             help="leave out shots that change less per frame; 0.002 finds stills [0]")
     args = parser.parse_args()
+    given = {key: value for key, value in vars(args).items()
+             if key in Clips.__dataclass_fields__ and value is not None}
+    settings = {"frames": 128, "size": (512, 512)}
     try:
-        model = vars(args).get("model")
-        meta = exsvd.open_model(model)[0]["unet"].meta if model else {}
-        in_file = train.sample.settings_in_file(train.Settings, meta, "train", model)
-        settings = vars(train.Settings(**in_file)) | vars(args)
-        clips = {key: settings[key] for key in CLIP_SETTINGS}
         if args.command == "encode":
+            meta = exsvd.open_model(args.model)[0]["unet"].meta
+            in_file = meta.get("defaults", {}).get("train", {})
+            settings |= {key: in_file[key] for key in CLIP_SETTINGS if key in in_file}
             dataset = encode(args.model, args.data, args.out, device=args.device, shard=args.shard,
-                             seed=args.seed, start_every=args.start_every, **clips)
+                             **settings | given)
         else:
-            dataset = Clips(args.data, **clips)
+            dataset = Clips(args.data, **settings | given)
             for name, why in dataset.left_out.items():
                 print(f"  left out  {name}: {why}")
         print(dataset.describe())

@@ -176,18 +176,6 @@ def number(low, high=math.inf, kind=float):
 integer = partial(number, kind=int)
 
 
-def frame_size(text):
-    """A check: WxH -> (W, H), multiples of 64."""
-    try:
-        W, H = map(int, text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: write WIDTHxHEIGHT, like 512x512") from None
-    if min(W, H) < 64 or W % 64 or H % 64:
-        near = "x".join(str(max(64, round(n / 64) * 64)) for n in (W, H))
-        raise argparse.ArgumentTypeError(f"{text}: use multiples of 64; the nearest is {near}")
-    return W, H
-
-
 def setting(default, check, help, in_file=True, flag=None, **options):
     """A field of a Settings class. check: a function of the flag's text; the names allowed; bool;
     or str for a path. in_file: whether a model's file may hold it; a path never may. options: more
@@ -195,7 +183,7 @@ def setting(default, check, help, in_file=True, flag=None, **options):
     if check is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif callable(check):
-        metavar = {str: "FILE", frame_size: "WxH"}.get(check, "N")
+        metavar = {str: "FILE", data.frame_size: "WxH"}.get(check, "N")
         options |= {"type": check, "metavar": metavar}
     else:
         options["choices"] = tuple(check)
@@ -255,7 +243,7 @@ class Settings:
     release."""
     frames: int = setting(None, integer(1), "frames to make, in rounds where the model knows fewer [all it knows]")
     overlap: int = setting(None, integer(1), "frames that a round shares with the one before [an eighth of a round]")
-    size: tuple = setting((512, 512), frame_size, "multiples of 64 [as many pixels; a model file's is exact]")
+    size: tuple = setting((512, 512), data.frame_size, "multiples of 64 [as many pixels; a model file's is exact]")
     steps: int = setting(50, integer(1), "noise levels")
     sampler: str = setting("euler", SAMPLERS, "heun costs twice, dpm++ needs fewer steps, ddim adds noise (--eta)")
     schedule: str = setting(None, SCHEDULES, "noise levels; ays (Align Your Steps) is for 10 steps [the sampler's]")

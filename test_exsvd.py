@@ -2238,7 +2238,7 @@ def test_encoding_goes_on_and_follows_the_videos(pair, tmp_path, coder, monkeypa
 
 @pytest.mark.parametrize("flags, words", [
     (["--size", "64"], "WIDTHxHEIGHT"), (["--size", "72x64"], "nearest is 64x64"),
-    (["--shard", 0, 2], "at least 1"), (["--shard", 3, 2], "must not be above"), (["--frames", "-1"], "at least 1"),
+    (["--shard", 0, 2], "from 1 to"), (["--shard", 3, 2], "from 1 to"), (["--frames", "-1"], "at least 1"),
     ([], "the index cannot be written .*: give a .txt list")])
 def test_the_command_refuses_in_a_line(pair, monkeypatch, capsys, coder, tmp_path, flags, words):
     (pair / data.INDEX).mkdir()  # stands in for a folder that is read-only, which does not stop root
@@ -3067,7 +3067,7 @@ def test_only_temporal_blocks_learn_and_all_of_them(small, videos, one_rank):
 
 def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small):
     _, trained = at_start(small)
-    groups = train.parameter_groups(trained, train.Settings(weight_decay=0.5))
+    groups = train.parameter_groups(trained, train.TrainSettings(weight_decay=0.5))
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     for name, p in trained.items():
         exempt = p.ndim == 1 or "frame_table" in name or "frame_conv" in name
@@ -3087,8 +3087,8 @@ def test_validation_is_the_loss_of_the_average_and_changes_no_bit(
     dataset, losses = data.open_dataset(clips, 10, (64, 64), train.VAL_SEED), []
     for n in range(train.VAL_CLIPS):
         item = torch.utils.data.default_collate([dataset[n]])
-        x, *conditions = train.inputs(train.Settings(seed=train.VAL_SEED), svd, item)
-        noise = train.draw(train.Settings(seed=train.VAL_SEED), n, x.shape[1:])[1][None]
+        x, *conditions = train.inputs(train.TrainSettings(seed=train.VAL_SEED), svd, item)
+        noise = train.draw(train.TrainSettings(seed=train.VAL_SEED), n, x.shape[1:])[1][None]
         losses.append([exsvd.training_loss(svd.unet, exsvd.LOSSES["edm"], x, torch.tensor([sigma]),
                                            noise, *conditions).item() for sigma in train.VAL_SIGMAS])
     by_level = np.mean(losses, 0)
@@ -3156,7 +3156,7 @@ def test_clips_of_several_sizes(small, run, monkeypatch):
     meta = exsvd.load(out / "model-000003.safetensors", parts=("unet",)).meta
     assert meta["defaults"]["sample"]["size"] == [128, 128]
     in_file = {"defaults": {"train": {"size": [[128, 128], [64, 64]]}}}
-    assert sample.settings_in_file(train.Settings, in_file, "train", small) == {"size": ((128, 128), (64, 64))}
+    assert sample.settings_in_file(train.TrainSettings, in_file, "train", small) == {"size": ((128, 128), (64, 64))}
 
 
 def test_accumulated_passes_are_one_large_batch(run, tmp_path):
@@ -3176,13 +3176,13 @@ def test_accumulated_passes_are_one_large_batch(run, tmp_path):
 
 def test_draws_depend_on_seed_and_number():
     numbers = (*range(4000), 2**32, 2**33)
-    draws = [train.draw(train.Settings(seed=seed), n, (1, 4, 2, 2))
+    draws = [train.draw(train.TrainSettings(seed=seed), n, (1, 4, 2, 2))
              for seed in (0, 1, 10**12) for n in numbers]
     different = {float(sigma) for sigma, _, _ in draws}
     assert len(different) > 0.999 * len(draws)  # 32-bit seeds may coincide
-    again = train.draw(train.Settings(seed=1), 7, (1, 4, 2, 2))
+    again = train.draw(train.TrainSettings(seed=1), 7, (1, 4, 2, 2))
     assert all(torch.equal(a, b) for a, b in zip(again, draws[4002 + 7]))
-    scaled = train.draw(train.Settings(seed=1, sigma_scale=3.0), 7, (1, 4, 2, 2))
+    scaled = train.draw(train.TrainSettings(seed=1, sigma_scale=3.0), 7, (1, 4, 2, 2))
     assert scaled[0] == 3 * again[0] and torch.equal(scaled[1], again[1])
     dropped = 1 - torch.stack([kept for _, _, kept in draws]).mean()
     assert abs(dropped - 0.1) < 0.012  # four standard errors
@@ -3391,21 +3391,21 @@ def test_what_schedulers_and_optimisers_keep_comes_back(
 
 
 def test_the_rate_rises_and_falls():
-    s = train.Settings(steps=10, warmup=4, cooldown=2)
+    s = train.TrainSettings(steps=10, warmup=4, cooldown=2)
     expected = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.5]
     assert [train.rate(s, step) for step in range(10)] == expected
-    assert {train.rate(train.Settings(), step) for step in (0, 7, 63999)} == {1}
+    assert {train.rate(train.TrainSettings(), step) for step in (0, 7, 63999)} == {1}
 
 
 def configured(tmp_path, config, **settings):
     """What deepspeed_config() makes of a file."""
     (tmp_path / "c.json").write_text(json.dumps(config))
-    return train.deepspeed_config(train.Settings(deepspeed_config=str(tmp_path / "c.json"), **settings))
+    return train.deepspeed_config(train.TrainSettings(deepspeed_config=str(tmp_path / "c.json"), **settings))
 
 
 def test_auto_in_a_deepspeed_config_means_ours(tmp_path):
     s = {"dtype": "bfloat16", "clip": 0.5}
-    ours = train.deepspeed_config(train.Settings(**s))
+    ours = train.deepspeed_config(train.TrainSettings(**s))
     auto = {"gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"},
             "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto"}, "data_types": "auto"}
     more = {"steps_per_print": 5, "wandb": {"enabled": False}, "flops_profiler": {"enabled": False}}
@@ -3515,7 +3515,7 @@ def test_estimates_of_what_checkpoints_keep_hold():
     """Never less than what is kept, and at most twice that. On a narrow UNet, cut as SVD-XT
     is at 64 times as many pixels."""
     T, H, W, part = 8, 24, 24, 64
-    s = train.Settings(frames=T, size=((8 * W, 8 * H),))
+    s = train.TrainSettings(frames=T, size=((8 * W, 8 * H),))
     config = exsvd.UNetConfig(channels=(32, 64, 128, 128), heads=(1, 1, 2, 2), context_dim=8)
     for name in ("none", "balanced", "memory"):  # the others differ in their slices alone
         level, slice_size, *costs = train.CHECKPOINTS[name]
@@ -3541,7 +3541,7 @@ def test_the_fastest_checkpoints_that_fit_are_chosen(free, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2e9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 1e9, 0))
-    name, why = train.choose_checkpoint(train.Settings(), unet, 833_000_000, torch.device("cuda"))
+    name, why = train.choose_checkpoint(train.TrainSettings(), unet, 833_000_000, torch.device("cuda"))
     assert name == chosen and f"of the {0.9 * min(free + 1, 300):.1f} GB that are free" in why
     assert free < 300 or "takes about 226.9 GB" in why
 

@@ -84,7 +84,8 @@ from tqdm import tqdm
 import data
 import exsvd
 import sample
-from sample import frame_size, integer, number, setting
+from data import frame_size
+from sample import integer, number, setting
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOY = os.path.join(HERE, "assets", "toy.safetensors")
@@ -132,7 +133,7 @@ CHECKPOINTS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainSettings:
     """What shapes a run. The defaults are the paper's; a model's file may hold others."""
     model: str = setting(None, str, "single file or diffusers folder [the toy]")
     extension: list = setting(None, str, "release or own extension, and what was trained over it [none: a new one]",
@@ -188,24 +189,24 @@ MAY_CHANGE = {
 
 
 def parse(argv=None):
-    """-> Settings: flags, then the defaults in the model's file, then those of the class."""
+    """-> TrainSettings: flags, then the defaults in the model's file, then those of the class."""
     p = argparse.ArgumentParser(
         description="Post-tune SVD for long videos. In [brackets]: the default; a model's file may "
                     "hold others.")
-    sample.add_flags(p, Settings)
+    sample.add_flags(p, TrainSettings)
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     given = vars(p.parse_args(argv))
     del given["local_rank"]
 
     model = TOY if os.path.abspath(given.get("model", TOY)) == TOY else given["model"]
     meta = exsvd.open_model(model)[0]["unet"].meta
-    in_file = sample.settings_in_file(Settings, meta, "train", model)
+    in_file = sample.settings_in_file(TrainSettings, meta, "train", model)
     toy = {}
     if model == TOY:
         toy = {"out": "runs/toy", "sample_image": TOY_IMAGE}
         if "data" not in given:
             toy |= {"data": TOY_CLIPS, "val": TOY_CLIPS, "val_every": 50}
-    s = Settings(**(toy | in_file | given | {"model": model}))
+    s = TrainSettings(**(toy | in_file | given | {"model": model}))
     if s.data is None:
         p.error("--data is needed with --model: a folder of videos, for example")
     if len(s.size) > 1 and s.batch > 1:

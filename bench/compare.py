@@ -363,7 +363,7 @@ def step_stages(level, shape, ranks=1, offload=False):
     """A step of train.py on one of `ranks` GPUs, from clips: {stage: (peak bytes, work)}. It is the
     second one, after a small one, since the optimiser makes its moments in the first. For a process
     of its own, see joined()."""
-    s = train.Settings(model="random", dtype="bfloat16", checkpoint=level, offload=offload)
+    s = train.TrainSettings(model="random", dtype="bfloat16", checkpoint=level, offload=offload)
     stages, device = {}, torch.device("meta")
     with (joined(ranks), computing(), Meter() as meter, redirect_stdout(sys.stderr),
           patch.object(exsvd, "load", load_without_files),
