@@ -25,13 +25,11 @@ Stable Video Diffusion (Blattmann et al. 2023, arXiv:2311.15127). Diffusion: EDM
 Stability-AI/generative-models, diffusers 0.42 and DiffSynth-Studio 1.1.9.
 """
 
-import glob
 import hashlib
 import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -1502,23 +1500,17 @@ def open_network(path, stem, part, default):
     """
     in_folder = {}
     if os.path.isdir(path):
-        folder, names = path, (f"{stem}.safetensors", f"{stem}.fp16.safetensors")
-        paths = [os.path.join(folder, name) for name in names]
-        path = next(filter(os.path.isfile, paths), None)
-        if path is None:
-            hint = "a diffusers folder of SVD has one"
-            if os.path.isfile(os.path.join(folder, os.path.basename(names[0]))):
-                hint = "it holds a UNet alone: give it as --unet beside --model"
-            if glob.glob(f"{stem}*.index*.json", root_dir=folder):
-                hint = "it is split into several files: save it with a larger max_shard_size"
-            raise WeightsError(f"{folder}: no {names[0]} (or .fp16.safetensors); {hint}")
+        paths = [os.path.join(path, stem + end) for end in (".safetensors", ".fp16.safetensors")]
+        found = next(filter(os.path.isfile, paths), None)
+        if found is None:
+            raise WeightsError(f"{path}: no {stem}.safetensors (or .fp16.safetensors), which a folder "
+                               "of SVD has. A UNet alone is given as --unet beside --model; weights "
+                               "in several parts must be saved again with a larger max_shard_size")
+        path = found
         config = os.path.join(os.path.dirname(path), "config.json")
         if part == "unet" and os.path.exists(config):
-            try:
-                with open(config) as f:
-                    in_folder = {"native_frames": json.load(f).get("num_frames", 25)}
-            except (ValueError, AttributeError) as e:
-                raise WeightsError(f"{config}: not readable as JSON of diffusers ({e})") from e
+            with open(config) as f:
+                in_folder = {"native_frames": json.load(f).get("num_frames", 25)}
     tensors = Tensors(path)
     if tensors.is_extension:
         raise WeightsError(f"{path} is an extension, not a model: give SVD-XT's file as the model, "
@@ -1526,26 +1518,21 @@ def open_network(path, stem, part, default):
     if "first_stage_model.post_quant_conv.weight" in tensors.names:
         raise WeightsError(f"{path} is the image-decoder variant, without temporal layers: use "
                            "svd_xt.safetensors (or svd.safetensors) instead")
-    noted = tensors.meta.get("config", {})
-    noted = noted.get(part, {}) if isinstance(noted, dict) else noted
-    return tensors, configure(configure(default, noted, path), in_folder, path)
+    noted = tensors.meta.get("config", {}).get(part, {})
+    return tensors, configure(default, noted | in_folder, path)
 
 
 def configure(default, values, path):
     """The default configuration with the values that a file has for it. Raises WeightsError."""
-    if not isinstance(values, dict):
-        raise WeightsError(f"{path}: its configuration is not understood")
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    for key, value in values.items():
-        parts = value if isinstance(value, tuple) else (value,)
-        if type(value) is not type(getattr(default, key, None)) or not all(
-                isinstance(v, str) or (isinstance(v, int) and v > 0) for v in parts):
-            raise WeightsError(f"{path}: {key} = {value} of its configuration is not understood")
     ids = values.pop("ids", None)  # the code may have more of them, see convert()
     if ids and ids != default.ids[:len(ids)]:
         raise WeightsError(f"{path} is conditioned on {', '.join(ids)}, but this code on "
                            f"{', '.join(default.ids)}: UNetConfig.ids must begin with the file's")
-    return replace(default, **values)
+    try:
+        return replace(default, **values)
+    except TypeError as e:  # a key that this code does not have
+        raise WeightsError(f"{path}: its configuration is not understood: {e}") from e
 
 
 def open_extensions(paths):
@@ -1608,7 +1595,6 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
 
     names = {part: locate(networks[part], files[part]) for part in parts}
     if not only_check:
-        warn_of_cudnn()
         for part in parts:
             read_into(networks[part], files[part], names[part], partial(dtype_of, part), device)
     for tensors in extensions if "unet" in parts else ():
@@ -1624,14 +1610,6 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
     networks.eval().requires_grad_(False)
     unet, vae, clip = (networks[part] if part in parts else None for part in FOLDER)
     return SVD(unet, vae, clip, meta, extensions[-1].meta if extensions else None)
-
-
-def warn_of_cudnn():
-    """cuDNN 9.8 to 9.14 computes some 3D convolutions in half precision wrongly."""
-    version = torch.backends.cudnn.version() or 0
-    if torch.cuda.is_available() and 90800 <= version < 91500:
-        print(f"warning: cuDNN {version // 10000}.{version // 100 % 100} makes mistakes in 3D "
-              "convolutions (pytorch#163539): install one from 9.15 on", file=sys.stderr)
 
 
 @contextmanager

@@ -919,15 +919,6 @@ def test_half_precision():
         close(f(), full[what], 5e-3, f"{what} in float16")
 
 
-@pytest.mark.parametrize("version, warns",
-                         [(90700, False), (90800, True), (91400, True), (91501, False)])
-def test_a_faulty_cudnn_is_named(monkeypatch, capsys, version, warns):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
-    exsvd.warn_of_cudnn()
-    assert capsys.readouterr().err.count("pytorch#163539") == warns
-
-
 # --------------------------------------------------------------------------------------------------
 # The published files, known by hashes of their names and shapes. DiffSynth-Studio publishes the
 # first and the last hash; the others were proved by the byte sizes of the published files.
@@ -1150,7 +1141,7 @@ def test_a_unet_by_itself(tmp_path, files):
     assert svd.meta["note"] == "hello"
     same(exsvd.load(sgm, parts=("unet",)).unet, other.state_dict())
     for alone in (sgm, folder):
-        with refused("holds a UNet alone.* give it as --unet"):
+        with refused("UNet alone.* as --unet"):
             exsvd.load(alone)
 
 
@@ -1243,9 +1234,7 @@ def test_files_that_are_no_models(tmp_path):
     for zipped in (False, True):
         torch.save(zeros, path, _use_new_zipfile_serialization=zipped)
         pickles.append(path.read_bytes())
-    configs = ([], 3, None, {"unet": 3}, {"unet": {"channels": "a"}}, {"unet": {"groups": 0}},
-               {"unet": {"chan": 1}}, {"vae": {"channels": [32]}}, {"clip": {"layers": -1}})
-    metadata = ["{", "3", "null", "[1]", *(json.dumps({"config": config}) for config in configs)]
+    metadata = ["{", "3", "null", "[1]", '{"config": {"unet": {"chan": 1}}}']
     html, pointer = b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\noid"
     for words, contents in {
             "is not a complete safetensors file": [b"", good[:20], good[:-1], good + b"0", html],
@@ -1286,14 +1275,8 @@ def test_paths_that_cannot_be_loaded(tmp_path, files):
         with refused(words):
             exsvd.load(*given, device="meta")
     shutil.copytree(files.folder, folder)
-    for config, words in (("{", "not readable as JSON"), ("3", "not readable as JSON of diffusers"),
-                          ('{"num_frames": "many"}', "many of its configuration")):
-        (folder / "unet/config.json").write_text(config)
-        with refused(f"unet/.*{words}"):
-            exsvd.load(folder)
-    (folder / stem).rename(folder / f"{stem}.index.json")
-    with refused("no vae/.*split into several files: .*max_shard_size"):
-        (folder / "unet/config.json").write_text("{}")
+    os.remove(folder / stem)
+    with refused("no vae/.*in several parts must be saved again with a larger max_shard_size"):
         exsvd.load(folder)
 
 
