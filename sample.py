@@ -539,6 +539,17 @@ def is_out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or any(p in str(error) for p in phrases)
 
 
+@contextmanager
+def full_memory(advice):
+    """For `with`, or for a function: a full memory of any device raises MemoryError(advice)."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        raise MemoryError(advice) from e
+
+
 def unless_full(work, can_shrink):
     """work(), or None if the memory was full and the work can be cut smaller."""
     try:
@@ -912,6 +923,12 @@ def load(args, given, model, extension, device):
     return svd
 
 
+OUT_OF_MEMORY = """out of memory. While sampling these help, what costs least first: --dtype float16
+(half of --dtype float32), --offload (some seconds per video), fewer --frames, a smaller --size.
+While decoding: --decode-only FILE, without the UNet in memory, or a smaller --size."""
+
+
+@full_memory(OUT_OF_MEMORY)
 def decode_again(args, given, device, out):
     """--decode-only: a video from the latents of an earlier run, by the VAE of its model."""
     latents, s, meta = saved_latents(args.decode_only)
@@ -973,8 +990,8 @@ def idle_cores():
 
 
 def main(argv=None):
-    """The command. Raises WeightsError, MediaError, FloatingPointError and OSError for what the
-    caller can mend."""
+    """The command. Raises WeightsError, MediaError, FloatingPointError, MemoryError and OSError for
+    what the caller can mend."""
     args, given = parse(argv)
     check_outputs(args, given.get("fps", 1))
     batch = len(args.jobs) > 1
@@ -999,20 +1016,19 @@ def main(argv=None):
             print(f"{out}: exists and is skipped (--overwrite makes it again)")
             continue
         try:
-            img = data.read_image(image) if args.images else None
-            svd = svd or load(args, given, model, extension, device)
-            if args.video and video is None:
-                video = open_video(args.video, given.get("size"), svd.vae, device, model)
-            img = video.first if img is None else img
-            s = complete(svd, given | {"seed": seed}, img.shape[1::-1], video, keyframes)
-            data.VideoWriter(out, s.fps)  # a video to refine may be too fast for a GIF
-            make_video(svd, img, s, device, out, model, video, end, keyframes)
-        except (data.MediaError, FloatingPointError, RuntimeError) as e:
-            full = is_out_of_memory(e)
-            if not batch or isinstance(e, RuntimeError) and not full:
+            with full_memory(OUT_OF_MEMORY):
+                img = data.read_image(image) if args.images else None
+                svd = svd or load(args, given, model, extension, device)
+                if args.video and video is None:
+                    video = open_video(args.video, given.get("size"), svd.vae, device, model)
+                img = video.first if img is None else img
+                s = complete(svd, given | {"seed": seed}, img.shape[1::-1], video, keyframes)
+                data.VideoWriter(out, s.fps)  # a video to refine may be too fast for a GIF
+                make_video(svd, img, s, device, out, model, video, end, keyframes)
+        except (data.MediaError, FloatingPointError, MemoryError) as e:
+            if not batch:
                 raise
-            # the others are made all the same
-            print(f"sample.py: {OUT_OF_MEMORY if full else e}", file=sys.stderr)
+            print(f"sample.py: {e}", file=sys.stderr)  # the others are made all the same
             failed.append(out)
     if torchrun:  # it ends all processes when one has failed, so they wait for each other here
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
@@ -1021,31 +1037,22 @@ def main(argv=None):
         raise data.MediaError(f"{len(failed)} of {len(jobs)} videos were not made: {names}")
 
 
-OUT_OF_MEMORY = """out of memory. While sampling these help, what costs least first: --dtype float16
-(half of --dtype float32), --offload (some seconds per video), fewer --frames, a smaller --size.
-While decoding: --decode-only FILE, without the UNet in memory, or a smaller --size."""
-
-
-def print_any_name():
-    """A file name that the terminal cannot print must not cost a video."""
-    for stream in (sys.stdout, sys.stderr):
+def run(name, main, *args):
+    """main(*args), for a shell: what the user can mend is one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):  # no file name that they cannot print may cost a video
         stream.reconfigure(errors="backslashreplace")
+    try:
+        main(*args)
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: stopped")
+    except (exsvd.WeightsError, data.MediaError, FloatingPointError, OSError, MemoryError) as e:
+        sys.exit(f"{name}: {e}")
 
 
 def command(argv=None):
-    """main(), for a shell: what the user can fix is one line and exit code 1."""
-    print_any_name()
-    # as an exception, which removes temporary files
+    """main(), for a shell. SIGTERM is an exception, which removes temporary files."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("sample.py: terminated"))
-    try:
-        main(argv)
-    except KeyboardInterrupt:
-        sys.exit("sample.py: stopped")
-    except (exsvd.WeightsError, data.MediaError, FloatingPointError, OSError, RuntimeError) as e:
-        full = is_out_of_memory(e)
-        if isinstance(e, RuntimeError) and not full:
-            raise
-        sys.exit(f"sample.py: {OUT_OF_MEMORY if full else e}")
+    run("sample.py", main, argv)
 
 
 if __name__ == "__main__":

@@ -2787,15 +2787,16 @@ def test_bad_input_is_one_line_and_a_failure(
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("out/*"))
 
 
-def test_what_the_command_prints(monkeypatch):
+def test_what_the_command_prints(monkeypatch, tmp_path):
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sample, "main", lambda argv: print("caf\udce9 \xe9", flush=True))
     sample.command([])
     assert terminal.buffer.getvalue() == b"caf\\udce9 \\xe9\n", "what a terminal can't costs nothing"
-    monkeypatch.setattr(sample, "main", Mock(side_effect=torch.OutOfMemoryError("injected")))
-    with pytest.raises(SystemExit, match="--offload"):
-        sample.command([])
+    monkeypatch.undo()
+    monkeypatch.setattr(sample, "load", Mock(side_effect=torch.OutOfMemoryError("injected")))
+    with pytest.raises(SystemExit, match="^sample.py: out of memory.*--dtype float16"):
+        sample.command([os.path.join(HERE, "assets", "img.png"), "--out", str(tmp_path / "a.mp4")])
 
 
 def test_the_snippets_of_the_readme(small, extensions, pictures, tmp_path, monkeypatch):
@@ -3174,6 +3175,7 @@ def test_draws_depend_on_seed_and_number():
 def test_progress_shows_frames_evenly_and_drops_rows_that_come_again(tmp_path):
     frames = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 64, 64, 3)
     for step in (0, 10, 20, 10):
+        (tmp_path / f"sample-{step:06d}.mp4").touch()
         train.add_progress(tmp_path, step, frames + step)
     rows = data.read_image(tmp_path / "progress.png")[::64, ::64, 0]
     assert rows[0].tolist() == [*range(0, 40, 5), 39] and rows[:, 0].tolist() == [0, 10]
@@ -3409,7 +3411,6 @@ def test_auto_in_a_deepspeed_config_means_ours(tmp_path):
     ({"bf16": {"enabled": True}}, "bf16.enabled must be False"),
     ({"scheduler": {"type": "StepLR"}}, "has no attribute 'StepLR'"),
     ({"scheduler": "WarmupLR"}, "scheduler must be an object"),
-    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "1"}}}, "must be a positive integer"),
     ({"scheduler": WARMUP_LR, "warmup": 10}, "give --warmup 0 --cooldown 0"),
     ({"scheduler": WARMUP_LR, "cooldown": 10}, "give --warmup 0 --cooldown 0")])
 def test_a_deepspeed_config_is_refused_in_one_line(config, words, tmp_path):
@@ -3440,13 +3441,6 @@ def test_what_is_frozen_of_an_extension_is_saved_as_it_was(small, extensions, ru
     saved, release = load_file(out / "exvideo-000001.safetensors"), load_file(extensions[1])
     for name, t in saved.items():
         assert torch.equal(t, release[name].half()) == ("positional_conv" not in name), name
-
-
-def test_muon_of_torch_is_refused_with_the_reason(run, monkeypatch):
-    monkeypatch.setattr(train, "make_optimizer", lambda groups, s: torch.optim.Muon(
-        [p for group in groups for p in group["params"] if p.ndim == 2]))
-    with pytest.raises(SystemExit, match="ZeRO-2 flattens groups"):
-        run()
 
 
 def test_the_native_length_of_a_base_that_does_not_say_it(small, clips):
@@ -3606,11 +3600,8 @@ def test_a_run_that_is_alive_keeps_others_out(run, tmp_path):
     ("--sample-image missing.png", "missing.png"), ("--loss l2", "invalid choice"),
     ("--train nothing", "names no parameter"), ("--train (", "not a valid regular"),
     ("--size 128x64 64x64 --batch 2", "--batch must be 1"),
-    ("--deepspeed_config missing.json", "missing.json"), ("SLURM_STEP_NUM_TASKS=2", "srun started")])
-def test_train_refuses_in_one_line(flags, words, run, tmp_path, capsys, monkeypatch):
-    if flags.startswith("SLURM"):
-        monkeypatch.setenv(*flags.split("="))
-        flags = ""
+    ("--deepspeed_config missing.json", "missing.json")])
+def test_train_refuses_in_one_line(flags, words, run, tmp_path, capsys):
     with pytest.raises((SystemExit, data.MediaError)) as e:
         run(flags)
     assert words in capsys.readouterr().err + str(e.value)

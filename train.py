@@ -230,9 +230,6 @@ def parse(argv=None):
 def join_ranks(s):
     """Take the run folder and find the other ranks; without a launcher there are none. -> this
     rank's device"""
-    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
-        sys.exit("train.py: srun started processes that do not know of each other: have it start "
-                 "torchrun, once per node, and torchrun this file")
     alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
     for key, value in alone.items():  # port 0: a free one
         os.environ.setdefault(key, str(value))
@@ -504,16 +501,12 @@ def check_config(s, config):
         if s.warmup or s.cooldown:
             raise ValueError("its scheduler and --warmup or --cooldown would both set the rate: "
                              "give --warmup 0 --cooldown 0, or take it out")
-        if "type" not in config["scheduler"]:
-            raise ValueError('its scheduler needs a type, such as "WarmupLR"')
         scheduler = getattr(lr_schedules, config["scheduler"]["type"])
         params = config["scheduler"].setdefault("params", {})  # a list has an entry per group
         theirs = inspect.signature(scheduler).parameters
         for key, ours in {"total_num_steps": s.steps, "warmup_max_lr": s.lr}.items():
             if key in theirs and theirs[key].default is not None:  # None means the groups' rates
                 params.setdefault(key, ours)
-        one = {key: value[0] if isinstance(value, list) else value for key, value in params.items()}
-        scheduler(torch.optim.AdamW([torch.zeros(1)], lr=s.lr), **one)
 
 
 class Shards:
@@ -648,8 +641,6 @@ def start_engine(s, svd, config, device):
     zero, elements = config["zero_optimization"], sum(p.numel() for p in trained.values())
     zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], elements)  # all of it is allocated
     optimizer = make_optimizer(parameter_groups(trained, s), s)
-    if isinstance(optimizer, torch.optim.Muon):
-        sys.exit("train.py: torch's Muon needs matrices; ZeRO-2 flattens groups: see make_optimizer")
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if s.dtype == "float16":  # or DeepSpeed raises before MAX_SKIPPED steps
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -673,9 +664,8 @@ def start_engine(s, svd, config, device):
 
 
 def saved_states(out):
-    """Paths in order of steps. Folders, which earlier versions wrote, are among them: nothing reads
-    them, and no new run begins beside them."""
-    return sorted(map(str, Path(out).glob("state-*[0-9s]")))
+    """Paths in order of steps."""
+    return sorted(map(str, Path(out).glob("state-*.safetensors")))
 
 
 def save_state(out, shards, about):
@@ -935,20 +925,16 @@ def own_sampling(s, svd):
 
 
 def add_progress(out, step, frames):
-    """Frames 0, T/8, ... T-1 of a sample, uint8 (T,H,W,3), as the last row of progress.png. The
-    rows are kept apart too, so that a resumed run goes on with them."""
-    T = len(frames)
+    """Frames 0, T/8, ... T-1 of a sample, uint8 (T,H,W,3), as the last row of progress.png, below
+    those of earlier steps."""
+    T, path = len(frames), Path(out, "progress.png")
     chosen = sorted({T * i // 8 for i in range(8)} | {T - 1})
     every = math.ceil(frames.shape[1] / 256)  # small enough to look at
-    folder = Path(out, "progress")
-    folder.mkdir(exist_ok=True)
-    own = folder / f"{step:08d}.png"
-    data.write_png(own, torch.cat([frames[i, ::every, ::every] for i in chosen], dim=1))
-    for row in folder.glob("*.png"):
-        if row > own:  # of steps that come again
-            row.unlink()
-    rows = [data.read_image(row) for row in sorted(folder.glob("*.png"))]
-    data.write_png(os.path.join(out, "progress.png"), torch.cat(rows))
+    row = torch.cat([frames[i, ::every, ::every] for i in chosen], dim=1)
+    above = sum(int(p.stem[7:]) < step for p in Path(out).glob("sample-*.mp4"))
+    if above and path.exists():
+        row = torch.cat([data.read_image(path)[:above * len(row)], row])
+    data.write_png(path, row)
 
 
 def start_image(s, svd, dataset):
@@ -969,18 +955,17 @@ def take_sample(s, svd, dataset, step):
     path = os.path.join(s.out, f"sample-{step:06d}.mp4")
     own = {"defaults": {"sample": own_sampling(s, svd)}}
     try:
-        svd = replace(with_decoders(s, svd), extension=own)
-        image = start_image(s, svd, dataset)
-        given = dict(seed=s.seed, frames=s.frames, size=tuple(image.shape[:0:-1]))
-        settings = sample.settings_for(svd, given, s.model)
-        frames = sample.generate(svd, image, settings, svd.unet.conv_out.weight.device)
-        pixels = sample.to_pixels(frames)
+        with sample.full_memory("out of memory"):
+            svd = replace(with_decoders(s, svd), extension=own)
+            image = start_image(s, svd, dataset)
+            given = dict(seed=s.seed, frames=s.frames, size=tuple(image.shape[:0:-1]))
+            settings = sample.settings_for(svd, given, s.model)
+            frames = sample.generate(svd, image, settings, svd.unet.conv_out.weight.device)
+            pixels = sample.to_pixels(frames)
         with data.VideoWriter(path, settings.fps, asdict(settings)) as video:
             video.write(pixels)
         add_progress(s.out, step, pixels)
-    except (OSError, RuntimeError) as e:
-        if not isinstance(e, OSError) and not sample.is_out_of_memory(e):
-            raise
+    except (OSError, MemoryError) as e:
         say(f"warning: there is no sample of step {step} ({e})")
         return {}
     measured = {"motion_score": data.motion_score(pixels)}
@@ -1075,6 +1060,8 @@ def note_signals():
     return received
 
 
+@sample.full_memory("out of memory. From what costs least: --checkpoint memory, --offload, more GPUs, "
+                    "fewer --frames, a smaller --size")
 def main(argv=None):
     s = parse(argv)
     device = join_ranks(s)
@@ -1179,18 +1166,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sample.print_any_name()
     try:
-        main()
-    except (exsvd.WeightsError, data.MediaError, OSError) as e:
-        sys.exit(f"train.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped")
-    except RuntimeError as e:
-        if not sample.is_out_of_memory(e):
-            raise
-        sys.exit("train.py: out of memory. From what costs least: --checkpoint memory, --offload, "
-                 "more GPUs, fewer --frames, a smaller --size")
+        sample.run("train.py", main)
     finally:  # readers ignore SIGTERM, so Python would wait for them without end
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which PyTorch reports readers that die
         for reader in multiprocessing.active_children():
