@@ -532,8 +532,8 @@ def _read_list(source):
         if isinstance(row, dict):
             column = next((key for key in ("path", "video", "file") if key in row), None)
             if not column:
-                raise unreadable(source, f"it has the columns {', '.join(map(repr, row))}; the path "
-                                         "must be in a column named path, video or file")
+                raise unreadable(source, f"it has the columns {', '.join(map(repr, row))}; the "
+                                         "path must be in a column named path, video or file")
             rows[i] = row[column]
     return [str(path or "").strip() for path in rows]
 
@@ -1042,8 +1042,8 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
     encoded = latents_in(out)
     gone = one_line(", ".join(sorted(encoded.keys() - dataset.usable.keys())))
     if gone:
-        print(f"{out} also holds latents of videos that {source} lacks or that cannot be used; remove "
-              f"them if you do not want to train on them: {gone}", file=sys.stderr)
+        print(f"{out} also holds latents of videos that {source} lacks or that cannot be used; "
+              f"remove them if you do not want to train on them: {gone}", file=sys.stderr)
     todo = [name for name in dataset.names[shard[0] - 1::shard[1]]
             if encoded.get(name) != dataset.index[name]]
     failed = []
@@ -1053,11 +1053,13 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
         try:
             if len(os.fsencode(os.path.basename(path))) > 240:  # with that of a temporary file
                 raise MediaError(f"{name}: its name is too long: rename it")
-            exsvd.save(path, _encode_file(dataset, name, svd, dtype), {"index": dataset.index[name]})
+            tensors = _encode_file(dataset, name, svd, dtype)
+            exsvd.save(path, tensors, {"index": dataset.index[name]})
         except MediaError as e:
             failed.append(str(e))
     if failed:
-        raise MediaError(f"{len(failed)} of {len(todo)} files were not encoded: {'; '.join(failed)}")
+        why = "; ".join(failed)
+        raise MediaError(f"{len(failed)} of {len(todo)} files were not encoded: {why}")
     return dataset
 
 

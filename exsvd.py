@@ -60,7 +60,7 @@ class UNetConfig:
     heads: tuple = (5, 10, 20, 20)  # head size 64 on every level of SVD
     context_dim: int = 1024         # D, width of the CLIP image embedding
     groups: int = 32                # of every GroupNorm
-    native_frames: int = 25         # the base was trained on: SVD-XT 25, SVD 14. Weights do not tell
+    native_frames: int = 25         # of the base: SVD-XT 25, SVD 14. Weights do not tell
     ids: tuple = ("fps", "motion", "aug")  # numbers that the UNet is conditioned on, see unet_ids()
 
 
@@ -561,9 +561,9 @@ class UNet(nn.Module):
     max_frames: the most frames that it can make after extend(); None for a base.
     slice_size: elements per slice of long videos (see Slices); None switches slices off.
     checkpointing: what training keeps of a pass, and what it computes again on the way back.
-        "memory" keeps the inputs of blocks with a transformer, and computes the slices in them once more;
-        "balanced" keeps what enters and leaves convolutions and attention blocks, and takes larger
-        slices; None keeps everything. bench/README.md says what each costs.
+        "memory" keeps the inputs of blocks with a transformer, and computes the slices in them
+        once more; "balanced" keeps what enters and leaves convolutions and attention blocks, and
+        takes larger slices; None keeps everything. bench/README.md says what each costs.
     stream: Stream(unet, device) keeps weights and skips in CPU memory until they are needed.
     """
 
@@ -1120,15 +1120,18 @@ class Stream:
         most = 2 ** (sum(needs) // 4).bit_length()  # PyTorch rounds pinned memory to powers of two
         for i, (block, need) in enumerate(zip(blocks, needs)):
             if need > len(shelf):  # several blocks share one
-                shelf = torch.empty(max(need, min(most, sum(needs[i:]))), dtype=torch.uint8, pin_memory=bool(self.side))
+                size = max(need, min(most, sum(needs[i:])))
+                shelf = torch.empty(size, dtype=torch.uint8, pin_memory=bool(self.side))
             self.home[block], shelf = shelf[:need], shelf[need:]
             self.set_weights(block, self.home[block], fill=True)
-        for module in set(unet.modules()) - {m for block in blocks for m, *_ in self.weights(block)}:
+        in_blocks = {module for block in blocks for module, *_ in self.weights(block)}
+        for module in set(unet.modules()) - in_blocks:
             for name, p in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(p.to(self.device), p.requires_grad))
 
     def weights(self, block):
-        """[(module, name, parameter, aligned bytes)] of a block without conv, which the next runs."""
+        """[(module, name, parameter, aligned bytes)] of a block, without its conv: the next block
+        runs that."""
         modules = (m for part in (block.res, block.attn) if part for m in part.modules())
         return [(m, name, p, math.ceil(p.nbytes / 512) * 512)
                 for m in modules for name, p in m.named_parameters(recurse=False)]
@@ -1408,8 +1411,8 @@ def locate(module, tensors):
     extension = network == "UNet" and tensors.is_extension
     architecture = tensors.meta.get("architecture", ARCHITECTURE)
     if network == "UNet" and architecture != ARCHITECTURE:
-        raise WeightsError(f"{tensors.path} holds the extension {architecture!r}, but this code has "
-                           f"{ARCHITECTURE!r}: see section 4 of exsvd.py")
+        raise WeightsError(f"{tensors.path} holds the extension {architecture!r}, but this code "
+                           f"has {ARCHITECTURE!r}: see section 4 of exsvd.py")
 
     def hits(names):
         return sum(n in in_file for group in names.values() for n in group)
@@ -1417,8 +1420,8 @@ def locate(module, tensors):
     layouts = ("exvideo",) if extension else ("ours", "sgm", "diffusers")
     names = max((file_names(module, layout) for layout in layouts), key=hits)
     if network != "UNet" and not hits(names):
-        raise WeightsError(f"{tensors.path} has nothing of the {network}: if it holds a UNet alone, "
-                           "give it as --unet beside --model")
+        raise WeightsError(f"{tensors.path} has nothing of the {network}: if it holds a UNet "
+                           "alone, give it as --unet beside --model")
     if extension and tensors.meta:
         names = {ours: group for ours, group in names.items() if group[0] in in_file}
     elif extension:  # the release: what a base has in these blocks, and what ExVideo adds
@@ -1503,9 +1506,10 @@ def open_network(path, stem, part, default):
         paths = [os.path.join(path, stem + end) for end in (".safetensors", ".fp16.safetensors")]
         found = next(filter(os.path.isfile, paths), None)
         if found is None:
-            raise WeightsError(f"{path}: no {stem}.safetensors (or .fp16.safetensors), which a folder "
-                               "of SVD has. A UNet alone is given as --unet beside --model; weights "
-                               "in several parts must be saved again with a larger max_shard_size")
+            raise WeightsError(f"{path}: no {stem}.safetensors (or .fp16.safetensors), which a "
+                               "folder of SVD has. A UNet alone is given as --unet beside --model; "
+                               "weights in several parts must be saved again with a larger "
+                               "max_shard_size")
         path = found
         config = os.path.join(os.path.dirname(path), "config.json")
         if part == "unet" and os.path.exists(config):

@@ -315,7 +315,7 @@ def complete(svd, given=None, picture=None, video=None, keyframes=()):
             fps = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
     elif picture and "size" not in defaults_of(svd) | given:  # published ones take any aspect ratio
         size = data.default_size(*picture, math.prod(size))
-    if svd.unet.stream and "decode_chunk" not in given:  # 3 GB: 4 frames of 1024x1024, 16 of 512x512
+    if svd.unet.stream and "decode_chunk" not in given:  # 3 GB decode 4 frames of 1024x1024
         chunk = max(4, min(chunk, 4_000_000 // math.prod(size)))
     if overlap is None and svd.unet.max_frames:
         overlap = max(1, known // 8)
@@ -493,7 +493,7 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
     with tqdm(total=passes, desc="sampling", unit="pass") as bar:
         for start, stop in parts:
             noise, own_latents = draw(), None
-            if start > 0:  # on its own first frame as a viewer sees it; without noise, whatever s.aug
+            if start > 0:  # on its own first frame as it is shown, without noise whatever s.aug
                 shown = adjust(z[:, :made], s, keyframes)
                 img = decoded_frame(svd.vae, shown, start, s.decode_chunk)
                 own_latents = shown[:, start:start + 1] / exsvd.VAE_SCALE
@@ -770,8 +770,9 @@ def open_video(path, size, vae, device, model):
             W, H = s.size
             raise data.MediaError(f"{path}: the latents are of {W}x{H}: leave out --size")
         if meta.get("vae") not in (None, vae_id(model)):
-            raise exsvd.WeightsError(f"{path}: was made with {meta['model']}, and the VAE of {model} is "
-                                     "another: give that as --model, or the video itself as --video")
+            raise exsvd.WeightsError(f"{path}: was made with {meta['model']}, and the VAE of "
+                                     f"{model} is another: give that as --model, or the video "
+                                     "itself as --video")
         shown = adjust(latents, s, meta.get("keyframes", ()))
         first = decoded_frame(vae, shown.to(device), 0, s.decode_chunk)
         return Video(shown[0] / exsvd.VAE_SCALE, torch.arange(s.frames) / s.fps, s.fps, first)
@@ -934,8 +935,8 @@ def decode_again(args, given, device, out):
     latents, s, meta = saved_latents(args.decode_only)
     model = args.model or str(meta.get("model"))
     if not args.model and not (os.path.exists(model) and vae_id(model) == meta.get("vae")):
-        raise exsvd.WeightsError(f"{args.decode_only}: was made with {model}, which is not there or "
-                                 "has another VAE now: say with --model which one is to decode")
+        raise exsvd.WeightsError(f"{args.decode_only}: was made with {model}, which is not there "
+                                 "or has another VAE now: say with --model which is to decode")
     dtype = given.get("dtype") or str(exsvd.best_dtype(device)).removeprefix("torch.")
     s = replace(s, **given | {"dtype": dtype, "frames": s.frames, "size": s.size})
     vae = exsvd.load(model, None, getattr(torch, dtype), device, parts=("vae",)).vae

@@ -38,7 +38,7 @@ A run folder (--out) holds
     state-<step>.safetensors    what resuming needs: the last two, 12.9 GB each for SVD-XT
     exvideo-<step>.safetensors  the EMA in float16, for --extension; at 128 frames the official code
                                 reads it too. Where more is trained: a whole model, model-<step>
-    log.csv                     losses (by noise level, of --val), gradient norm, lr, seconds, memory
+    log.csv                     losses (by noise level, of --val), gradient norm, lr, time, memory
     progress.png                a row per sample, frames 0, T/8, ... T-1; sample-<step>.mp4
     run.json                    of each start: time, settings, versions, commit, ranks
 
@@ -394,7 +394,7 @@ def choose_checkpoint(s, unet, elements, device):
     gradients = elements * (unet.conv_out.weight.itemsize + sums)
     need = {name: activations(name, s, unet) + gradients for name in CHECKPOINTS}
     name = next((name for name in CHECKPOINTS if need[name] <= free), "memory")
-    return name, f"a step takes about {need[name] / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
+    return name, f"a step takes about {need[name] / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -436,7 +436,8 @@ def deepspeed_config(s):
         "gradient_accumulation_steps": s.accumulate,
         "gradient_clipping": s.clip,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 2, "round_robin_gradients": False, "reduce_bucket_size": BUCKET},
+        "zero_optimization": {
+            "stage": 2, "round_robin_gradients": False, "reduce_bucket_size": BUCKET},
         "bf16": {"enabled": s.dtype == "bfloat16"},
         "fp16": {"enabled": s.dtype == "float16", "min_loss_scale": 1},
         "scheduler": {},
@@ -597,7 +598,8 @@ class Shards:
             numbers.append({key: torch.as_tensor(value).item() for key, value in kept.items()
                             if torch.as_tensor(value).ndim == 0})
             keys |= kept.keys() - numbers[-1].keys()
-        tensors = {f"{name}.{key}": t for key in sorted(keys) for name, t in self.gather(key).items()}
+        tensors = {f"{name}.{key}": t
+                   for key in sorted(keys) for name, t in self.gather(key).items()}
         scheduler, scaler = self.engine.lr_scheduler, vars(self.zero.loss_scaler)
         return tensors, {
             "holds": self.holds,
@@ -805,8 +807,9 @@ def add_to_run_json(s, step, code, config):
     path = Path(s.out, "run.json")
     starts = json.loads(path.read_text()) if step > 0 and path.exists() else []
     versions = {"python": sys.version} | {m.__name__: m.__version__ for m in (torch, deepspeed)}
-    starts.append({"time": time.strftime("%F %T %z"), "step": step, "ranks": dist.get_world_size(),
-                   "commit": code, "settings": asdict(s), "deepspeed": config, "versions": versions})
+    starts.append({
+        "time": time.strftime("%F %T %z"), "step": step, "ranks": dist.get_world_size(),
+        "commit": code, "settings": asdict(s), "deepspeed": config, "versions": versions})
     with exsvd.written_whole(path) as temporary:
         Path(temporary).write_text(json.dumps(starts, indent=1))
 
@@ -855,7 +858,7 @@ def draw(s, n, shape):
 
 @torch.no_grad()
 def inputs(s, svd, item):
-    """The model's inputs for a batch of clips or latents, fp32 on the device: x (B,T,4,h,w), scaled;
+    """The model's inputs for a batch of clips or latents, fp32 on the device: scaled x (B,T,4,h,w);
     cond (B,1,4,h,w); ctx (B,1,D), or where CLIP is trained its input (B,3,224,224); ids (B,3)"""
     device, item = svd.unet.conv_out.weight.device, dict(item)
     if "video" in item:
