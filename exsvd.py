@@ -1441,14 +1441,14 @@ def locate(module, tensors):
         except RuntimeError:  # they can't be joined
             t = None
         if t is None or t.shape != want:
-            found = ", ".join(f"{n} {shape}" for n, shape in zip(group, shapes))
-            misfits.append(f"{found} instead of {tuple(want)}")
+            theirs = ", ".join(f"{n} {shape}" for n, shape in zip(group, shapes))
+            misfits.append(f"{theirs} instead of {tuple(want)}")
     others = [pattern for cls, pattern in SGM_PART.items() if not isinstance(module, cls)]
     ignored = re.compile("|".join([IGNORED, *others]))
     problems = {"missing": sorted(expected - in_file), "mis-shaped": misfits,
                 "unexpected": sorted(n for n in in_file - expected if not ignored.match(n))}
-    problems = "; ".join(f"{len(found)} {what}, such as {', '.join(found[:3])}"
-                         for what, found in problems.items() if found)
+    problems = "; ".join(f"{len(wrong)} {what}, such as {', '.join(wrong[:3])}"
+                         for what, wrong in problems.items() if wrong)
     if problems:
         hint = " (was it made with another section 4 of exsvd.py?)" if extension else ""
         raise WeightsError(f"{tensors.path} does not fit {network} ({len(expected)} tensors): "
@@ -1504,13 +1504,13 @@ def open_network(path, stem, part, default):
     in_folder = {}
     if os.path.isdir(path):
         paths = [os.path.join(path, stem + end) for end in (".safetensors", ".fp16.safetensors")]
-        found = next(filter(os.path.isfile, paths), None)
-        if found is None:
+        in_it = next(filter(os.path.isfile, paths), None)
+        if in_it is None:
             raise WeightsError(f"{path}: no {stem}.safetensors (or .fp16.safetensors), which a "
                                "folder of SVD has. A UNet alone is given as --unet beside --model; "
                                "weights in several parts must be saved again with a larger "
                                "max_shard_size")
-        path = found
+        path = in_it
         config = os.path.join(os.path.dirname(path), "config.json")
         if part == "unet" and os.path.exists(config):
             with open(config) as f:

@@ -805,10 +805,10 @@ def resampled(video, frames):
 
 def keyframe(text):
     """A check: NUMBER=IMAGE -> (number, path)."""
-    number, _, path = text.partition("=")
-    if not number.isdigit() or not path:
+    frame, _, path = text.partition("=")
+    if not frame.isdigit() or not path:
         raise argparse.ArgumentTypeError(f"{text}: write it as NUMBER=IMAGE, like 64=photo.png")
-    return int(number), path
+    return int(frame), path
 
 
 def parse(argv):
