@@ -82,7 +82,7 @@ class CLIPConfig:
 
 # Norm epsilons differ between the public codes. These are Stability's, with which SVD was trained.
 # diffusers has 1e-6 in most UNet residual blocks. DiffSynth, under which ExVideo was tuned, has
-# 1e-5 in the UNet transformer and the VAE's last norm, which changes the UNet's output by 1.2e-5.
+# 1e-5 in the UNet transformer and the VAE's last norm; the effect is below float16's rounding.
 EPS_UNET_RES = 1e-5          # residual blocks, spatial and temporal, and the last norm of the UNet
 EPS_UNET_TRANSFORMER = 1e-6  # GroupNorm that opens a transformer block
 EPS_LAYER_NORM = 1e-5        # every LayerNorm, CLIP's too
