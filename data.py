@@ -156,8 +156,8 @@ def _container(path):
 def _decode(path, seek=None):
     """Yields (PyAV frame, stream) in the order in which frames are shown, from the start or from
     the key frame at or before the time stamp `seek`. After an error that FFmpeg reports, frames
-    are left out up to the next key frame. Of two frames at one time the second is left out. Raises
-    MediaError, also if no frame is left, or if one is interlaced."""
+    are left out up to the next key frame. So is a frame with the time stamp of the one before.
+    Raises MediaError, also if no frame is left, or if one is interlaced."""
     last, damaged, fresh = None, False, False  # fresh: a key frame was read since the damage
     with _container(path) as container:
         stream = container.streams.best("video")
@@ -198,7 +198,7 @@ _hdr = threading.local()  # keeps a scaler per thread, since the tables for HDR 
 
 
 def _convert(path, frame, form, scaler=None, **options):
-    """A PyAV frame in another format."""
+    """A PyAV frame in another pixel format. Raises MediaError."""
     try:  # one thread: a forked worker of a DataLoader that frees a scaler with threads hangs
         return (scaler or VideoReformatter()).reformat(frame, format=form, threads=1, **options)
     except (av.FFmpegError, ValueError) as e:
@@ -386,7 +386,8 @@ class VideoWriter:
         return self
 
     def write(self, frames):
-        """Appends uint8 (T, H, W, 3); H and W are those of the first call."""
+        """Appends uint8 (T, H, W, 3); H and W are those of the first call. Raises ValueError for
+        anything else."""
         frames = torch.as_tensor(frames).cpu().numpy()
         self.size = self.size or frames.shape[1:]
         if frames.dtype != np.uint8 or frames.shape[1:] != self.size:
@@ -757,12 +758,12 @@ class Clips:
     """Clips of videos; items hold "video". An epoch takes one clip of each usable file, from
     anywhere in it."""
     source: str  # what list_files() takes, or a folder that encode() wrote
-    frames: int  # of a clip
-    size: tuple  # (W, H), multiples of 64; or several, see read_clip()
+    frames: int = 128  # of a clip
+    size: tuple = (512, 512)  # (W, H), multiples of 64; or several, see read_clip()
     seed: int = 0
     stride: int = 1  # take every stride-th frame; or
     fps: float = None  # the frames nearest to each 1/fps
-    motion: str = "exvideo"  # the bucket of the measured score; or one bucket for all clips
+    motion: str | float = "exvideo"  # the bucket of the measured score; or one bucket for all clips
     skip_static: float = 0.0  # leave out shots whose thumbnails, in [0, 1], change less per frame
     start_every: int = 1  # of the frames at which a clip can start, take every so many
 
@@ -788,26 +789,26 @@ class Clips:
         return build_index(self.source, self.files)
 
     def _find_clips(self, name, entry):
-        """Fills self.usable. -> why no clip can be used, or None"""
+        """Sets self.usable[name], the ranges of first frames. -> None, or why there are none"""
         times, every = _times(entry), np.arange(entry["frames"])
         ends = [*entry["cuts"], entry["frames"]]
         shots = np.diff([0, *ends])  # their lengths
         last = self._picks(times, every, self.frames - 1)  # of a clip that starts there
-        fits = fast = every[last < np.repeat(ends, shots)]
+        in_shot = steady = every[last < np.repeat(ends, shots)]
         if np.diff(times).max(initial=0) * (self.fps or self.stride) > 1:
             pause = 2.001 if self.fps else 1.001  # seconds; 0.001 for rounding
             for k in range(1, self.frames):  # no frame may come twice, or after a pause
-                a, b = times[self._picks(times, fast, np.array([[k - 1], [k]]))]
-                fast = fast[(a < b) & (b - a < pause)]
-        use = fast[np.repeat(entry["change"], shots)[fast] >= self.skip_static]
-        if not len(fits):
+                a, b = times[self._picks(times, steady, np.array([[k - 1], [k]]))]
+                steady = steady[(a < b) & (b - a < pause)]
+        moving = steady[np.repeat(entry["change"], shots)[steady] >= self.skip_static]
+        if not len(in_shot):
             return f"too short: {len(every)} frames, {max(shots)} without a cut"
-        if not len(fast):
+        if not len(steady):
             return (f"too slow: {frame_rate(times):.3g} frames per second; "
                     f"{self.fps or self.stride:g} needed, without pauses")
-        if not len(use):
+        if not len(moving):
             return f"static: changes by {max(entry['change'])} per frame at most"
-        runs = [x.tolist() for x in np.split(use, np.flatnonzero(np.diff(use) > 1) + 1)]
+        runs = [x.tolist() for x in np.split(moving, np.flatnonzero(np.diff(moving) > 1) + 1)]
         self.usable[name] = [range(x[0], x[-1] + 1, self.start_every) for x in runs]
 
     def _picks(self, times, start, k):
@@ -834,7 +835,7 @@ class Clips:
                 f"of {self.frames} frames at {rate}{left_out}")
 
     def _draw(self, n):
-        """The file of clip n, and which of its starts."""
+        """(name, row) of clip n: its file, and which of self.starts(name)."""
         epoch, i = divmod(n, len(self.names))
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.names))
         name = self.names[order[i]]
@@ -842,7 +843,8 @@ class Clips:
         return name, int(row)
 
     def _read(self, name, row, numbers):
-        """What an item holds of its own kind. "motion" is the score."""
+        """The tensors of a clip, and "motion": its score, not yet a bucket. numbers (T,): of its
+        frames. row: its place among self.starts(name)."""
         video = read_clip(self.files[name], self.index[name], numbers, self.size)
         return {"video": video, "motion": motion_score(video)}
 
@@ -959,19 +961,19 @@ def encode_frames(vae, video):
     (T, 4, H/8, W/8) on the VAE's device. On a GPU in float16; frames whose latents are not
     finite are encoded again in TF32. float16 changes the toy's latents by 5e-4 (relative RMS) and a
     clip's loss by 0.02 % on average. VAE.encode is exact, in 12 times the time."""
-    wide, device = vae.quant_conv.weight.dtype, vae.quant_conv.weight.device
-    narrow, at_once = encoding_on(device)
+    exact, device = vae.quant_conv.weight.dtype, vae.quant_conv.weight.device
+    fast, at_once = encoding_on(device)
 
-    def encode(video, dtype):
+    def latents_of(video, dtype):
         weights = {name: p.to(dtype) for name, p in vae.encoder.named_parameters()}
         encoded = [torch.func.functional_call(vae.encoder, weights, x.to(device, dtype))
                    for x in video.split(at_once)]
-        return torch.cat([vae.quant_conv(h.to(wide))[:, :4].float() for h in encoded])
+        return torch.cat([vae.quant_conv(h.to(exact))[:, :4].float() for h in encoded])
 
-    latents = encode(video, narrow)
+    latents = latents_of(video, fast)
     bad = ~latents.isfinite().flatten(1).all(1)  # an overflow reaches all of a frame by the norms
     if bad.any():
-        latents[bad] = encode(video[bad.to(video.device)], wide)
+        latents[bad] = latents_of(video[bad.to(video.device)], exact)
     return latents
 
 
@@ -992,7 +994,7 @@ def _encode_file(dataset, name, svd, dtype):
     stamps, times, starts = _stamps(entry).tolist(), _times(entry), dataset.starts(name)
     can_start = set(starts)
     clips = deque(dataset._picks(times, start, np.arange(dataset.frames)) for start in starts)
-    motion = [Motion() for _ in range(dataset.stride)]  # clips a stride apart share frames
+    motion = [Motion() for _ in range(dataset.stride)]  # clips a stride apart share their frames
     tensors = {"latents": [], "cond": [], "ctx": [], "aug": [], "motion": []}
     window = {}  # {number: pixels} of the frames that clips still need
     frames, at_once = _decode(path), encoding_on(svd.vae.quant_conv.weight.device)[1]
@@ -1034,11 +1036,12 @@ def encode(model, source, out, dtype=torch.float16, device="cpu", shard=(1, 1), 
     ours |= {"model": fingerprint(svd), "dtype": str(dtype)}
     svd.clip.to(encoding_on(svd.clip.proj.device)[0])
     os.makedirs(out, exist_ok=True)
-    about = os.path.join(out, SETTINGS)
-    if os.path.exists(about):
+    path = os.path.join(out, SETTINGS)
+    if os.path.exists(path):
         check_encoded(out, ours)
-    with exsvd.written_whole(about) as temporary:
-        Path(temporary).write_text(json.dumps(ours))
+    else:
+        with exsvd.written_whole(path) as temporary:
+            Path(temporary).write_text(json.dumps(ours))
     encoded = latents_in(out)
     gone = one_line(", ".join(sorted(encoded.keys() - dataset.usable.keys())))
     if gone:
@@ -1099,16 +1102,15 @@ def main():
     args = parser.parse_args()
     given = {key: value for key, value in vars(args).items()
              if key in Clips.__dataclass_fields__ and value is not None}
-    settings = {"frames": 128, "size": (512, 512)}
     try:
         if args.command == "encode":
             meta = exsvd.open_model(args.model)[0]["unet"].meta
             in_file = meta.get("defaults", {}).get("train", {})
-            settings |= {key: in_file[key] for key in CLIP_SETTINGS if key in in_file}
+            given = {key: in_file[key] for key in CLIP_SETTINGS if key in in_file} | given
             dataset = encode(args.model, args.data, args.out, device=args.device, shard=args.shard,
-                             **settings | given)
+                             **given)
         else:
-            dataset = Clips(args.data, **settings | given)
+            dataset = Clips(args.data, **given)
             for name, why in dataset.left_out.items():
                 print(f"  left out  {name}: {why}")
         print(dataset.describe())

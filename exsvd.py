@@ -192,7 +192,7 @@ LayerNorm = partial(nn.LayerNorm, eps=EPS_LAYER_NORM)
 
 
 def silu(x):
-    """In place where autograd is off: only a gradient needs x once more."""
+    """SiLU. Without gradients it overwrites x, which no caller needs afterwards."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -215,23 +215,24 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, emb_dim=None, temporal=False, groups=32, eps=EPS_UNET_RES):
         super().__init__()
-        if temporal:  # as 2D ones over (T, H*W) a pass takes 0.98 of the time, but bits differ
+        if temporal:  # 2D ones over (T, H*W) take 2 % less time, but round differently
             Conv = partial(nn.Conv3d, kernel_size=(3, 1, 1), padding=(1, 0, 0))
         else:
             Conv = partial(nn.Conv2d, kernel_size=3, padding=1)
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=eps), Conv(c_in, c_out)
         self.emb = nn.Linear(emb_dim, c_out) if emb_dim else None
         self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=eps), Conv(c_out, c_out)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, skip=None, e=None, before=None, again=lambda f, *xs: f(*xs)):
+    def forward(self, x, skip=None, e=None, upsample=None, again=lambda f, *xs: f(*xs)):
         """x (b, c, H, W), and skip (b, c', H, W) where c + c' = c_in -> (b, c_out, H, W).
 
-        e: from embed(). before: applied to x first. again: see Slices.again(). The parts that it is
-        given end in a convolution, which it therefore need not compute again.
+        e: from embed(). upsample: the convolution that ends the previous level, or None. again: see
+        Slices.again(). The parts that it is given end in a convolution, which it therefore need not
+        compute again.
         """
         inplace = not torch.is_grad_enabled()
-        fresh = before is not None and skip is None and isinstance(self.skip, nn.Conv2d)
+        fresh = upsample is not None and skip is None and isinstance(self.shortcut, nn.Conv2d)
 
         def joined(x, skip):
             return x if skip is None else torch.cat([x, skip], dim=1)
@@ -245,11 +246,11 @@ class ResBlock(nn.Module):
         def second(h):
             return self.conv2(silu(self.norm2(h)))
 
-        if before is not None:
-            x = again(before, x)
+        if upsample is not None:
+            x = again(upsample, x)
         if inplace:  # with gradients each part joins them for itself, and no copy is kept
             x, skip = joined(x, skip), None
-        shortcut = again(lambda *xs: self.skip(joined(*xs)), x, skip)
+        shortcut = again(lambda *xs: self.shortcut(joined(*xs)), x, skip)
         h = again(first, x, skip)
         if not inplace:
             return shortcut + again(second, h)
@@ -275,26 +276,26 @@ class SpatioTemporalRes(nn.Module):
         self.temporal = ResBlock(c_out, c_out, emb_dim, True, groups, eps_temporal)
         self.mix = nn.Parameter(torch.tensor([0.5 if emb_dim else 0.0]))
 
-    def forward(self, inputs, B, emb=None, before=None, *, slices):
+    def forward(self, inputs, B, emb=None, upsample=None, *, slices):
         """inputs: a list of x (B*T, c, H, W) or of x and skip (B*T, c', H, W), where c + c' = c_in
         -> (B*T, c_out, H, W).
 
-        before: applied to x first (the upsampling that ends the previous level). The list is
-        emptied. Activations are the largest tensors there are, and the call of a module keeps its
-        arguments alive to its end. So a list holds them, and no variable of the caller does: what
-        went into the first block is free before the second begins.
+        upsample: the convolution that ends the previous level, applied to x first; or None. The
+        list is emptied. Activations are the largest tensors there are, and the call of a module
+        keeps its arguments alive to its end. So a list holds them, and no variable of the caller
+        does: what went into the first block is free before the second begins.
         """
-        h = self.over_pixels(*inputs, emb=emb, before=before, slices=slices)
+        h = self.over_pixels(*inputs, emb=emb, upsample=upsample, slices=slices)
         inputs.clear()
         return self.over_frames(h, B, emb, slices)
 
-    def over_pixels(self, x, skip=None, *, emb, before, slices):
+    def over_pixels(self, x, skip=None, *, emb, upsample, slices):
         e = None if emb is None else self.spatial.embed(emb, len(x), 4)
-        same_shape = before is None and isinstance(self.spatial.skip, nn.Identity)
+        same_shape = upsample is None and isinstance(self.spatial.shortcut, nn.Identity)
         reusable = emb is None and same_shape  # in the UNet, x waits as a skip, too
 
         def per_frame(x, skip, e):
-            return self.spatial(x, skip, e, before, slices.again)
+            return self.spatial(x, skip, e, upsample, slices.again)
 
         return slices(per_frame, x, skip, e, out=x if reusable else None, parts=True)
 
@@ -306,7 +307,7 @@ class SpatioTemporalRes(nn.Module):
         slices of frames, the rest in slices of rows.
         """
         block = self.temporal
-        e = 0 if emb is None else block.embed(emb, B, 5)
+        e = None if emb is None else block.embed(emb, B, 5)
         # The block adds to its input, so blending means weighting what it adds. Trap: alpha weights
         # the spatial branch in the UNet, but the temporal branch in the VAE decoder.
         alpha = self.mix.float().sigmoid().to(x.dtype)
@@ -314,8 +315,8 @@ class SpatioTemporalRes(nn.Module):
 
         def first(x):
             x = rearrange(x, "(b t) c h w -> b c t h w", b=B)
-            h = block.conv1(silu(norm1(x))) + e
-            return rearrange(h, "b c t h w -> (b t) c h w")
+            h = block.conv1(silu(norm1(x)))
+            return rearrange(h if e is None else h + e, "b c t h w -> (b t) c h w")
 
         def second(x, h):
             h = rearrange(h, "(b t) c h w -> b c t h w", b=B)
@@ -352,9 +353,9 @@ class SpatialBlock(nn.Module):
 #
 #    To try another extension, change this section alone; toy/lora.py is an example. What extend()
 #    adds is trained, saved and loaded if is_extension_parameter() says so. Add parameters but no
-#    buffers: load() builds the networks without storage. A module that takes the place of a layer
-#    keeps it as `base`, by which files find its weights. extend() may be called again, on an
-#    extended UNet, and at any length: training at the native length calls it too.
+#    buffers: load() builds the networks without storage. A module that replaces a layer keeps that
+#    layer as self.base: in files its weights have no `.base` in their names. extend() may be called
+#    again, on an extended UNet, and at any length: training at the native length calls it too.
 
 # In extension files. What gives the same parameters another meaning needs another name; what only
 # adds some does not, so that it can be trained over files that are there.
@@ -374,7 +375,7 @@ class TemporalBlock(nn.Module):
         self.norm2, self.attn2 = LayerNorm(C), ContextAttention(C, context_dim)
         self.norm3, self.ff = LayerNorm(C), FeedForward(C)
 
-    def frame_positions(self, T, like):
+    def position_embedding(self, T, like):
         """Embedding of the frame indices 0..T-1: (T, 1, C)."""
         if self.frame_table is None:
             table = sinusoid(torch.arange(T, device=like.device), like.shape[-1]).to(like.dtype)
@@ -412,11 +413,12 @@ class FrameConv(nn.Conv3d):
         self.weight.zero_()
         self.weight[:, :, 1, 1, 1].fill_diagonal_(1)
 
-    def forward(self, x, positions, H, slices):
-        """Tokens (B, T, H*W, C) plus their frame positions (T, 1, C), convolved: (B, T, H*W, C)."""
-        def convolve(positions, *frames):
-            """n + 2 frames (B, H*W, C), with their positions -> the inner n, (B, n, H*W, C)"""
-            x = torch.stack(frames, dim=1) + positions
+    def forward(self, x, embedding, H, slices):
+        """Tokens (B, T, H*W, C) plus the embedding of their positions (T, 1, C), convolved:
+        (B, T, H*W, C)."""
+        def convolve(embedding, *frames):
+            """n + 2 frames (B, H*W, C), with their embedding -> the inner n, (B, n, H*W, C)"""
+            x = torch.stack(frames, dim=1) + embedding
             x = rearrange(x, "b t (h w) c -> b c t h w", h=H)
             x = reflect(x, 3)
             x = reflect(x, 4)
@@ -424,7 +426,7 @@ class FrameConv(nn.Conv3d):
             x = rearrange(x, "b c t h w -> b t (h w) c")
             return x.contiguous()  # the layout that a base has here: kernels depend on it
 
-        return slices.with_neighbours(convolve, reflect(positions, 0), x)
+        return slices.with_neighbours(convolve, reflect(embedding, 0), x)
 
 
 def reflect(x, axis):
@@ -454,8 +456,9 @@ def extend(unet, num_frames=128):
     """Extend a UNet to num_frames frames, in place (ExVideo section 3.2), and return it.
 
     The native length is unet.config.native_frames for a base, and the present length for a UNet
-    that was extended before; num_frames may be more, the same or less. Up to both the output stays
-    bit-identical (on CUDA in float32 only without TF32, which rounds what passes the convolution).
+    that was extended before; num_frames may be more, the same or less. A video that has no more
+    frames than either stays bit-identical (on CUDA in float32 only without TF32, which rounds what
+    passes the convolution).
     New parameters have the device, dtype and requires_grad of their neighbours. Raises ValueError
     if num_frames is below 1.
     """
@@ -530,13 +533,13 @@ class SpatioTemporalTransformer(nn.Module):
         h = slices(per_frame, x, context).unflatten(0, (B, -1))               # (B, T, N, C)
 
         context = temporal.attn2(ctx)                                         # (B, 1, C)
-        positions = temporal.frame_positions(h.shape[1], h)                   # (T, 1, C)
+        embedding = temporal.position_embedding(h.shape[1], h)                # (T, 1, C)
         convolved = None
         if temporal.frame_conv is not None:
-            convolved = temporal.frame_conv(h, positions, H, slices)          # (B, T, N, C)
+            convolved = temporal.frame_conv(h, embedding, H, slices)          # (B, T, N, C)
 
         def per_pixel(h, convolved):
-            y = temporal(h + positions if convolved is None else convolved, context)
+            y = temporal(h + embedding if convolved is None else convolved, context)
             return self.proj_out(torch.lerp(y, h, alpha))  # alpha weights the spatial branch
 
         h = slices(per_pixel, h, convolved, dim=2, out=h)                     # (B, T, N, C)
@@ -549,9 +552,9 @@ class Block(nn.Module):
         super().__init__()
         self.res, self.attn, self.conv = res, attn, conv
 
-    def forward(self, inputs, emb, ctx, before, slices):
+    def forward(self, inputs, emb, ctx, upsample, slices):
         """res and attn; conv is left to UNet.forward. inputs: see SpatioTemporalRes."""
-        h = self.res(inputs, len(ctx), emb, before, slices=slices)
+        h = self.res(inputs, len(ctx), emb, upsample, slices=slices)
         return h if self.attn is None else self.attn(h, ctx, slices)
 
 
@@ -562,8 +565,8 @@ class UNet(nn.Module):
     slice_size: elements per slice of long videos (see Slices); None switches slices off.
     checkpointing: what training keeps of a pass, and what it computes again on the way back.
         "memory" keeps the inputs of blocks with a transformer, and computes the slices in them
-        once more; "balanced" keeps what enters and leaves convolutions and attention blocks, and
-        takes larger slices; None keeps everything. bench/README.md says what each costs.
+        once more; "balanced" keeps what enters and leaves convolutions and attention blocks; None
+        keeps everything. bench/README.md says what each costs.
     stream: Stream(unet, device) keeps weights and skips in CPU memory until they are needed.
     """
 
@@ -640,17 +643,15 @@ class UNet(nn.Module):
 
         checkpointing = self.checkpointing if self.training and torch.is_grad_enabled() else None
         slices = Slices(self.slice_size, checkpointing)
-        if checkpointing == "balanced" and self.slice_size:
-            slices.size *= BALANCED_SLICES
         visit = self.stream.visit if self.stream else lambda blocks, skips=(): blocks
         put = self.stream.put if self.stream else lambda skip: skip
 
-        def run(block, inputs, before=None):
+        def run(block, inputs, upsample=None):
             if block.res is None:
                 return block.conv(*inputs)
             if checkpointing == "memory" and block.attn is not None:
-                return recomputed(lambda *xs: block(list(xs), emb, ctx, before, slices), *inputs)
-            return block(inputs, emb, ctx, before, slices)
+                return recomputed(lambda *xs: block(list(xs), emb, ctx, upsample, slices), *inputs)
+            return block(inputs, emb, ctx, upsample, slices)
 
         # lists, which alone hold the activations: see SpatioTemporalRes.forward
         h = [self.down[0].conv(x.to(dtype).flatten(0, 1))]                    # (B*T, C, H, W)
@@ -720,10 +721,10 @@ class Downsample(nn.Conv2d):
 class Level(nn.Module):
     """Residual blocks of one resolution, and the resampling after them (or None)."""
 
-    def __init__(self, blocks, sample, name):
+    def __init__(self, blocks, downsample=None, upsample=None):
         super().__init__()
         self.block = nn.ModuleList(blocks)
-        setattr(self, name, sample)
+        self.downsample, self.upsample = downsample, upsample
 
 
 class Mid(nn.Module):
@@ -743,7 +744,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for level, (a, b) in enumerate(zip(c_in, C)):
             sample = Downsample(b, b, 3, stride=2) if level < len(C) - 1 else None
-            self.down.append(Level([res(a, b), res(b, b)], sample, "downsample"))
+            self.down.append(Level([res(a, b), res(b, b)], downsample=sample))
         self.mid = Mid(res, C[-1], config.groups)
         self.norm_out = nn.GroupNorm(config.groups, C[-1], eps=EPS_VAE)
         self.conv_out = nn.Conv2d(C[-1], 8, 3, padding=1)
@@ -774,7 +775,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for level, (a, b) in enumerate(zip(c_in, C)):
             sample = Upsample(b, b, 3, padding=1) if level > 0 else None
-            self.up.append(Level([res(a, b), res(b, b), res(b, b)], sample, "upsample"))
+            self.up.append(Level([res(a, b), res(b, b), res(b, b)], upsample=sample))
         self.norm_out = nn.GroupNorm(config.groups, C[0], eps=EPS_VAE)
         self.conv_out = nn.Conv2d(C[0], 3, 3, padding=1)
         self.time_conv_out = nn.Conv3d(3, 3, (3, 1, 1), padding=(1, 0, 0))  # over frames, of RGB
@@ -791,7 +792,7 @@ class Decoder(nn.Module):
         h = [self.mid.block_2(h, B, slices=slices)]
         for level in reversed(self.up):
             for block in level.block:
-                h = [block(h, B, before=upsample, slices=slices)]
+                h = [block(h, B, upsample=upsample, slices=slices)]
                 upsample = None
             upsample = level.upsample  # waits for the next block, which does it slice by slice
         h = slices(out, *h)                                                   # (B*T, 3, 8h, 8w)
@@ -983,7 +984,6 @@ def training_loss(unet, loss, x, sigma, noise, image_latents, ctx, ids):
 #    computed as if there were no slices.
 
 CPU_SLICES = 4  # transformers and the decoder take smaller slices on a CPU: 10 to 16 % less time
-BALANCED_SLICES = 16  # "balanced" takes larger ones, since each costs launches and copies
 
 
 def recomputed(f, *xs):
@@ -1039,29 +1039,29 @@ class Slices:
         pieces = [repeat(None) if x is None else x.split(length, dim) for x in xs]
         return self.join(f, zip(*pieces), n, dim, out)
 
-    def with_neighbours(self, f, positions, x):
+    def with_neighbours(self, f, embedding, x):
         """f of all frames of x (B, T, n, C), where f needs the frames before and after, too.
 
-        f(positions, *frames) is given frames (B, n, C) with a neighbour more at both ends
-        (reflected at the ends of the video), and their rows of positions (T + 2, ...). It returns
+        f(embedding, *frames) is given frames (B, n, C) with a neighbour more at both ends
+        (reflected at the ends of the video), and their rows of embedding (T + 2, ...). It returns
         the frames without these neighbours, (B, ., n, C).
         """
         T, length = x.shape[1], self.length(1, x)
         frames = x.unbind(1)  # not x[:, t], the gradient of which is as large as x
         frames = [frames[min(1, T - 1)], *frames, frames[max(T - 2, 0)]]
         cuts = [slice(begin, begin + length + 2) for begin in range(0, T, length)]
-        slabs = [(positions[cut], *frames[cut]) for cut in cuts]
+        slabs = [(embedding[cut], *frames[cut]) for cut in cuts]
         f = partial(self.again, f)
         return f(*slabs[0]) if len(slabs) == 1 else self.join(f, slabs, T, dim=1)
 
-    def join(self, f, slices, n, dim, out=None):
-        """f of every tuple in slices, concatenated to length n along dim."""
+    def join(self, f, pieces, n, dim, out=None):
+        """f of every tuple in pieces, concatenated to length n along dim."""
         if torch.is_grad_enabled():
             if self.checkpointing == "memory":
                 f = partial(recomputed, f)
-            return torch.cat([f(*xs) for xs in slices], dim)
+            return torch.cat([f(*xs) for xs in pieces], dim)
         begin = 0
-        for xs in slices:
+        for xs in pieces:
             y = f(*xs)
             if out is None:
                 out = y.new_empty([*y.shape[:dim], n, *y.shape[dim + 1:]])
@@ -1117,7 +1117,8 @@ class Stream:
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         blocks, self.home, shelf = [*unet.down, *unet.mid, *unet.up], {}, ()
         needs = [sum(size for *_, size in self.weights(block)) for block in blocks]
-        most = 2 ** (sum(needs) // 4).bit_length()  # PyTorch rounds pinned memory to powers of two
+        # PyTorch rounds pinned memory up to a power of two, so blocks share buffers of such a size.
+        most = 2 ** (sum(needs) // 4).bit_length()
         for i, (block, need) in enumerate(zip(blocks, needs)):
             if need > len(shelf):  # several blocks share one
                 size = max(need, min(most, sum(needs[i:])))
@@ -1152,6 +1153,7 @@ class Stream:
         return torch.cuda.stream(self.side)  # which does nothing with None
 
     def put(self, skip):
+        """A skip, or its copy in CPU memory if it is large."""
         if skip.nbytes < self.large:
             return skip
         with self.aside():
@@ -1215,9 +1217,10 @@ _FF = [
 ]
 _EXTENSION = [(r"frame_table$", "positional_embedding.embeddings"), (r"frame_conv", "positional_conv")]
 
+# SGM: Stability's generative-models, in whose names the published single files are.
 UNET_SGM = [
     (r"(\.res\.\w+)\.norm1", r"\1.in_layers.0"), (r"conv1", "in_layers.2"), (r"\.emb\.", ".emb_layers.1."),
-    (r"(\.res\.\w+)\.norm2", r"\1.out_layers.0"), (r"conv2", "out_layers.3"), (r"\.skip\.", ".skip_connection."),
+    (r"(\.res\.\w+)\.norm2", r"\1.out_layers.0"), (r"conv2", "out_layers.3"), (r"\.shortcut\.", ".skip_connection."),
     (r"\.res\.spatial", ".res"), (r"\.res\.temporal", ".res.time_stack"), (r"\.mix$", ".time_mixer.mix_factor"),
     (r"\.temporal\.frame_embed", ".time_pos_embed"), *_EXTENSION,
     (r"\.spatial\.", ".transformer_blocks.0."), (r"\.temporal\.", ".time_stack.0."), *_FF,
@@ -1237,7 +1240,7 @@ UNET_DIFFUSERS = [
     (r"^up\.(\d+)\.attn", _number("up_blocks.{}.attentions.{}", 3)),
     (r"^up\.(\d+)\.conv", _number("up_blocks.{}.upsamplers.0.conv", 3)),
     (r"(resnets\.\d+)\.(spatial|temporal)", r"\1.\2_res_block"), (r"\.emb\.", ".time_emb_proj."),
-    (r"\.skip\.", ".conv_shortcut."), (r"\.mix$", ".time_mixer.mix_factor"),
+    (r"\.shortcut\.", ".conv_shortcut."), (r"\.mix$", ".time_mixer.mix_factor"),
     (r"\.temporal\.frame_embed\.0", ".time_pos_embed.linear_1"),
     (r"\.temporal\.frame_embed\.2", ".time_pos_embed.linear_2"), *_EXTENSION,
     (r"\.spatial\.", ".transformer_blocks.0."), (r"\.temporal\.", ".temporal_transformer_blocks.0."), *_FF,
@@ -1248,7 +1251,7 @@ UNET_DIFFUSERS = [
 VAE_SGM = [
     (r"temporal\.norm1", "time_stack.in_layers.0"), (r"temporal\.conv1", "time_stack.in_layers.2"),
     (r"temporal\.norm2", "time_stack.out_layers.0"), (r"temporal\.conv2", "time_stack.out_layers.3"),
-    (r"\.spatial\.", "."), (r"\.mix$", ".mix_factor"), (r"\.skip\.", ".nin_shortcut."),
+    (r"\.spatial\.", "."), (r"\.mix$", ".mix_factor"), (r"\.shortcut\.", ".nin_shortcut."),
     (r"(down|up)sample\.", r"\1sample.conv."), (r"time_conv_out", "conv_out.time_mix_conv"),
     (r"^decoder", "first_stage_model.decoder"), (r"^(encoder|quant_conv)", r"conditioner.embedders.3.encoder.\1"),
 ]
@@ -1259,7 +1262,7 @@ VAE_DIFFUSERS = [
     (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
     (r"(attentions\.0)\.norm", r"\1.group_norm"), (r"(attentions\.0)\.([qkv])\.", r"\1.to_\2."),
     (r"proj_out", "to_out.0"),
-    (r"(resnets\.\d+)\.(spatial|temporal)", r"\1.\2_res_block"), (r"\.skip\.", ".conv_shortcut."),
+    (r"(resnets\.\d+)\.(spatial|temporal)", r"\1.\2_res_block"), (r"\.shortcut\.", ".conv_shortcut."),
     (r"\.mix$", ".time_mixer.mix_factor"), (r"norm_out", "conv_norm_out"),
 ]
 CLIP_SGM = [
@@ -1543,7 +1546,9 @@ def open_extensions(paths):
     """-> [Tensors] of extension files, from bottom to top. Raises WeightsError, also if one was
     trained over a file that is not below it."""
     opened = []
-    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths or ():
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    for path in paths or ():
         tensors = Tensors(path)
         if not tensors.is_extension or not tensors.frames():
             raise WeightsError(f"{path} is not an extension: it has no tensors blocks.*, or no "
@@ -1612,8 +1617,8 @@ def load(path, extension=None, dtype=torch.float32, device="cpu", parts=("unet",
         if not only_check:
             read_into(extended, tensors, added)
     networks.eval().requires_grad_(False)
-    unet, vae, clip = (networks[part] if part in parts else None for part in FOLDER)
-    return SVD(unet, vae, clip, meta, extensions[-1].meta if extensions else None)
+    return SVD(*(networks[part] if part in parts else None for part in FOLDER), meta,
+               extensions[-1].meta if extensions else None)
 
 
 @contextmanager

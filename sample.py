@@ -28,12 +28,13 @@ import os
 import signal
 import sys
 import time
-from collections import namedtuple
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -137,10 +138,12 @@ def lcm_sigmas(steps):
     return torch.cat([levels[[40 * i // steps for i in range(steps)]], levels[-1:]])
 
 
-# A sampler, how many passes through the UNet it makes in a number of steps, its own schedule, and
-# whether it reads s.eta
-Sampler = namedtuple("Sampler", "function passes schedule eta",
-                     defaults=(lambda steps: steps, "karras", False))
+class Sampler(NamedTuple):
+    function: Callable
+    passes: Callable = lambda steps: steps  # through the UNet, in a number of steps
+    schedule: str = "karras"                # its own, where --schedule does not say
+    eta: bool = False                       # whether it reads s.eta
+
 
 # steps -> sigmas (steps + 1,)
 SCHEDULES = {"karras": exsvd.karras_sigmas, "ays": ays_sigmas, "lcm": lcm_sigmas}
@@ -194,10 +197,9 @@ def setting(default, check, help, in_file=True, flag=None, **options):
         "in_file": in_file and check is not str, "flag": flag, "options": options})
 
 
-def add_flags(parser, cls, only=None):
-    """A flag for each setting of a class, or for those named in `only`. What is not given is not in
-    the parsed namespace."""
-    for f in [f for f in fields(cls) if only is None or f.name in only]:
+def add_flags(parser, cls):
+    """A flag for each setting of a class. What is not given is not in the parsed namespace."""
+    for f in fields(cls):
         flag = f.metadata["flag"] or "--" + f.name.replace("_", "-")
         parser.add_argument(flag, dest=f.name, **f.metadata["options"])
 
@@ -210,18 +212,18 @@ def words(value, nargs=None):
     return ["{}x{}".format(*parts) if len(parts) == 2 else str(value)]
 
 
-def settings_in_file(cls, meta, part, path):
-    """The settings that a model's file holds in meta["defaults"][part], as if they had been given
-    as flags: {name: value}, without those that are None. Raises WeightsError for what a flag would
-    refuse, and for a path."""
-    def refuse(message):
-        raise exsvd.WeightsError(f"{path}: its setting {name} is not usable: {message}")
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = refuse
-    add_flags(parser, cls)
+def checked(cls, values, source):
+    """Settings {name: value} of a class, checked as if they had been given as flags, without those
+    that are None. Raises WeightsError, which names the source, for what a flag would refuse, and
+    for a path."""
     settings, known = {}, {f.name: f.metadata for f in fields(cls) if f.metadata["in_file"]}
-    for name, value in (meta or {}).get("defaults", {}).get(part, {}).items():
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_flags(parser, cls)
+    for name, value in values.items():
+        def refuse(message):
+            raise exsvd.WeightsError(f"{source}: its setting {name} is not usable: {message}")
+
+        parser.error = refuse
         if value is None:
             continue
         if name not in known:
@@ -232,6 +234,11 @@ def settings_in_file(cls, meta, part, path):
         value = vars(parser.parse_args(argv))[name]
         settings[name] = tuple(value) if isinstance(value, list) else value
     return settings
+
+
+def settings_in_file(cls, meta, part, path):
+    """The settings that a model's file holds in meta["defaults"][part], see checked()."""
+    return checked(cls, (meta or {}).get("defaults", {}).get(part, {}), path)
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -310,7 +317,8 @@ def complete(svd, given=None, picture=None, video=None, keyframes=()):
     frames = given.get("frames") or (len(video.latents) if video else s.frames or known)
     size, fps, chunk, overlap = s.size, s.fps, s.decode_chunk, s.overlap
     if video:
-        size = tuple(8 * n for n in video.latents.shape[:1:-1])
+        h, w = video.latents.shape[2:]
+        size = 8 * w, 8 * h
         if "fps" not in given:
             fps = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
     elif picture and "size" not in defaults_of(svd) | given:  # published ones take any aspect ratio
@@ -433,8 +441,8 @@ def noise_levels(s, refine):
     """
     if refine and s.schedule == "karras":
         low, high = (sigma ** (1 / exsvd.RHO) for sigma in (exsvd.SIGMA_MIN, exsvd.SIGMA_MAX))
-        first = (s.strength * high + (1 - s.strength) * low) ** exsvd.RHO
-        return exsvd.karras_sigmas(s.steps, sigma_max=first)
+        sigma_max = (s.strength * high + (1 - s.strength) * low) ** exsvd.RHO
+        return exsvd.karras_sigmas(s.steps, sigma_max=sigma_max)
     sigmas = SCHEDULES[s.schedule](s.steps)
     return sigmas[-1 - max(1, round(s.strength * s.steps)):] if refine else sigmas
 
@@ -464,7 +472,7 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
     generator = torch.Generator().manual_seed(s.seed)
     length = round_length(svd.unet, s)
     sigmas = noise_levels(s, video is not None)
-    parts = rounds(s.frames, length, s.overlap or 1)
+    spans = rounds(s.frames, length, s.overlap or 1)
     sampler = SAMPLERS[s.sampler]
     ids = exsvd.unet_ids(svd.unet.config.ids, asdict(s), device)
 
@@ -488,29 +496,30 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
     else:
         z, level = video.to(device) * s.encode_scale, sigmas[0]
     known = torch.zeros(s.frames)  # 1 for key frames, whose latents z holds
+    with on_device(device, *([svd.vae] if keyframes else ())):
+        for n, frame in keyframes.items():
+            z[:, n] = svd.vae.encode(frame[None].to(device)) * s.encode_scale
+            known[n] = 1
     made = 0                       # frames that earlier rounds have made
-    passes = len(parts) * sampler.passes(len(sigmas) - 1)
+    passes = len(spans) * sampler.passes(len(sigmas) - 1)
     with tqdm(total=passes, desc="sampling", unit="pass") as bar:
-        for start, stop in parts:
+        for start, stop in spans:
             noise, own_latents = draw(), None
             if start > 0:  # on its own first frame as it is shown, without noise whatever s.aug
                 shown = adjust(z[:, :made], s, keyframes)
                 img = decoded_frame(svd.vae, shown, start, s.decode_chunk)
                 own_latents = shown[:, start:start + 1] / exsvd.VAE_SCALE
             with on_device(device, svd.clip, svd.vae):
-                for n, frame in keyframes.items() if start == 0 else ():
-                    z[:, n] = svd.vae.encode(frame[None].to(device)) * s.encode_scale
-                    known[n] = 1
                 denoise = conditioned(img, own_latents)
                 if end is not None and stop == s.frames:
                     denoise = time_reversal_fusion(denoise, conditioned(end), length)
             weight = known[start:stop].clone()
-            ramp = torch.linspace(1, 0, max(0, made - start) + 1)[:-1]  # falls to 0: see rounds()
+            ramp = torch.linspace(1, 0, made - start + 1)[:-1]  # falls to 0: see rounds()
             weight[:len(ramp)] = torch.maximum(weight[:len(ramp)], ramp)
             if start > 0 or keyframes:
                 denoise = with_known_frames(denoise, z[:, start:stop].clone(), weight)
 
-            def counted(x, sigma):  # draws nothing, so that it can be repeated
+            def counted(x, sigma):  # draws no random numbers, so that it can be repeated
                 smaller = [n for n in SLICES if n < (svd.unet.slice_size or math.inf)]
                 D = unless_full(lambda: denoise(x, sigma), smaller)
                 if D is None:
@@ -533,8 +542,8 @@ def make_latents(svd, img, s, device, video=None, end=None, keyframes={}):
 
 
 def is_out_of_memory(error):
-    """Of any device: only CUDA's allocator has an exception type, neither the CPU's nor those of
-    cuDNN and cuBLAS."""
+    """Whether an error means a full memory. The CPU, cuDNN and cuBLAS raise no type of their own,
+    so their messages are searched."""
     phrases = ("allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(p in str(error) for p in phrases)
 
@@ -615,14 +624,15 @@ def generate(svd, image, settings=None, device=None, **given):
     """
     pixels = isinstance(image, (torch.Tensor, np.ndarray))
     img = torch.as_tensor(image) if pixels else data.read_image(image)
-    channels = -1 if img.dtype == torch.uint8 else 0
-    if img.ndim != 3 or img.shape[channels] != 3 or not -1.01 <= img.min() <= img.max() <= 255 or (
-            img.dtype != torch.uint8 and not img.max() <= 1.01):
+    in_bytes = img.dtype == torch.uint8
+    shape = img.shape if in_bytes else (*img.shape[1:], *img.shape[:1])  # (H, W, 3)
+    low, high = (0, 255) if in_bytes else (-1.01, 1.01)
+    if len(shape) != 3 or shape[2] != 3 or not low <= img.min() <= img.max() <= high:
         raise data.MediaError("a picture is uint8 (H,W,3), or float (3,H,W) from -1 to 1: got "
                               f"{img.dtype} {tuple(img.shape)} up to {img.max():g}")
-    img = img if channels else img.float()
-    W, H = img.shape[1::-1] if channels else img.shape[:0:-1]
-    given = settings_in_file(Settings, {"defaults": {"given": given}}, "given", "generate()")
+    img = img if in_bytes else img.float()
+    H, W, _ = shape
+    given = checked(Settings, given, "generate()")
     s = complete(svd, (asdict(settings) if settings else {}) | given, (W, H))
     home = svd.unet.stream or next(svd.unet.parameters())
     device = torch.device(device or home.device)
@@ -685,9 +695,9 @@ def free_bytes(device):
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def settle(svd, s, device):
-    """Before a video on a GPU: networks that cannot stay there stay in CPU memory, from where
-    on_device() lends them."""
+def place_networks(svd, s, device):
+    """Before a video on a GPU: moves all networks there or, if they do not fit together, to CPU
+    memory, from where on_device() lends them."""
     if device.type == "cuda" and svd.unet.stream is None:
         networks = svd.unet, svd.vae, svd.clip
         ours = sum(p.nbytes for m in networks for p in m.parameters() if p.is_cuda)
@@ -738,7 +748,7 @@ def saved_latents(path):
     file = exsvd.Tensors(path)
     latents, saved, shape = None, file.meta.get("settings"), None
     if "latents" in file.names and isinstance(saved, dict):
-        s = Settings(**settings_in_file(Settings, {"defaults": {"saved": saved}}, "saved", path))
+        s = Settings(**checked(Settings, saved, path))
         latents, shape = file.get("latents"), (1, s.frames, 4, s.size[1] // 8, s.size[0] // 8)
     if latents is None or latents.shape != shape:
         raise exsvd.WeightsError(f"{path}: holds no latents saved by sample.py")
@@ -750,14 +760,18 @@ def saved_latents(path):
 def vae_id(model):
     """What tells a model's VAE from others: a hash of its last convolution as the file has it,
     since --dtype rounds what is loaded."""
-    tensors = exsvd.open_model(model)[0]["vae"]  # SVD's file has another in its conditioner, first
+    tensors = exsvd.open_model(model)[0]["vae"]
+    # SVD's file has another decoder, in its conditioner, whose name comes before first_stage_model.
     name = max(name for name in tensors.names if name.endswith("decoder.conv_out.weight"))
     return hashlib.blake2b(tensors.get(name).float().numpy(), digest_size=8).hexdigest()
 
 
-# A video to refine: unscaled latents (n,4,h,w) on the CPU, the time of each in seconds, (n,), its
-# first frame as it is seen, uint8 (H,W,3) or float (3,H,W).
-Video = namedtuple("Video", "latents times fps first")
+class Video(NamedTuple):
+    """A video to refine."""
+    latents: torch.Tensor  # unscaled, (n,4,h,w), on the CPU
+    times: torch.Tensor    # of each frame, in seconds, (n,)
+    fps: float
+    first: torch.Tensor    # the first frame as it is shown: uint8 (H,W,3), or float (3,H,W)
 
 
 @torch.inference_mode()
@@ -908,10 +922,11 @@ def default_model(args):
 
 def load(args, given, model, extension, device):
     """The three networks, ready to sample."""
-    meta = exsvd.open_model(model)[0]["unet"].meta
-    wanted = (settings_in_file(Settings, meta, "sample", model) | given).get("dtype")
+    files, top = exsvd.open_model(model)[0], exsvd.open_extensions(extension)[-1:]
+    noted = exsvd.SVD(None, None, None, files["unet"].meta, top[0].meta if top else None)
+    wanted = (defaults_of(noted, model, extension and extension[-1]) | given).get("dtype")
     dtype = getattr(torch, wanted) if wanted else exsvd.best_dtype(device)
-    home = "cpu" if args.offload or device.type == "cuda" else device  # of CUDA, see settle()
+    home = "cpu" if args.offload or device.type == "cuda" else device  # see place_networks()
     svd = exsvd.load(model, extension, dtype, home, unet=args.unet)
     s = settings_for(svd, given, model, extension and extension[-1])
     if args.offload:
@@ -941,7 +956,7 @@ def decode_again(args, given, device, out):
     s = replace(s, **given | {"dtype": dtype, "frames": s.frames, "size": s.size})
     vae = exsvd.load(model, None, getattr(torch, dtype), device, parts=("vae",)).vae
     write_video(vae, latents.to(device), s, out, meta.get("keyframes", ()))
-    print(f"{out}: {s.frames} frames at {s.fps:g} fps, {peak_memory(device)} at the peak")
+    print(f"{out}: {s.frames} frames at {s.fps:g} fps, {peak_memory(device):.2f} GB of memory")
 
 
 def make_video(svd, img, s, device, out, model, video=None, end=None, keyframes={}):
@@ -952,7 +967,7 @@ def make_video(svd, img, s, device, out, model, video=None, end=None, keyframes=
         return None if picture is None else data.fit_image(picture, *s.size)
 
     begin = time.perf_counter()
-    settle(svd, s, device)
+    place_networks(svd, s, device)
     latents = make_latents(svd, fit(img), s, device, video and resampled(video, s.frames), fit(end),
                            {n: fit(picture) for n, picture in keyframes.items()})
     sampled = time.perf_counter()
@@ -963,19 +978,18 @@ def make_video(svd, img, s, device, out, model, video=None, end=None, keyframes=
     write_video(svd.vae, latents, s, out, keyframes)
     print(f"{out}: {s.frames} frames of {s.size[0]}x{s.size[1]} at {s.fps:g} fps, "
           f"{sampled - begin:.1f} s to sample, {time.perf_counter() - sampled:.1f} s to decode, "
-          f"{peak_memory(device)} at the peak")
+          f"{peak_memory(device):.2f} GB of memory at the peak")
 
 
 def peak_memory(device):
-    """Peak memory, for the closing line: what torch allocated on a GPU, or what the process
-    held."""
+    """GB at the peak: what torch allocated on a GPU, or what the process held. NaN on Windows."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
+        return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":
-        return "memory not measured"
+        return math.nan
     import resource
     unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def idle_cores():
@@ -1040,7 +1054,7 @@ def main(argv=None):
 
 def run(name, main, *args):
     """main(*args), for a shell: what the user can mend is one line and exit code 1."""
-    for stream in (sys.stdout, sys.stderr):  # no file name that they cannot print may cost a video
+    for stream in (sys.stdout, sys.stderr):  # a file name that they cannot print must not end it
         stream.reconfigure(errors="backslashreplace")
     try:
         main(*args)

@@ -2622,10 +2622,10 @@ def test_what_stays_on_a_card(monkeypatch):
                                             (7, "cpu", 4 * size), (6, "cpu", size), (1, "cpu", size)):
             moved.clear()
             patched.setattr(sample, "free_bytes", lambda device: gigabytes * 1e9 / sample.USABLE)
-            sample.settle(svd, s, device)
+            sample.place_networks(svd, s, device)
             assert moved == [home] * 3 and svd.unet.slice_size == slice_size
         with patch.object(svd.unet, "stream", Mock()):
-            sample.settle(svd, s, device)
+            sample.place_networks(svd, s, device)
         assert len(moved) == 3, "with --offload nothing settles"
     weights, s = sum(p.nbytes for p in svd.unet.parameters()), replace(s, frames=16, size=(256, 256))
     monkeypatch.setattr(sample, "SLICES", (size // 2, size // 4))
@@ -3269,7 +3269,7 @@ def test_a_state_of_other_settings_parameters_or_frozen_weights_is_refused(
         small, one_rank, run, videos, tmp_path, monkeypatch):
     out = shutil.copytree(one_rank.out, tmp_path / "run")
     meta = state_meta(out, 4)
-    name = next(name for name in meta["holds"] if name.startswith("unet."))
+    name = next(name for name in meta["layout"] if name.startswith("unet."))
 
     def refused(words, flags="", **changes):
         state_meta(out, 4, meta | changes)
@@ -3280,9 +3280,9 @@ def test_a_state_of_other_settings_parameters_or_frozen_weights_is_refused(
     other = changed_model(small, tmp_path, "conv_out.weight", 1e-3)
     refused("frozen weights of unet [0-9]+", f"--model {other}")
     refused(r"ids \['fps', 'pan'\]", settings=meta["settings"] | {"ids": ["fps", "pan"]})
-    refused(rf"{name} \[3\] \(now", holds=meta["holds"] | {name: [3]})
-    refused(r"unet.gone \[3\] \(now None", holds=meta["holds"] | {"unet.gone": [3]})
-    refused(r"optimizer Lion \(now AdamW\)", holds=meta["holds"] | {"optimizer": "Lion"})
+    refused(rf"{name} \[3\] \(now", layout=meta["layout"] | {name: [3]})
+    refused(r"unet.gone \[3\] \(now None", layout=meta["layout"] | {"unet.gone": [3]})
+    refused(r"optimizer Lion \(now AdamW\)", layout=meta["layout"] | {"optimizer": "Lion"})
     monkeypatch.setattr(exsvd, "ARCHITECTURE", "rotary")
     refused("architecture exvideo")
 
@@ -3405,7 +3405,7 @@ def test_auto_in_a_deepspeed_config_means_ours(tmp_path):
     ({"zero_optimisation": {"stage": 2}}, "does not know zero_optimisation$"),
     ({"zero_optimization": {"buckets": 1}}, "buckets Extra inputs"), ({"bf16": True}, "bf16 must be an object"),
     ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size Input should be a valid integer"),
-    ({"gradient_clipping": "big"}, "gradient_clipping must be a number"), ({"train_batch_size": 7}, "7 != 1"),
+    ({"train_batch_size": 7}, "7 != 1"),
     ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage must be 2: "),
     ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps must be 1: "),
     ({"bf16": {"enabled": True}}, "bf16.enabled must be False"),
@@ -3519,7 +3519,7 @@ def test_the_fastest_checkpoints_that_fit_are_chosen(free, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 1e9, 0))
     name, why = train.choose_checkpoint(train.TrainSettings(), unet, 833_000_000, torch.device("cuda"))
-    assert name == chosen and f"of the {0.9 * min(free + 1, 300):.1f} GB that are free" in why
+    assert name == chosen and f"of {0.9 * min(free + 1, 300):.1f} GB that are free" in why
     assert free < 300 or "takes about 226.9 GB" in why
 
 
@@ -3581,7 +3581,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(times, run, clips_with, tmp_
 
 def test_a_run_that_is_alive_keeps_others_out(run, tmp_path):
     """The lock dies with its process."""
-    code = "import sys, train; train.hold(sys.argv[1]); print('held', flush=True); input()"
+    code = "import sys, train; train.lock_folder(sys.argv[1]); print('held', flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=HERE, text=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == "held\n"

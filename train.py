@@ -21,7 +21,7 @@ SVD's formulation, public training codes or ourselves. Beside it the script rele
     clips               anywhere in a video, real frame rate    always its first 128 frames
     resizing            antialiased bicubic                     bilinear
     fps id              the clip's own rate - 1                 29 for every clip
-    third id            the noise on the image                  0 for every clip
+    aug id              the noise on the image                  0 for every clip
     loss                EDM's, (s^2+1)/s^2 |D - x|^2            sqrt(s^2+1)/s |D - 1.01 x|^2
                                                                 (--loss exvideo)
     noise levels        ln s ~ N(0.7, 1.6^2), as SVD_Xtend      uniform on 1,000 Karras sigmas
@@ -119,14 +119,15 @@ def pattern(value):
     return value
 
 
-# --checkpoint, the fastest first: UNet.checkpointing and UNet.slice_size, and what a step keeps at
-# most, in feature maps of the finest level: so many of the clips, and so many of a slice.
-# bench/compare.py computes the bytes.
+# --checkpoint, the fastest first: (UNet.checkpointing, UNet.slice_size, clip maps, slice maps). A
+# step keeps at most so many feature maps of the finest level: clip maps of all clips of a pass, and
+# slice maps of one slice. activations() turns them into bytes; a test compares these with
+# bench/compare.py.
 SLICE = exsvd.Slices.size
 CHECKPOINTS = {
     "none": (None, SLICE, 670, 0),
-    "balanced": ("balanced", SLICE, 70, 45),
-    "balanced-small": ("balanced", SLICE // 4, 70, 45),
+    "balanced": ("balanced", 16 * SLICE, 70, 45),  # each slice costs launches and copies
+    "balanced-small": ("balanced", 4 * SLICE, 70, 45),
     "memory-large": ("memory", 4 * SLICE, 16, 94),
     "memory": ("memory", SLICE, 16, 94),
 }
@@ -139,7 +140,7 @@ class TrainSettings:
     extension: list = setting(None, str, "release or own extension, and what was trained over it [none: a new one]",
                               nargs="+")
     data: str = setting(None, str, "folder of videos, .txt/.csv/.json list, encoded latents, or a Python file of clips")
-    out: str = setting("runs/exvideo", str, "run folder; the same one resumes; of the toy runs/toy")
+    out: str = setting("runs/exvideo", str, "run folder; a run that is in it is resumed; for the toy runs/toy")
     native: int = setting(None, integer(1), "frames of the base: 14 for svd.safetensors [as its file says, or 25]")
     train: str = setting("temporal", pattern, "temporal: the extension; all: UNet and CLIP; or a regex", in_file=False)
     frames: int = setting(128, integer(1), "frames of a clip; a model that knows fewer is extended")
@@ -167,7 +168,7 @@ class TrainSettings:
     dtype: str = setting(None, sample.DTYPES, "of the weights; float16 scales the loss [by device: exsvd.best_dtype]")
     offload: bool = setting(False, bool, "optimiser, masters, moments and EMA in CPU memory")
     deepspeed_config: str = setting(None, str, "JSON, merged over our settings", flag="--deepspeed_config")
-    checkpoint: str = setting("auto", ["auto", *CHECKPOINTS], "what to keep of a pass; auto: as much as fits the GPU")
+    checkpoint: str = setting("auto", ["auto", *CHECKPOINTS], "activations to keep for the backward pass; auto: what fits")
     workers: int = setting(2, integer(0), "processes per rank that read clips")
     timeout: float = setting(30.0, number(0.1), "minutes after which ranks give up waiting for another")
     deterministic: bool = setting(False, bool, "bit-identical on CUDA too, slower")
@@ -234,7 +235,7 @@ def join_ranks(s):
     for key, value in alone.items():  # port 0: a free one
         os.environ.setdefault(key, str(value))
     if os.environ["RANK"] == "0":
-        hold(s.out)
+        lock_folder(s.out)
     if s.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -255,7 +256,7 @@ def join_ranks(s):
     return device
 
 
-def hold(out):
+def lock_folder(out):
     """Keep other runs out of a run folder until this process ends, however it ends."""
     os.makedirs(out, exist_ok=True)
     lock = os.open(os.path.join(out, "lock"), os.O_WRONLY | os.O_CREAT, 0o666)  # stays open
@@ -310,13 +311,13 @@ class PostTuning(nn.Module):
         super().__init__()
         self.unet, self.clip, self.loss = unet, clip, loss
 
-    def forward(self, x, sigma, noise, cond, ctx, ids, conditioned):
+    def forward(self, x, sigma, noise, cond, ctx, ids, keep_image):
         """x, noise (B,T,4,h,w), cond (B,1,4,h,w), ctx (B,1,D) or CLIP's input (B,3,224,224),
-        conditioned (B,): 0 drops the image, 1 keeps it -> the loss of each video (B,)"""
+        keep_image (B,): 0 drops the image, 1 keeps it -> the loss of each video (B,)"""
         if self.clip is not None:
             ctx = self.clip(ctx)[:, None]
-        cond = cond * conditioned.view(-1, 1, 1, 1, 1)
-        ctx = ctx * conditioned.view(-1, 1, 1)
+        cond = cond * keep_image.view(-1, 1, 1, 1, 1)
+        ctx = ctx * keep_image.view(-1, 1, 1)
         return exsvd.training_loss(self.unet, self.loss, x, sigma, noise, cond, ctx, ids)
 
 
@@ -340,10 +341,10 @@ def trains(network):
 
 
 def load_networks(s, pixels, device):
-    """SVD, extended to --frames, or at its own length if what trains is part of the extension. What
-    trains has requires_grad. It is in fp32, as are the extension and the VAE; the rest is in
-    --dtype. VAE and CLIP are there only where clips are pixels. A CLIP that is not trained has the
-    dtype of encoding."""
+    """The networks. The UNet is extended if --frames is more than it knows, or if only parameters
+    of an extension train and it has none. What trains has requires_grad. It is in fp32, as are the
+    extension and the VAE; the rest is in --dtype, and a CLIP that is not trained in the dtype of
+    encoding. VAE and CLIP are None if clips are encoded. Exits if nothing trains."""
     def keep_float32(name):
         return is_trained(s, name) or in_extension(name) or name.startswith(("vae.", "clip."))
 
@@ -359,8 +360,8 @@ def load_networks(s, pixels, device):
     if s.native:
         svd.unet.config = replace(svd.unet.config, native_frames=s.native)
     known = svd.unet.max_frames or svd.unet.config.native_frames
-    added = s.train == "temporal" or not any(is_trained(s, name) for name in parameters())
-    if s.frames > known or (added and svd.unet.max_frames is None):
+    needs_extension = s.train == "temporal" or not any(is_trained(s, name) for name in parameters())
+    if s.frames > known or (needs_extension and svd.unet.max_frames is None):
         exsvd.extend(svd.unet, max(s.frames, known))
     for name, p in parameters().items():
         p.requires_grad_(is_trained(s, name))
@@ -377,11 +378,10 @@ def load_networks(s, pixels, device):
 
 def activations(checkpoint, s, unet):
     """About the most bytes that a step of the UNet keeps with this --checkpoint."""
-    level, slice_size, of_clips, of_slice = CHECKPOINTS[checkpoint]
-    slice_size *= exsvd.BALANCED_SLICES if level == "balanced" else 1
-    pixels = max(W * H for W, H in s.size) // 64
-    clips = s.batch * s.frames * pixels * unet.config.channels[0]
-    return unet.conv_out.weight.itemsize * (of_clips * clips + of_slice * min(slice_size, clips))
+    _, slice_size, clip_maps, slice_maps = CHECKPOINTS[checkpoint]
+    cells = max(W * H for W, H in s.size) // 64
+    clips = s.batch * s.frames * cells * unet.config.channels[0]
+    return unet.conv_out.weight.itemsize * (clip_maps * clips + slice_maps * min(slice_size, clips))
 
 
 def choose_checkpoint(s, unet, elements, device):
@@ -390,11 +390,11 @@ def choose_checkpoint(s, unet, elements, device):
     if device.type != "cuda":
         return "none", "nothing is computed again on a CPU"
     free = sample.USABLE * min(of_all_ranks(sample.free_bytes(device)))
-    sums = 0 if s.offload else 4 / dist.get_world_size()  # bytes of a gradient in fp32
-    gradients = elements * (unet.conv_out.weight.itemsize + sums)
+    fp32_bytes = 0 if s.offload else 4 / dist.get_world_size()  # of the sum of a gradient, sharded
+    gradients = elements * (unet.conv_out.weight.itemsize + fp32_bytes)
     need = {name: activations(name, s, unet) + gradients for name in CHECKPOINTS}
     name = next((name for name in CHECKPOINTS if need[name] <= free), "memory")
-    return name, f"a step takes about {need[name] / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free"
+    return name, f"a step takes about {need[name] / 1e9:.1f} of {free / 1e9:.1f} GB that are free"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -484,13 +484,10 @@ def check_config(s, config):
     from deepspeed.runtime.config import DeepSpeedConfig
     known = set()
 
-    class Config(dict):  # DeepSpeed asks for each key that it knows, and checks few of the values
+    class Config(dict):  # notes each key that DeepSpeed asks for: it ignores unknown ones
         def get(self, key, default=None):
             known.add(key)
-            value = super().get(key, default)
-            if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
-                raise ValueError(f"{key} must be a number, true or false")
-            return value
+            return super().get(key, default)
         __getitem__ = get
 
     if "optimizer" in config:
@@ -530,7 +527,7 @@ class Shards:
         # {name: (group, where in our part of it, where in the flattened parameter)}
         self.places = {}
         # and {name: shape}, which must be those of a state
-        self.holds = {"optimizer": type(self.zero.optimizer).__name__}
+        self.layout = {"optimizer": type(self.zero.optimizer).__name__}
         name_of = {id(p): name for name, p in engine.module.named_parameters()}
         for i, group in enumerate(self.zero.bit16_groups):
             for p in group:
@@ -539,7 +536,7 @@ class Shards:
                     part, piece = (slice(at.start, at.start + at.numel) for at in (
                         p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address))
                 self.masters[i].data[part] = start[name].flatten()[piece].to(self.masters[i])
-                self.places[name], self.holds[name] = (i, part, piece), list(p.shape)
+                self.places[name], self.layout[name] = (i, part, piece), list(p.shape)
         self.average = [m.detach().clone() for m in self.masters]
         self.rest_of_extension = {name: t for name, t in start.items() if name not in self.places}
 
@@ -581,7 +578,7 @@ class Shards:
             if flat is None:  # optimisers may keep other things of another group
                 continue
             assert flat.shape == self.masters[i].shape, f"can't save {key}"
-            t = torch.zeros(self.holds[name], device=self.engine.device)
+            t = torch.zeros(self.layout[name], device=self.engine.device)
             t.view(-1)[piece] = flat[part].to(t.device)
             dist.reduce(t, 0)  # each element is of one rank, and 0 on the others
             if dist.get_rank() == 0:
@@ -602,7 +599,7 @@ class Shards:
                    for key in sorted(keys) for name, t in self.gather(key).items()}
         scheduler, scaler = self.engine.lr_scheduler, vars(self.zero.loss_scaler)
         return tensors, {
-            "holds": self.holds,
+            "layout": self.layout,
             "numbers": numbers,
             "updates": self.updates,
             "loss_scaler": {k: v for k, v in scaler.items() if type(v) in (bool, int, float)},
@@ -619,10 +616,10 @@ class Shards:
         for full_name in tensors.file.keys():
             name, key = full_name.rsplit(".", 1)
             i, part, piece = self.places[name]
-            if key not in self.kept()[i]:
+            if key not in self.kept()[i]:  # the optimiser has not made it yet
                 state[self.masters[i]][key] = torch.zeros_like(self.masters[i].data)
-            whole = tensors.file.get_tensor(full_name)  # mapped: what is not used is not read
-            self.kept()[i][key][part] = whole.flatten()[piece]
+            flat = self.kept()[i][key]  # shared with the optimiser
+            flat[part] = tensors.file.get_tensor(full_name).flatten()[piece]  # mapped, read in part
         self.updates = saved["updates"]
         vars(self.zero.loss_scaler).update(saved["loss_scaler"])
         scheduler = self.engine.lr_scheduler
@@ -646,7 +643,8 @@ def start_engine(s, svd, config, device):
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if s.dtype == "float16":  # or DeepSpeed raises before MAX_SKIPPED steps
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
-    shards, why = Shards(engine, s.ema, start), "as given"
+    shards = Shards(engine, s.ema, start)
+    why = "as given"
     if s.checkpoint == "auto":
         name, why = choose_checkpoint(s, svd.unet, elements, device)
         s = replace(s, checkpoint=name)
@@ -697,14 +695,13 @@ def newest_state(paths):
         sys.exit(f"train.py: {paths[-1]} cannot be read ({e}): remove it to {before}")
 
 
-def origin(s, svd):
+def must_match(s, svd):
     """What a resumed run must have too: settings, and checksums of weights that are not trained."""
     same = {key: value for key, value in asdict(s).items() if key not in MAY_CHANGE}
     same |= {"architecture": exsvd.ARCHITECTURE, "ids": svd.unet.config.ids}
-    networks = {"unet": svd.unet, "vae": svd.vae, "clip": svd.clip}
-    for part, network in networks.items() if svd.vae else [("unet", svd.unet)]:
-        checksum = 0
-        for p in network.parameters():
+    for part in ("unet", "vae", "clip"):
+        network, checksum = getattr(svd, part), 0
+        for p in network.parameters() if network else ():
             if not p.requires_grad:
                 checksum = zlib.crc32(p.cpu().flatten().view(torch.uint8).numpy(), checksum)
         same[f"frozen weights of {part}"] = checksum
@@ -719,11 +716,11 @@ def resume(s, shards, made_with):
     state = newest_state(of_all_ranks(saved_states(s.out))[0])  # others may see a shared disk late
     if state is None:
         return 0, 0, sums
-    info, settings, theirs = state.meta, made_with["settings"], state.meta["holds"]
+    info, settings, layout = state.meta, made_with["settings"], state.meta["layout"]
     changed = [f"{key} {value} (now {settings[key]})" for key, value in info["settings"].items()
                if settings.get(key, value) != value]  # latents have no VAE
-    changed += [f"{key} {theirs.get(key)} (now {shards.holds.get(key)})"
-                for key in theirs | shards.holds if theirs.get(key) != shards.holds.get(key)][:1]
+    changed += [f"{key} {layout.get(key)} (now {shards.layout.get(key)})"
+                for key in layout | shards.layout if layout.get(key) != shards.layout.get(key)][:1]
     if changed:
         sys.exit(f"train.py: {state.path} was made with {', '.join(changed)}: use what it was made "
                  "with, or another --out (and --extension to start from its weights)")
@@ -773,10 +770,10 @@ class Log:
                     f.write(",".join(row.get(column, "") for column in self.COLUMNS) + "\n")
         except OSError as e:
             say(f"warning: step {step} is missing in log.csv ({e})")
-        self.draw({column.replace("_", "/", 1) if column in self.VAL else f"train/{column}": value
+        self.plot({column.replace("_", "/", 1) if column in self.VAL else f"train/{column}": value
                    for column, value in values.items()}, videos)
 
-    def draw(self, points, videos):
+    def plot(self, points, videos):
         """Points of curves {name: value}, over videos, as DeepSpeed itself draws them."""
         self.monitor.write_events([(name, value, videos) for name, value in points.items()])
 
@@ -852,8 +849,8 @@ def draw(s, n, shape):
     generator = torch.Generator().manual_seed(int(seed))
     sigma = s.sigma_scale * exsvd.LOSSES[s.loss].draw(1, shape[0], generator)[0]
     noise = torch.randn(shape, generator=generator)
-    conditioned = (torch.rand((), generator=generator) >= s.drop).float()
-    return sigma, noise, conditioned
+    keep_image = (torch.rand((), generator=generator) >= s.drop).float()
+    return sigma, noise, keep_image
 
 
 @torch.no_grad()
@@ -878,7 +875,7 @@ def inputs(s, svd, item):
 # Validation, samples and weights along the way
 
 
-def hold_out(s, svd, pixels):
+def validation_clips(s, svd, pixels):
     """This rank's share of the first VAL_CLIPS clips of --val, encoded, with their noise: a list of
     what the model takes, (x, noise, cond, ctx, ids), on the CPU."""
     rank, s = dist.get_rank(), replace(s, data=s.val, seed=VAL_SEED)
@@ -887,23 +884,24 @@ def hold_out(s, svd, pixels):
         sys.exit("train.py: clips of --val must be encoded if those of --data are, and only then")
     for n in range(rank, VAL_CLIPS, dist.get_world_size()):
         x, *conditions = inputs(s, svd, torch.utils.data.default_collate([dataset[n]]))
-        noise = draw(s, n, x.shape[1:])[1][None]
-        clips.append([t.cpu() for t in (x, noise, *conditions)])
+        _, noise, _ = draw(s, n, x.shape[1:])
+        clips.append([t.cpu() for t in (x, noise[None], *conditions)])
     return clips
 
 
 @torch.no_grad()
-def validate(shards, held_out, step):
+def validate(shards, val_clips, step):
     """The loss of the average on the held-out clips of all ranks: {column of log.csv: loss}. Every
     rank must call it."""
     module, device = shards.engine.module, shards.engine.device
     sums = torch.zeros(len(VAL_SIGMAS), dtype=torch.float64, device=device)
-    kept = torch.ones(1, device=device)
+    keep_image = torch.ones(1, device=device)
     with shards.averaged():
-        for clip in held_out:
+        for clip in val_clips:
             x, noise, *conditions = (t.to(device) for t in clip)
-            for i, sigma in enumerate(VAL_SIGMAS):
-                sums[i] += module(x, sigma * kept, noise, *conditions, kept)[0].double()
+            for i, level in enumerate(VAL_SIGMAS):
+                sigma = torch.full((1,), level, device=device)
+                sums[i] += module(x, sigma, noise, *conditions, keep_image)[0].double()
     losses = sum_over_ranks(sums) / VAL_CLIPS
     say(f"step {step}: validation loss {losses.mean():.4f}")
     return dict(zip(Log.VAL, [losses.mean().item(), *losses.tolist()]))
@@ -980,8 +978,9 @@ def take_sample(s, svd, dataset, step):
     return measured
 
 
-def is_extension(svd):
-    """Whether nothing else is trained: then an extension is saved, otherwise a whole model."""
+def only_extension_trains(svd):
+    """Whether all that trains belongs to the extension. Then an extension file is saved, otherwise
+    a whole model."""
     trained = [name for name, p in svd.unet.named_parameters() if p.requires_grad]
     in_file = all(map(exsvd.is_extension_parameter, trained))
     return in_file and svd.unet.max_frames is not None and not trains(svd.clip)
@@ -995,7 +994,7 @@ def save_weights(s, svd, shards, path, **about):
 
     def write():
         defaults = {"sample": own_sampling(s, svd)}
-        if is_extension(svd):
+        if only_extension_trains(svd):
             state = {name.removeprefix("unet."): t for name, t in weights.items()}
             exsvd.save_extension(path, svd.unet, state, torch.float16, s.extension or (),
                                  defaults=defaults, **about)
@@ -1008,12 +1007,12 @@ def save_weights(s, svd, shards, path, **about):
 
 
 def try_saving(s, svd, shards):
-    """Write the weights once as they will be written, and check them as sample.py will, which takes
-    no memory. What can't be saved or loaded ends the run now, and not after a day."""
+    """Write the weights once as they will be written, and load them without their values, as
+    sample.py will. What cannot be saved or loaded ends the run now, and not after a day."""
     path = os.path.join(s.out, "trial.safetensors.tmp")
     save_weights(s, svd, shards, path)
     if dist.get_rank() == 0:
-        if is_extension(svd):
+        if only_extension_trains(svd):
             exsvd.load(s.model, [*(s.extension or ()), path], parts=("unet",), device="meta")
         else:
             exsvd.load(path, device="meta")
@@ -1024,7 +1023,7 @@ def save(s, svd, shards, about, sums, with_weights):
     """Weights and state of a step. Every rank must call it. Raises OSError on all alike. about:
     {name: value}, for the metadata of both"""
     if with_weights:  # before the state: a run that resumes from it does not write them again
-        name = "exvideo" if is_extension(svd) else "model"
+        name = "exvideo" if only_extension_trains(svd) else "model"
         path = os.path.join(s.out, f"{name}-{about['step']:06d}.safetensors")
         save_weights(s, svd, shards, path, **about)
         say(f"step {about['step']}: saved {path}")
@@ -1040,10 +1039,11 @@ def rate(s, step):
     return min(1, (step + 1) / max(1, s.warmup), (s.steps - step) / max(1, s.cooldown))
 
 
-def not_finite(seen):
-    """Of a step that was not applied: "loss" and the clips whose loss is not finite; if all are,
-    "gradients" and all clips. Every rank must call it. seen: (names, losses) of its passes"""
-    losses = [pair for names, loss in seen for pair in zip(names, loss.tolist())]
+def not_finite(clip_losses):
+    """Why a step was not applied: "loss" and the clips whose loss is not finite; or "gradients" and
+    all its clips, if every loss is finite. Every rank must call it. clip_losses: (names, losses) of
+    each pass"""
+    losses = [pair for names, loss in clip_losses for pair in zip(names, loss.tolist())]
     losses = sum(of_all_ranks(losses), [])
     bad = [name for name, loss in losses if not math.isfinite(loss)]
     return "loss" if bad else "gradients", ", ".join(bad or [name for name, _ in losses])
@@ -1063,8 +1063,8 @@ def note_signals():
     return received
 
 
-@sample.full_memory("out of memory. From what costs least: --checkpoint memory, --offload, more GPUs, "
-                    "fewer --frames, a smaller --size")
+@sample.full_memory("out of memory. From what costs least: --checkpoint memory, --offload, more "
+                    "GPUs, fewer --frames, a smaller --size")
 def main(argv=None):
     s = parse(argv)
     device = join_ranks(s)
@@ -1078,13 +1078,14 @@ def main(argv=None):
     shards, s = start_engine(s, svd, config, device)
     engine = shards.engine
     learning_rates = [group["lr"] for group in engine.optimizer.param_groups]
-    made_with = {"settings": origin(s, svd), "clips": getattr(dataset, "id", ""), "data": s.data,
-                 "commit": commit(), "chosen": {"dtype": s.dtype, "checkpoint": s.checkpoint}}
+    made_with = {"settings": must_match(s, svd), "clips": getattr(dataset, "id", ""),
+                 "data": s.data, "commit": commit(),
+                 "chosen": {"dtype": s.dtype, "checkpoint": s.checkpoint}}
     step, videos, sums = resume(s, shards, made_with)
     if rank == 0:
         add_to_run_json(s, step, made_with["commit"], engine.config)
     try_saving(s, svd, shards)
-    held_out = hold_out(s, svd, pixels) if s.val else None
+    val_clips = validation_clips(s, svd, pixels) if s.val else None
     loader = batches(s, dataset, videos, device)
     log = Log(s.out, step, engine.monitor)
 
@@ -1096,8 +1097,8 @@ def main(argv=None):
         if s.sample_every and due(s.sample_every):
             with shards.averaged():
                 measured = take_sample(s, svd, dataset, step) if rank == 0 else {}
-            log.draw({f"sample/{name}": value for name, value in measured.items()}, videos)
-        return validate(shards, held_out, step) if s.val and due(s.val_every) else {}
+            log.plot({f"sample/{name}": value for name, value in measured.items()}, videos)
+        return validate(shards, val_clips, step) if s.val and due(s.val_every) else {}
 
     validated = evaluate() if step == 0 else {}
     if validated:
@@ -1111,18 +1112,19 @@ def main(argv=None):
         if engine.lr_scheduler is None:  # else that sets the rate, when a step ends
             for group, lr in zip(engine.optimizer.param_groups, learning_rates):
                 group["lr"] = lr * rate(s, step)
-        lr, seen = engine.optimizer.param_groups[0]["lr"], []
+        lr = engine.optimizer.param_groups[0]["lr"]
+        clip_losses = []
         for _ in range(s.accumulate):
             item = next(loader)
             x, cond, ctx, ids = inputs(s, svd, item)
             numbers = range(videos + rank * s.batch, videos + (rank + 1) * s.batch)
             drawn = zip(*(draw(s, n, x.shape[1:]) for n in numbers))
-            sigma, noise, conditioned = (torch.stack(t).to(device) for t in drawn)
-            loss = engine(x, sigma, noise, cond, ctx, ids, conditioned)
+            sigma, noise, keep_image = (torch.stack(t).to(device) for t in drawn)
+            loss = engine(x, sigma, noise, cond, ctx, ids, keep_image)
             engine.backward(loss.mean())
             engine.step()  # reduces gradients; updates on the last of --accumulate calls
             add_losses(sums, loss.detach(), sigma)
-            seen.append((item["name"], loss.detach()))
+            clip_losses.append((item["name"], loss.detach()))
             videos += world * s.batch
         step += 1
         bar.update()
@@ -1132,7 +1134,7 @@ def main(argv=None):
         if skipped == 0:
             shards.update_average()
         else:
-            what, names = not_finite(seen)
+            what, names = not_finite(clip_losses)
             if what == "loss" or s.dtype != "float16":  # which skips steps to find its loss scale
                 say(f"warning: step {step} is left out: no finite {what} on {names}")
             if skipped == MAX_SKIPPED:
@@ -1146,7 +1148,7 @@ def main(argv=None):
             row = losses_of(sum_over_ranks(sums)) | {
                 "grad_norm": engine.get_global_grad_norm(), "lr": lr, "seconds_per_step": seconds,
                 "frames_per_second": s.accumulate * world * s.batch * s.frames / seconds,
-                "peak_memory_GB": sample.peak_memory(device).split()[0]}
+                "peak_memory_GB": sample.peak_memory(device)}
             log.add(step, videos, row | validated)
             bar.set_postfix(loss=f"{row['loss']:.4f}")
             sums.zero_()
