@@ -1,10 +1,11 @@
 """Memory, work and time of this repository beside diffusers and DiffSynth's ExVideo classes. Each
 task prints a table.
 
-    python bench/compare.py count --diffsynth FOLDER   # the networks, computed
-    python bench/compare.py cost                       # whole commands, computed
-    python bench/compare.py time --diffsynth FOLDER    # on the CPU: 16 GB of memory
-    python bench/compare.py gpu --diffsynth FOLDER     # all that needs a GPU
+    pip install diffusers && pip install --no-deps diffsynth==1.1.9
+    python bench/compare.py count  # the networks, computed
+    python bench/compare.py cost   # whole commands, computed
+    python bench/compare.py time   # beside the other codes: 16 GB of memory
+    python bench/compare.py gpu    # all that needs a GPU
 
 Computed on any machine, with tensors that have shapes but no values:
     count    passes of the UNet, forward and backward passes, the VAE, beside the other codes
@@ -12,7 +13,7 @@ Computed on any machine, with tensors that have shapes but no values:
 Both print the bytes that live on the GPU at the peak, TFLOP (convolutions and matrix products +
 attention), launches of kernels, and seconds on several GPUs by a roofline, see Meter.
 
-Run on --device:
+Run on the GPU, or on the CPU where there is none (CUDA_VISIBLE_DEVICES= hides it):
     conv     ExVideo's 3x3x3 convolution in half precision against float32: its error and speed
     time     seconds of a UNet pass beside the other codes
     modes    ... as it is beside exsvd.Stream (sample.py --offload) and exsvd.compile_blocks
@@ -21,14 +22,12 @@ Run on --device:
 
 Two passes that are compared run in turn; times are medians [quartiles] and the ratio is that of the
 pairs. Networks have the size of SVD-XT and random weights. A code that is not installed is left
-out. DiffSynth's last release with SVD is 1.1.9: `pip download diffsynth==1.1.9 --no-deps`, then
-unzip the wheel into FOLDER.
+out. DiffSynth's last release with SVD is 1.1.9.
 """
 
 import argparse
 import csv
 import gc
-import glob
 import importlib
 import os
 import statistics
@@ -41,11 +40,11 @@ import weakref
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import get_context
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -59,90 +58,79 @@ import exsvd
 import sample
 import train
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+CODES = {"ours": "this repository", "ours-base": "this repository, not extended"}
+for name in ("DiffSynth", "diffusers"):  # the latter is not extended
+    if find_spec(name.lower()):
+        CODES[name.lower()] = f"{name} {version(name)}"
+
 # --------------------------------------------------------------------------------------------------
 # The networks of each code
 
-
-def codes_there(folder):
-    """{code: its name and version}. folder: where DiffSynth's wheel was unpacked."""
-    there = {"ours": "this repository", "ours-base": "this repository, not extended"}
-    found = glob.glob(os.path.join(folder or "", "diffsynth-*.dist-info"))
-    if folder and found:
-        there["diffsynth"] = f"DiffSynth {os.path.basename(found[0]).split('-')[1].removesuffix('.dist')}"
-    try:
-        there["diffusers"] = f"diffusers {version('diffusers')}"  # not extended
-    except PackageNotFoundError:
-        pass
-    return there
+# The blocks that ExVideo trains: ours, DiffSynth's and diffusers'
+TRAINED = "TemporalBlock", "TemporalAttentionBlock", "TemporalBasicTransformerBlock"
 
 
-def diffsynth_module(folder, name):
-    """A module of DiffSynth's models, without its package's __init__, which imports all of the
-    package's dependencies."""
-    for package in ("diffsynth", "diffsynth.models"):
-        empty = types.ModuleType(package)
-        empty.__path__ = [os.path.join(folder, *package.split("."))]
-        sys.modules.setdefault(package, empty)
-    return importlib.import_module(f"diffsynth.models.{name}")
+def diffsynth(module):
+    """A module of its models, without the package's __init__, which imports all that it needs."""
+    models = types.ModuleType("diffsynth.models")
+    models.__path__ = [os.path.join(*find_spec("diffsynth").submodule_search_locations, "models")]
+    sys.modules.setdefault("diffsynth.models", models)
+    return importlib.import_module(f"diffsynth.models.{module}")
 
 
-def unet(code, frames, folder, new):
-    """-> (network, pass(T, H, W), what ExVideo trains as parts of parameter names)"""
+def unet(code, new):
+    """-> a UNet for 128 frames, and pass(T, H, W), which runs it on new(*shape)s"""
+    if code == "diffsynth":
+        m = diffsynth("svd_unet").SVDUNet(add_positional_conv=128)
+        return m, lambda T, H, W: m(
+            new(T, 8, H, W), 1.0, new(1, 1024), new(1, 3), use_gradient_checkpointing=m.training)
     if code == "diffusers":
         from diffusers import UNetSpatioTemporalConditionModel
         m = UNetSpatioTemporalConditionModel(num_frames=25, num_attention_heads=(5, 10, 20, 20))
         m.enable_gradient_checkpointing()  # takes effect in training mode only, as in the others
-        return m, lambda T, H, W: m(
-            new(1, T, 8, H, W), new(1), new(1, 1, 1024), new(1, 3)).sample, [".temporal_transformer_blocks."]
-    if code == "diffsynth":
-        module = diffsynth_module(folder, "svd_unet")
-        m = module.SVDUNet(add_positional_conv=frames)
-        blocks = [f"{name}." for name, block in m.named_modules()
-                  if isinstance(block, module.TemporalAttentionBlock)]
-        return m, lambda T, H, W: m(
-            new(T, 8, H, W), 1.0, new(1, 1024), new(1, 3), use_gradient_checkpointing=m.training), blocks
-    m = exsvd.UNet() if code == "ours-base" else exsvd.extend(exsvd.UNet(), frames)
-    return m, lambda T, H, W: m(
-        new(1, T, 8, H, W), new(1), new(1, 1, 1024), new(1, 3)), [".attn.temporal."]
+    else:
+        m = exsvd.UNet() if code == "ours-base" else exsvd.extend(exsvd.UNet(), 128)
+    return m, lambda T, H, W: m(new(1, T, 8, H, W), new(1), new(1, 1, 1024), new(1, 3))
 
 
-def decoder(code, folder, new):
+def decoder(code, new):
     if code == "diffusers":
         from diffusers import AutoencoderKLTemporalDecoder
         m = AutoencoderKLTemporalDecoder(
             block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
             latent_channels=4, layers_per_block=2)
-        return m, lambda T, H, W: m.decode(new(T, 4, H, W), num_frames=T).sample
+        return m, lambda T, H, W: m.decode(new(T, 4, H, W), num_frames=T)
     if code == "diffsynth":  # one tile; it cuts what is larger than 8 x 128x128 into tiles
-        m = diffsynth_module(folder, "svd_vae_decoder").SVDVAEDecoder()
+        m = diffsynth("svd_vae_decoder").SVDVAEDecoder()
         return m, lambda T, H, W: m(new(4, T, H, W))
     m = exsvd.VAE()
     return m, lambda T, H, W: m.decode(new(1, T, 4, H, W))
 
 
-def encoder(code, folder, new):
-    """Of single frames. Ours is part of `cost`."""
-    m = diffsynth_module(folder, "svd_vae_encoder").SVDVAEEncoder()
+def encoder(code, new):
+    """DiffSynth's, of single frames. Ours is part of `cost`."""
+    m = diffsynth("svd_vae_encoder").SVDVAEEncoder()
     return m, lambda T, H, W: [m(new(1, 3, 8 * H, 8 * W)) for _ in range(T)]
 
 
-def build(code, folder, T=128, part=unet, train=False, device="cpu", dtype=torch.bfloat16):
-    """-> (network, pass(T, H, W), which runs it on random inputs). An extended UNet has at least
-    128 frames."""
-    new = partial(torch.randn, dtype=dtype, device=device)
+def build(code, part=unet, train=False, device="meta", dtype=torch.bfloat16):
+    """-> (network, pass(T, H, W), which runs it on random inputs)"""
     torch.set_default_dtype(dtype)  # building it in float32 first would take twice the memory
     try:
-        with torch.device("cuda" if device == "cuda" else "cpu"):
-            m, run, *trained = part(code, *([max(T, 128)] if part is unet else []), folder, new)
+        with torch.device(device):
+            m, run = part(code, partial(torch.randn, dtype=dtype, device=device))
     finally:
         torch.set_default_dtype(torch.float32)
-    if train:
-        for name, p in m.named_parameters():
-            p.requires_grad_(any(part in name for part in trained[0]))
-    # Otherwise parameters keep requires_grad=True, as diffusers loads them: without, torch.matmul
-    # takes a slower path for small strided contexts, and diffusers needs 2.5 times as long on a
-    # CPU.
-    return m.to(device).train(train), run
+    # Without training, too, parameters have requires_grad=True, as diffusers loads them: without,
+    # torch.matmul takes a slower path for small strided contexts, and diffusers needs 2.5 times as
+    # long on a CPU.
+    m.requires_grad_(not train)
+    for block in m.modules():
+        if type(block).__name__ in TRAINED:
+            block.requires_grad_(True)
+    return m.to(device).train(train), run  # DiffSynth makes some on the CPU
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,8 +163,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if operation is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            # a value is read: no gradient is infinite, all frames are finite, norms and steps are 1
+        reads = operation is torch.ops.aten._local_scalar_dense.default
+        if reads and isinstance(args[0], FakeTensor):
+            # no gradient is infinite, all frames are finite, norms and steps are 1
             return float(args[0].is_floating_point()) or getattr(args[0], "of_all", False)
         if torch.is_inference_mode_enabled() and operation.namespace == "aten":
             with self:  # here operations arrive that are made of others
@@ -251,16 +240,16 @@ def computing():
         yield
 
 
-def count(code, folder, shape, part=unet, train=False, **attributes):
+def count(code, shape, part=unet, train=False, **attributes):
     """(peak bytes beyond the weights, with gradients if training; work) of a pass in bfloat16.
     attributes: of the network, such as checkpointing."""
     with computing():
-        m, run = build(code, folder, shape[0], part, train, device="meta")
+        m, run = build(code, part, train)
         vars(m).update(attributes)
         with Meter([*m.parameters(), *m.buffers()]) as meter, torch.set_grad_enabled(train):
             out = run(*shape)
             if train:
-                out.float().pow(2).mean().backward()
+                getattr(out, "sample", out).float().pow(2).mean().backward()
             return meter.stage()
 
 
@@ -268,8 +257,8 @@ def count(code, folder, shape, part=unet, train=False, **attributes):
 # Whole commands, computed: the functions that sample.py and train.py run, in their order
 
 
-def load_without_files(path, extension=None, dtype=torch.float32, device="cpu", keep_float32=None,
-                       **_):
+def load_without_files(path, extension=None, dtype=torch.float32, device="cpu",
+                       keep_float32=lambda name: False, **_):
     """In place of exsvd.load: the published networks, or with an extension ExVideo's, with its
     dtypes."""
     networks = {"unet": exsvd.UNet(), "vae": exsvd.VAE(), "clip": exsvd.ImageEncoder()}
@@ -277,12 +266,10 @@ def load_without_files(path, extension=None, dtype=torch.float32, device="cpu", 
         exsvd.extend(networks["unet"])
     for part, network in networks.items():
         network.to(device).eval().requires_grad_(False)
-        for name, p in list(network.named_parameters()):
+        for name, p in network.named_parameters():
             wide = dtype == torch.float16 and name.startswith(("encoder.", "quant_conv."))
-            if not wide and not (keep_float32 and keep_float32(f"{part}.{name}")):
-                module, _, leaf = name.rpartition(".")
-                p = torch.nn.Parameter(p.to(dtype), requires_grad=False)
-                setattr(network.get_submodule(module), leaf, p)
+            if not wide and not keep_float32(f"{part}.{name}"):
+                p.data = p.to(dtype)
     return exsvd.SVD(**networks, meta={}, extension={} if extension else None)
 
 
@@ -308,73 +295,61 @@ def once(meter, f):
     return run
 
 
-def video_stages(extension, size, resident=False, offload=False, slice_size=exsvd.Slices.size):
-    """sample.py for an image of a size (W, H): {stage: (peak bytes, work)} and the Settings.
+def video_stages(extension, shape, resident=False, offload=False, slice_size=exsvd.Slices.size):
+    """sample.py for a shape of latents: {stage: (peak bytes, work)}.
 
     resident: whether all networks stay on the GPU, or only those at work.
     """
-    command = argparse.Namespace(offload=offload, compile=False, unet=None)
-    device, files = torch.device("meta"), ({"unet": argparse.Namespace(meta={})}, None)
+    T, H, W = shape
+    device = torch.device("meta")
     with (computing(), Meter() as meter, redirect_stdout(sys.stderr),
-          patch.object(exsvd, "load", load_without_files),
-          patch.object(exsvd, "open_model", lambda _: files),
-          patch.object(sample.data, "VideoWriter", MagicMock())):
-        svd = sample.load(command, {"dtype": "float16"}, "random", extension, device)
-        for network in (svd.unet, svd.vae, svd.clip) if not offload else ():
-            network.to(device if resident else "cpu")
+          patch.object(sample.data, "VideoWriter")):
+        svd = load_without_files(None, extension, torch.float16, device if resident else "cpu")
+        if offload:
+            svd.unet.stream = exsvd.Stream(svd.unet, device)
         svd.unet.slice_size = slice_size
         svd.unet.forward = once(meter, svd.unet.forward)
         svd.vae.decode = once(meter, svd.vae.decode)
-        s = sample.complete(svd, picture=size)
+        s = sample.complete(svd, {"frames": T, "size": (8 * W, 8 * H)})
         meter.stage()
-        latents = sample.make_latents(svd, torch.empty(3, *reversed(s.size)), s, device)
+        latents = sample.make_latents(svd, torch.empty(3, 8 * H, 8 * W), s, device)
         sampling = meter.stage()
         sample.write_video(svd.vae, latents, s, "video.mp4")
-        return {"sampling": sampling, "decoding": meter.stage()}, s
+        return {"sampling": sampling, "decoding": meter.stage()}
 
 
-@contextmanager
-def joined(ranks):
+def join(ranks):
     """DeepSpeed on the device "meta", as rank 0 of `ranks`, which exchange nothing."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks),
+                   "LOCAL_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
     import deepspeed
-    from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    class Accelerator(CPU_Accelerator):
-        def device_name(self, index=None):
-            return "meta"
-
-        current_device_name = device_name
-
-        def pin_memory(self, tensor, align_bytes=1):
-            return tensor
-
-    set_accelerator(Accelerator())
+    for name in ("device_name", "current_device_name"):
+        setattr(CPU_Accelerator, name, lambda self, index=None: "meta")
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would wait for the others
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     deepspeed.init_distributed("fake")
-    yield
 
 
 def step_stages(level, shape, ranks=1, offload=False):
     """A step of train.py on one of `ranks` GPUs, from clips: {stage: (peak bytes, work)}. It is the
     second one, after a small one, since the optimiser makes its moments in the first. For a process
-    of its own, see joined()."""
+    of its own, see join()."""
+    join(ranks)
     s = train.TrainSettings(model="random", dtype="bfloat16", checkpoint=level, offload=offload)
     stages, device = {}, torch.device("meta")
-    with (joined(ranks), computing(), Meter() as meter, redirect_stdout(sys.stderr),
+    with (computing(), Meter() as meter, redirect_stdout(sys.stderr),
           patch.object(exsvd, "load", load_without_files),
+          # DeepSpeed's would be compiled, and needs values
+          patch("deepspeed.ops.adam.DeepSpeedCPUAdam", torch.optim.AdamW),
           # as on CUDA, where AdamW keeps one temporary tensor, not two
           patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["meta"])):
         svd = train.load_networks(s, True, device)
-        config, make_optimizer = train.deepspeed_config(s), train.make_optimizer
-        config["zero_force_ds_cpu_optimizer"] = False  # with --offload torch's does, on the CPU
-        with patch.object(train, "make_optimizer", lambda groups, s: make_optimizer(
-                groups, replace(s, offload=False))):
-            shards, s = train.start_engine(s, svd, config, device)
+        config = train.deepspeed_config(s) | {"zero_force_ds_cpu_optimizer": False}
+        shards, s = train.start_engine(s, svd, config, device)
         engine = shards.engine
         # DeepSpeed keeps shapes of parameters as tensors on "meta", which take no memory
         shapes = sum(t.nbytes for group in engine.optimizer.round_robin_bit16_meta for t in group)
@@ -398,9 +373,9 @@ def step_stages(level, shape, ranks=1, offload=False):
 # Running
 
 
-def measure(f, device):
+def measure(f):
     """Seconds of a call, and on a GPU the peak bytes beyond those before it, else None."""
-    if device != "cuda":
+    if DEVICE != "cuda":
         begin = time.perf_counter()
         f()
         return time.perf_counter() - begin, None
@@ -420,126 +395,119 @@ def quartiles(values):
 def compared(a, shape, *two):
     """Rows of two UNets that run in turn, so that other work on the machine slows both alike.
     two: (name, code, what changes the network or None), twice."""
-    networks, runs = [], []
-    try:
-        for _, code, change in two:
-            m, run = build(code, a.diffsynth, shape[0], device=a.device, dtype=a.dtype)
-            if change:
-                change(m)
-            networks.append(m)
-            runs.append(torch.no_grad()(partial(run, *shape)))
-        results = [[measure(run, a.device) for run in runs] for _ in range(a.pairs + 1)]
-    except RuntimeError as e:  # out of memory, or no kernel for this device and dtype
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
-        yield f"UNet pass, {two[0][0]} beside {two[1][0]}", "", shape, {"note": f"failed: {reason}"}
-        return
-    results = results[1:]  # the first pair warms up
-    ratio = quartiles([first / second for (first, _), (second, _) in results])
-    for (name, code, _), m, own in zip(two, networks, zip(*results)):
-        there = sum(p.nbytes for p in m.parameters() if p.device.type == a.device)
-        yield f"UNet pass, {name}", code, shape, {
-            "peak GB": gb(own[0][1]), "seconds": quartiles([seconds for seconds, _ in own]),
-            "ratio": ratio if m is networks[0] else None,
-            "note": f"{a.dtype}, {a.pairs} pairs; and {gb(there)} GB of weights on the device"}
+    runs, weights, dtype = [], [], exsvd.best_dtype(DEVICE)
+    for _, code, change in two:
+        m, run = build(code, device=DEVICE, dtype=dtype)
+        if change:
+            change(m)
+        runs.append(torch.no_grad()(partial(run, *shape)))
+        weights.append(sum(p.nbytes for p in m.parameters() if p.device.type == DEVICE))
+    pairs = [[measure(run) for run in runs] for _ in range(a.pairs + 1)][1:]  # the first warms up
+    ratios = quartiles([first / second for (first, _), (second, _) in pairs]), ""
+    for (name, code, _), ratio, there, own in zip(two, ratios, weights, zip(*pairs)):
+        seconds, peaks = zip(*own)
+        note = f"{dtype}, {a.pairs} pairs; and {gb(there)} GB of weights on the device"
+        yield (f"UNet pass, {name}", code, shape,
+               measured(gb(peaks[0]), quartiles(seconds), note, ratio))
 
 
 # --------------------------------------------------------------------------------------------------
 # Tasks: each yields rows of a table: (what, code, shape, {column: value})
 
-COMPUTED = ("peak GB", "TFLOP", "launches", *(f"{card} s" for card in CARDS), "note")
-MEASURED = ("peak GB", "seconds", "ratio", "note")
-
 
 def gb(n):
-    return None if n is None else f"{n / 1e9:.3f}"
+    return "" if n is None else f"{n / 1e9:.3f}"
 
 
-def computed(peak, work, note=None):
-    """The values of a row"""
-    return {"peak GB": gb(peak), "launches": f"{work['launches']:,}", "note": note,
+def computed(peak, work, note=""):
+    return {"peak GB": gb(peak),
             "TFLOP": f"{work['products'] / 1e12:.2f} + {work['attention'] / 1e12:.2f}",
-            **{f"{card} s": f"{work[card]:.2f}" for card in CARDS}}
+            "launches": f"{work['launches']:,}",
+            **{f"{card} s": f"{work[card]:.2f}" for card in CARDS}, "note": note}
+
+
+def measured(peak, seconds, note, ratio=""):
+    return {"peak GB": peak, "seconds": seconds, "ratio": ratio, "note": note}
 
 
 def count_rows(a):
-    def row(what, code, shape, note=None, **how):
-        return what, code, shape, computed(*count(code, a.diffsynth, shape, **how), note)
+    def row(what, code, shape, note="", **how):
+        return what, code, shape, computed(*count(code, shape, **how), note)
 
-    for shape in a.shape or [(128, 64, 64), (128, 128, 128), (16, 32, 32)]:
-        for code in a.codes:
+    others = [code for code in CODES if not code.startswith("ours")]
+    shapes = a.shape or [(128, 64, 64), (128, 128, 128), (16, 32, 32)]
+    for shape in shapes:
+        for code in CODES:
             yield row("UNet pass", code, shape)
         yield row("UNet pass", "ours", shape, "without slices", slice_size=None)
-    shape, others = (a.shape or [(128, 64, 64)])[0], [c for c in a.codes if not c.startswith("ours")]
+    T, H, W = shape = shapes[0]
     for level, (checkpointing, slice_size, *_) in train.CHECKPOINTS.items():
         yield row("forward and backward", "ours", shape, f"--checkpoint {level}", train=True,
                   checkpointing=checkpointing, slice_size=slice_size)
     for code in others:
         yield row("forward and backward", code, shape, "checkpointing: its own", train=True)
     for code in ["ours", *others]:
-        yield row("VAE decode", code, (8, 2 * shape[1], 2 * shape[2]), part=decoder)
+        yield row("VAE decode", code, (8, 2 * H, 2 * W), part=decoder)
     if "diffsynth" in others:
-        clip = shape[0] + 1, *shape[1:]
-        yield row("encoding a clip and its first frame", "diffsynth", clip, part=encoder)
+        yield row("encoding a clip and its first frame", "diffsynth", (T + 1, H, W), part=encoder)
 
 
-# sample.py's defaults: (name, extension, size)
-VIDEOS = [("ExVideo, 128 frames", ["ExVideo"], (512, 512)), ("SVD-XT, 25 frames", None, (1024, 576))]
+# sample.py's defaults: (name, extension, shape)
+VIDEOS = [("ExVideo, 128 frames", ["ExVideo"], (128, 64, 64)),
+          ("SVD-XT, 25 frames", None, (25, 72, 128))]
 RESIDENCY = {"all networks stay on the GPU, no slices": dict(resident=True, slice_size=None),
              "networks at work only": {}, "--offload": dict(offload=True)}
 
-
+# train.py's: (--checkpoint, GPUs, --offload)
 STEPS = [("none", 8, False), ("balanced", 8, False), ("memory", 8, False), ("memory", 1, False),
-         ("memory", 1, True)]  # --checkpoint, GPUs, --offload
+         ("memory", 1, True)]
 
 
 def cost_rows(a):
-    for name, extension, size in VIDEOS:
+    for name, extension, shape in VIDEOS:
         for note, how in RESIDENCY.items():
-            stages, s = video_stages(extension, size, **how)
-            shape = s.frames, s.size[1] // 8, s.size[0] // 8
-            for stage, (peak, work) in stages.items():
+            for stage, (peak, work) in video_stages(extension, shape, **how).items():
                 values = computed(peak, work, f"{note}; {work['copied'] / 1e9:.1f} GB copied")
                 yield f"sample.py, {name}: {stage}", "ours", shape, values
-    shape = (a.shape or [(128, 64, 64)])[0]
-    for level, ranks, offload in STEPS:
-        note = f"--checkpoint {level}{' --offload' * offload}, one of {ranks} GPUs"
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # which may join other ranks
-            stages = pool.submit(step_stages, level, shape, ranks, offload).result()
-        for stage, (peak, work) in stages.items():
-            yield f"train.py, a step: {stage}", "ours", shape, computed(peak, work, note)
+    for shape in a.shape or [(128, 64, 64)]:
+        for level, ranks, offload in STEPS:
+            note = f"--checkpoint {level}{' --offload' * offload}, one of {ranks} GPUs"
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # which may join other ranks
+                stages = pool.submit(step_stages, level, shape, ranks, offload).result()
+            for stage, (peak, work) in stages.items():
+                yield f"train.py, a step: {stage}", "ours", shape, computed(peak, work, note)
 
 
 @torch.no_grad()
 def conv_rows(a):
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32
-    T, H, W = (a.shape or [(128, 64, 64)])[0]
-    wrong = False
-    for dtype in (torch.float16, torch.bfloat16):
-        x = torch.randn(1, 320, T, H, W, device=a.device).to(dtype)
-        conv = torch.nn.Conv3d(320, 320, 3, padding=1, device=a.device).to(dtype)
-        expected = torch.nn.functional.conv3d(
-            x.float(), conv.weight.float(), conv.bias.float(), padding=1)
-        error = ((conv(x).float() - expected).norm() / expected.norm()).item()
-        wrong |= error > 1e-2  # rounding explains 2e-4 in float16 and 1.7e-3 in bfloat16
-        times, peaks = zip(*(measure(lambda: conv(x), a.device) for _ in range(a.pairs)))
-        yield f"3x3x3 convolution, {dtype} against float32", "ours", (T, H, W), {
-            "peak GB": gb(peaks[-1]), "seconds": quartiles(times),
-            "note": f"error {error:.1e} of the result; cuDNN {torch.backends.cudnn.version()}"}
-    if wrong:
-        sys.exit("compare.py: convolutions are wrong in half precision on this machine, and so is "
-                 "every video: use another version of PyTorch or cuDNN")
+    for T, H, W in a.shape or [(128, 64, 64)]:
+        for dtype in (torch.float16, torch.bfloat16):
+            x = torch.randn(1, 320, T, H, W, device=DEVICE).to(dtype)
+            conv = torch.nn.Conv3d(320, 320, 3, padding=1, device=DEVICE).to(dtype)
+            expected = torch.nn.functional.conv3d(
+                x.float(), conv.weight.float(), conv.bias.float(), padding=1)
+            error = ((conv(x).float() - expected).norm() / expected.norm()).item()
+            seconds, peaks = zip(*(measure(lambda: conv(x)) for _ in range(a.pairs)))
+            note = f"error {error:.1e} of the result; cuDNN {torch.backends.cudnn.version()}"
+            yield (f"3x3x3 convolution, {dtype} against float32", "ours", (T, H, W),
+                   measured(gb(peaks[-1]), quartiles(seconds), note))
+            if error > 1e-2:  # rounding explains 2e-4 in float16 and 1.7e-3 in bfloat16
+                sys.exit("compare.py: convolutions are wrong in half precision on this machine, "
+                         "and so is every video: use another version of PyTorch or cuDNN")
 
 
 def time_rows(a):
-    for shape in a.shape or [(16, 32, 32)]:
+    on_gpu = [(128, 64, 64), (128, 128, 128)]
+    for shape in a.shape or (on_gpu if DEVICE == "cuda" else [(16, 32, 32)]):
         for pair in [("ours-base", "diffusers"), ("ours", "diffsynth")]:
-            if pair[1] in a.codes:
-                yield from compared(a, shape, *((a.codes[code], code, None) for code in pair))
+            if pair[1] in CODES:
+                yield from compared(a, shape, *((CODES[code], code, None) for code in pair))
 
 
 def mode_rows(a):
     def stream(network):
-        network.stream = exsvd.Stream(network, a.device)
+        network.stream = exsvd.Stream(network, DEVICE)
 
     for shape in a.shape or [(128, 64, 64)]:
         for name, change in (("exsvd.Stream", stream), ("compiled", exsvd.compile_blocks)):
@@ -551,26 +519,25 @@ def step_rows(a):
     T, H, W = a.shape[0] if a.shape else (128, 64, 64)
     with tempfile.TemporaryDirectory() as folder:
         model = os.path.join(ROOT, "assets", "toy.safetensors")
-        if a.device == "cuda":
+        if DEVICE == "cuda":
             model = os.path.join(folder, "random.safetensors")
             networks = (network() for network in (exsvd.UNet, exsvd.VAE, exsvd.ImageEncoder))
             exsvd.save_model(model, *(network.bfloat16() for network in networks))
         levels = [level for level in train.CHECKPOINTS if level != "none"]
-        for settings in (*(f"--checkpoint {level}" for level in levels), "--checkpoint memory --offload"):
-            out = os.path.join(folder, settings.replace(" ", ""))
+        for level in (*levels, "memory --offload"):
+            flags, out = f"--checkpoint {level}", os.path.join(folder, level)
             command = [sys.executable, "train.py", "--model", model, "--data", "bench/noise.py",
                        "--out", out, "--frames", str(T), "--size", f"{8 * W}x{8 * H}", "--steps",
-                       "4", "--log-every", "1", "--sample-every", "0", *settings.split()]
+                       "4", "--log-every", "1", "--sample-every", "0", *flags.split()]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                failed = {"note": f"failed: {last_line(done)}"}
-                yield f"train.py {settings}", "ours", (T, H, W), failed
-                continue
-            with open(os.path.join(out, "log.csv"), newline="") as f:
-                step = list(csv.DictReader(f))[-1]
-            yield f"train.py {settings}", "ours", (T, H, W), {
-                "peak GB": step["peak_memory_GB"], "seconds": step["seconds_per_step"],
-                "note": f"the fourth step, with VAE, CLIP and optimiser; loss {step['loss']}"}
+            if done.returncode:  # the next may take less memory
+                values = measured("", "", f"failed: {last_line(done)}")
+            else:
+                with open(os.path.join(out, "log.csv"), newline="") as f:
+                    step = list(csv.DictReader(f))[-1]
+                note = f"the fourth step, with VAE, CLIP and optimiser; loss {step['loss']}"
+                values = measured(step["peak_memory_GB"], step["seconds_per_step"], note)
+            yield f"train.py {flags}", "ours", (T, H, W), values
 
 
 def last_line(process):
@@ -581,82 +548,52 @@ def last_line(process):
 TASKS = {"count": count_rows, "cost": cost_rows, "conv": conv_rows, "time": time_rows,
          "modes": mode_rows, "step": step_rows}
 
-# What `gpu` runs: (task, seconds it may take, shapes, pairs)
-GPU_PLAN = [
-    ("conv", 60, ["128x64x64"], 9), ("time", 120, ["128x64x64"], 5),
-    ("time", 150, ["128x128x128"], 2), ("step", 300, ["128x64x64"], 2),
-    ("modes", 330, ["128x64x64"], 3)]
+GPU_PLAN = {"conv": 60, "time": 270, "step": 300, "modes": 330}  # seconds that a task may take
 
 
-def run_plan(a):
+def run_plan():
     """Each task in a process of its own, so that none can fail or hang for the others."""
-    for task, limit, shapes, pairs in GPU_PLAN:
-        if a.shape:
-            shapes = ["x".join(map(str, shape)) for shape in a.shape]
-        command = ["timeout", "--kill-after=5", str(limit), sys.executable,
-                   os.path.abspath(__file__), task, "--device", a.device,
-                   "--pairs", str(min(pairs, a.pairs)), "--shape", *shapes]
-        if a.diffsynth:
-            command += ["--diffsynth", a.diffsynth]
+    for task, limit in GPU_PLAN.items():
+        command = ["timeout", "--kill-after=5", str(limit), sys.executable, *sys.argv]
+        command[command.index("gpu")] = task
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if done.returncode in (124, 137):
-            print(f"\n{task}: stopped after {limit} s", flush=True)
-        elif done.returncode:
-            print(f"\n{task}: failed: {last_line(done)}", flush=True)
+        if done.returncode:
+            stopped = done.returncode in (124, 137)
+            why = f"stopped after {limit} s" if stopped else f"failed: {last_line(done)}"
+            print(f"\n{task}: {why}", flush=True)
             if task == "conv":  # nothing else would mean anything
-                return
+                break
 
 
-def parse():
+def main():
     def shape(text):
         T, H, W = (int(n) for n in text.split("x"))
         return T, H, W
 
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("tasks", nargs="+", choices=[*TASKS, "gpu"], metavar="TASK", help="see above")
+    p.add_argument("task", choices=[*TASKS, "gpu"], metavar="TASK", help="see above")
     p.add_argument("--shape", type=shape, nargs="+", metavar="TxHxW",
-                   help="of the latents, such as 128x64x64 [those of bench/README.md]; height and "
-                   "width are multiples of 8")
-    p.add_argument("--diffsynth", metavar="FOLDER",
-                   help="an unpacked wheel of DiffSynth, to compare with")
-    p.add_argument("--pairs", type=int, default=9,
-                   help="how often to run what is timed, at least 2 [9]")
-    p.add_argument("--device", choices=("cpu", "cuda"), help="to run on [cpu; of gpu: cuda]")
+                   help="of the latents, such as 128x64x64 [those of bench/README.md]; at most 128 "
+                   "frames, height and width multiples of 8, of DiffSynth at least 16")
+    p.add_argument("--pairs", type=int, default=5,
+                   help="how often to run what is timed, at least 2 [5]")
     a = p.parse_args()
-    a.codes = codes_there(a.diffsynth)
-    if a.diffsynth and "diffsynth" not in a.codes:
-        p.error(f"--diffsynth {a.diffsynth}: a folder with diffsynth/ and diffsynth-*.dist-info/ "
-                "is needed")
-    a.device = a.device or ("cuda" if "gpu" in a.tasks else "cpu")
-    if a.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("compare.py: torch sees no GPU here")
-    a.dtype = exsvd.best_dtype(a.device)
-    return a
-
-
-def main():
-    a = parse()
-    for task in a.tasks:
-        if task == "gpu":
-            run_plan(a)
-            continue
-        if a.device == "cuda":
-            machine = torch.cuda.get_device_name()
-        else:
-            machine = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-        load = f"load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}"
-        print(f"\n`compare.py {task}`, torch {torch.__version__}, {machine}, {load}\n")
-        columns = COMPUTED if task in ("count", "cost") else MEASURED
-        print(f"| | code | shape | {' | '.join(columns)} |")
-        print(f"|{' --- |' * (len(columns) + 3)}", flush=True)
-        for what, code, shape, values in TASKS[task](a):
-            cells = [what, a.codes.get(code, ""), "x".join(map(str, shape))]
-            cells += [values.get(column) or "" for column in columns]
-            print(f"| {' | '.join(cells)} |", flush=True)
-            gc.collect()
-            if a.device == "cuda":
-                torch.cuda.empty_cache()
+    if a.task == "gpu":
+        if DEVICE != "cuda":
+            sys.exit("compare.py: torch sees no GPU here")
+        return run_plan()
+    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu
+    print(f"\n`compare.py {a.task}`, torch {torch.__version__}, {machine}, "
+          f"load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}\n")
+    for n, (what, code, shape, values) in enumerate(TASKS[a.task](a)):
+        if n == 0:
+            print(f"| | code | shape | {' | '.join(values)} |\n|{' --- |' * (len(values) + 3)}")
+        cells = what, CODES[code], "x".join(map(str, shape)), *values.values()
+        print(f"| {' | '.join(cells)} |", flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

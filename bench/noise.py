@@ -9,8 +9,8 @@ class Noise:
 
     def __getitem__(self, n):
         W, H = self.size
-        generator = torch.Generator().manual_seed(self.seed + n)
-        video = torch.randint(0, 256, (self.frames, 3, H, W), dtype=torch.uint8, generator=generator)
+        rng = torch.Generator().manual_seed(self.seed + n)
+        video = torch.randint(0, 256, (self.frames, 3, H, W), dtype=torch.uint8, generator=rng)
         return {"video": video, "fps": 30.0, "motion": 127.0, "name": str(n)}
 
 

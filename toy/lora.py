@@ -6,8 +6,8 @@ arXiv:2106.09685), trained, saved and sampled by the code as it is.
     python toy/lora.py sample.py photo.jpg --model weights/svd_xt.safetensors \
         --extension weights/model.fp16.safetensors runs/lora/exvideo-005000.safetensors
 
-Without the release, and with --frames 25, it is a LoRA of SVD-XT itself, at its native length. Of
-your own modification, class and functions can also replace those of section 4 of exsvd.py.
+Without the release, and with --frames 25, it is a LoRA of SVD-XT itself, at its native length. You
+can also put a modification of your own into section 4 of exsvd.py.
 """
 
 import os
@@ -28,8 +28,9 @@ class LoRA(nn.Module):
 
     def __init__(self, base):
         super().__init__()
-        self.base, weight = base, base.weight  # files find the weights of a layer that is called base
-        self.A = nn.Parameter(weight.new_empty(RANK, base.in_features).normal_(std=base.in_features**-0.5))
+        self.base, weight = base, base.weight  # files find the weights of a layer called base
+        A = weight.new_empty(RANK, base.in_features).normal_(std=base.in_features**-0.5)
+        self.A = nn.Parameter(A)
         self.B = nn.Parameter(weight.new_zeros(base.out_features, RANK))
 
     def forward(self, x):

@@ -49,26 +49,32 @@ def measure(video, picture, motion, fps):
     truth = world.flight(picture, scales, S)
     path = world.way(world.camera_path(video, picture), motion, fps)
     straight = torch.linspace(0, 1, T)
-    return dict(path=path.tolist(), arrival=path[-1].item(), rms=(path - straight).square().mean().sqrt().item(),
-                back=(path.cummax(0).values - path).max().item(),
-                flicker=change(video) / change(world.flight(video[0], scales, S)),
-                flicker_sharp=change(video) / change(truth), psnr=psnr(video, truth).tolist())
+    return {
+        "path": path.tolist(),
+        "arrival": path[-1].item(),
+        "rms": (path - straight).square().mean().sqrt().item(),
+        "back": (path.cummax(0).values - path).max().item(),
+        "flicker": change(video) / change(world.flight(video[0], scales, S)),
+        "flicker_sharp": change(video) / change(truth),
+        "psnr": psnr(video, truth).tolist(),
+    }
 
 
 def show(m):
     """A measurement as one line."""
     T = len(m["psnr"])
     early, middle, late = (m["psnr"][t] for t in (min(7, T - 1), T // 2, T - 1))
-    return (f"arrival {m['arrival']:.2f}, RMS {m['rms']:.3f}, back {m['back']:.2f}, flicker {m['flicker']:.2f} against "
-            f"its first frame and {m['flicker_sharp']:.2f} against the picture, "
+    return (f"arrival {m['arrival']:.2f}, RMS {m['rms']:.3f}, back {m['back']:.2f}, "
+            f"flicker {m['flicker']:.2f} against its first frame and "
+            f"{m['flicker_sharp']:.2f} against the picture, "
             f"PSNR {early:.1f} / {middle:.1f} / {late:.1f} dB")
 
 
 def main():
     a, given = sample.parse(None)
     if a.video or a.decode_only or a.end or a.keyframe:
-        raise data.MediaError("only samples of one picture are measured: leave out --video, --decode-only, "
-                              "--end and --keyframe")
+        raise data.MediaError("only samples of one picture are measured: leave out --video, "
+                              "--decode-only, --end and --keyframe")
     model, extension = (a.model, a.extension) if a.model else sample.toy_files(a.extension)
     device = torch.device(a.device)
     svd = sample.load(a, given, model, extension, device)
@@ -80,9 +86,10 @@ def main():
         video = sample.generate(svd, image, s, device)
         picture = data.fit_image(image, world.PICTURE, world.PICTURE)
         if s.motion:
-            print(f"{name}, seed {seed}: {show(measure(video, picture, s.motion, s.fps))}", flush=True)
+            result = show(measure(video, picture, s.motion, s.fps))
         else:
-            print(f"{name}, seed {seed}: the last window is {world.camera_path(video, picture)[-1]:.3f}", flush=True)
+            result = f"the last window is {world.camera_path(video, picture)[-1]:.3f}"
+        print(f"{name}, seed {seed}: {result}", flush=True)
 
 
 if __name__ == "__main__":

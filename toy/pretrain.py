@@ -3,7 +3,8 @@ r"""Makes the toy that ships, assets/toy.safetensors and assets/toy-exvideo.safe
     python toy/pretrain.py  # its VAE: runs/toy/start.safetensors, later vae.safetensors
 
     # the UNet: a base for 8 frames, and CLIP with it; then ExVideo, for 40
-    two="deepspeed --num_accelerators 2 train.py --sample-every 0 --weights-every 5000 --val toy/world.py"
+    two="deepspeed --num_accelerators 2 train.py --sample-every 0 --weights-every 5000"
+    two="$two --val toy/world.py"
     both="--size 256x256 128x128 --sigma-scale 3 --data runs/pictures.py"
     base="--train all --frames 8 --warmup 100"
     $two $base --model runs/toy/start.safetensors --data toy/world.py --batch 8 --ema 0.995 \
@@ -11,17 +12,20 @@ r"""Makes the toy that ships, assets/toy.safetensors and assets/toy-exvideo.safe
     $two $base --model runs/toy/base/model-002500.safetensors $both --accumulate 2 --ema 0.97 \
         --lr 1e-3 --steps 1300 --cooldown 800 --out runs/toy/base256
     small="runs/toy/base256/model-001300.safetensors"
-    $two --model $small --data toy/world.py --lr 1e-3 --steps 480 --cooldown 200 --out runs/toy/tuned
+    $two --model $small --data toy/world.py \
+        --lr 1e-3 --steps 480 --cooldown 200 --out runs/toy/tuned
     $two --model $small --extension runs/toy/tuned/exvideo-000480.safetensors $both \
         --lr 1e-3 --steps 1800 --cooldown 1000 --out runs/toy/tuned256
 
     # the decoder against blur and flicker
-    python toy/pretrain.py --sharpen runs/toy/vae.safetensors --pictures FOLDER --lr 5e-4 --out runs/toy/sharp
+    python toy/pretrain.py --sharpen runs/toy/vae.safetensors --pictures FOLDER --lr 5e-4 \
+        --out runs/toy/sharp
 
-    python toy/pretrain.py --pack $small --decoder runs/toy/sharp/decoder.safetensors --out assets/toy.safetensors
+    python toy/pretrain.py --pack $small --decoder runs/toy/sharp/decoder.safetensors \
+        --out assets/toy.safetensors
     cp runs/toy/tuned256/exvideo-001800.safetensors assets/toy-exvideo.safetensors
 
-Given again, every command resumes. runs/pictures.py, by which half of the flights go into pictures:
+Given again, every command resumes. Half of the flights go into pictures by runs/pictures.py:
 
     from toy import world
     clips = lambda frames, size, seed: world.Clips(frames, size, seed, pictures="FOLDER")
@@ -30,11 +34,11 @@ The weights that ship have a longer history, which toy/README.md tells; the comm
 were not run from start to end in this form.
 
 The VAE learns in three phases. First the encoder and the decoder train together. Every other step
-enlarges the picture and its latents alike (EQ-VAE, arXiv:2502.09509), so that a moving picture gives
-moving latents, which the UNet can learn. Then the latents are scaled to mean 0 and variance 1,
-start.safetensors is written, and the decoder trains alone. The base needs only the encoder, so it
-can train from then on. Last, --sharpen trains the decoder against blur (a loss on gradients and a
-discriminator, as published image VAEs are trained) and against flicker (noise of its own on the
+enlarges the picture and its latents alike (EQ-VAE, arXiv:2502.09509), so that a moving picture
+gives moving latents, which the UNet can learn. Then the latents are scaled to mean 0 and variance
+1, start.safetensors is written, and the decoder trains alone. The base needs only the encoder, so
+it can train from then on. Last, --sharpen trains the decoder against blur (a loss on gradients and
+a discriminator, as published image VAEs are trained) and against flicker (noise of its own on the
 latents of each frame, and a loss on the change between frames).
 
 The networks are SVD's, block for block, only narrower; 128 x 128 pixels are 16 x 16 latents.
@@ -59,19 +63,20 @@ sys.path.insert(0, ROOT)
 import exsvd
 from toy import world
 
-UNET = exsvd.UNetConfig(channels=(48,) * 4, heads=(3,) * 4, context_dim=64, groups=8, native_frames=world.SHORT)
-VAE = exsvd.VAEConfig(channels=(24, 48, 96, 96), groups=2)  # few groups: normalising pairs would lose colour
+UNET = exsvd.UNetConfig(channels=(48,) * 4, heads=(3,) * 4, context_dim=64, groups=8,
+                        native_frames=world.SHORT)
+VAE = exsvd.VAEConfig(channels=(24, 48, 96, 96), groups=2)  # norms of a pair would lose colour
 CLIP = exsvd.CLIPConfig(width=64, layers=2, heads=4, patch=28, out_dim=64)
 CROP = 64                    # pixels of what the VAE sees before it is sharpened
-LATENT_NOISE = 0.1  # standard deviation added to latents in VAE training: errors this small will not show
+LATENT_NOISE = 0.1           # standard deviation, added to latents: errors this small will not show
 COLOUR_STEPS = 1000          # over which the hint of colour_loss fades
 SHARP_CROP = 96              # pixels of what sharpen() sees
 JUDGED_FROM = 100            # steps before the discriminator is listened to
 DEFAULTS = {  # of sample.py and train.py for this model: kept in its files
-    "sample": dict(size=(256, 256), steps=8, sampler="ddim", eta=1.0, share_mean=True, cfg=(1.0, 1.0), fps=8.0,
-                   motion=40.0, aug=0.02, decode_chunk=16),
-    "train": dict(frames=40, size=(128, 128), steps=100, lr=1e-3, checkpoint="none", weights_every=50, sample_every=50,
-                  warmup=10, ema=0.98, drop=0.0),
+    "sample": dict(size=(256, 256), steps=8, sampler="ddim", eta=1.0, share_mean=True,
+                   cfg=(1.0, 1.0), fps=8.0, motion=40.0, aug=0.02, decode_chunk=16),
+    "train": dict(frames=40, size=(128, 128), steps=100, lr=1e-3, checkpoint="none",
+                  weights_every=50, sample_every=50, warmup=10, ema=0.98, drop=0.0),
 }
 VAE_STEPS = 4000, 1900       # of its first two phases
 HELD_OUT = 1  # seed of pictures that nothing is trained on; do not give it to train.py
@@ -105,6 +110,11 @@ def init(network):
     return network
 
 
+def stills(count):
+    """Synthetic pictures to train on: uint8 (count, 3, PICTURE, PICTURE)."""
+    return torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(count)])
+
+
 def random_windows(n, smallest):
     """Scales (n,) from `smallest` to 1 and offsets (n,2) of windows that lie within the picture."""
     scales = smallest + (1 - smallest) * torch.rand(n)
@@ -119,7 +129,8 @@ def crops(pictures, n, frames):
     if torch.rand(()) < 0.5:
         images = images.flip(-1)
     scales, offsets = random_windows(n, 0.55)
-    path = 0.5 * scales[:, None] * world.scales(torch.rand(()) * 160, world.FPS, frames)  # (n, frames)
+    path = world.scales(torch.rand(()) * 160, world.FPS, frames)
+    path = 0.5 * scales[:, None] * path  # (n, frames)
     images, offsets = images.repeat_interleave(frames, 0), offsets.repeat_interleave(frames, 0)
     return world.windows(images, path.flatten(), offsets, CROP).unflatten(0, (n, frames))
 
@@ -146,8 +157,10 @@ def colour_loss(z, x):
 
 @torch.no_grad()
 def vae_psnr(vae, images):
-    """PSNR in dB of decoding the mean latents of images (n,3,H,W) in [-1, 1], averaged over images."""
-    error = torch.cat([vae.decode(vae.encode(x[None])[:, None])[0].clamp(-1, 1) - x for x in images])
+    """PSNR in dB of decoding the mean latents of images (n,3,H,W) in [-1, 1], averaged over
+    images."""
+    decoded = torch.cat([vae.decode(vae.encode(x[None])[:, None])[0] for x in images])
+    error = decoded.clamp(-1, 1) - images
     return (10 * torch.log10(4 / error.square().flatten(1).mean(1))).mean().item()
 
 
@@ -157,7 +170,7 @@ def normalise(vae, pictures):
     variance 1. Returns what LATENT_NOISE then is, (4,1,1)."""
     torch.manual_seed(0)
     z = torch.cat([vae.encode(crops(pictures, 8, 1).flatten(0, 1)) for _ in range(128)])
-    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3)) * exsvd.VAE_SCALE  # (4,) each; new latents: (z - mean) / std
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3)) * exsvd.VAE_SCALE  # (4,); new: (z - mean) / std
     quant, conv_in = vae.quant_conv, vae.decoder.conv_in
     # Zeros around the latents now mean `mean`, which conv_in's bias can't express: the decoder
     # learns its rim anew.
@@ -192,9 +205,11 @@ def autocast():
 def train_vae(args):
     """Both phases; resumes from --out/vae-state.pt."""
     torch.manual_seed(0)
-    vae, start, average, path = init(exsvd.VAE(VAE)), time.time(), 0, os.path.join(args.out, "vae-state.pt")
-    pictures = torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(args.stills)])
-    held_out = torch.cat([world.flight(world.picture(HELD_OUT, i), torch.ones(1), 128) for i in range(32)])
+    vae, start, average = init(exsvd.VAE(VAE)), time.time(), 0
+    path = os.path.join(args.out, "vae-state.pt")
+    pictures, still = stills(args.stills), torch.ones(1)
+    held_out = [world.flight(world.picture(HELD_OUT, i), still, 128) for i in range(32)]
+    held_out = torch.cat(held_out)
     print(f"{len(pictures)} pictures  {time.time() - start:.0f} s", flush=True)
 
     def optimizer(encoder):
@@ -205,8 +220,8 @@ def train_vae(args):
 
     def save(name):
         torch.manual_seed(0)
-        exsvd.save_model(os.path.join(args.out, name), init(exsvd.UNet(UNET)), vae, exsvd.ImageEncoder(CLIP),
-                         dtype=torch.float16, defaults=DEFAULTS)
+        exsvd.save_model(os.path.join(args.out, name), init(exsvd.UNet(UNET)), vae,
+                         exsvd.ImageEncoder(CLIP), dtype=torch.float16, defaults=DEFAULTS)
 
     opt, noise, step = optimizer(True), torch.full((4, 1, 1), LATENT_NOISE), 0
     if os.path.exists(path):
@@ -226,19 +241,23 @@ def train_vae(args):
         frames = 4 if step % 4 == 0 else 1                                        # mostly images
         x = crops(pictures, 8 // frames, frames)
         with autocast():
-            z = vae.encode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()  # (n, frames, 4, 8, 8)
+            z = vae.encode(x.flatten(0, 1)).float()
+            z = z.unflatten(0, x.shape[:2])  # (n, frames, 4, 8, 8)
             if step % 2:
-                scale, offset = (t.repeat_interleave(frames, 0) for t in random_windows(len(x), 0.6))
+                enlarged = random_windows(len(x), 0.6)
+                scale, offset = (t.repeat_interleave(frames, 0) for t in enlarged)
                 x = world.windows(x.flatten(0, 1), scale, offset, CROP).unflatten(0, x.shape[:2])
                 grid = torch.cat([scale.view(-1, 1, 1) * torch.eye(2), offset[..., None]], -1)
                 grid = F.affine_grid(grid, (len(grid), 4, *z.shape[-2:]), align_corners=False)
-                moved = F.grid_sample(z.flatten(0, 1), grid, padding_mode="border", align_corners=False)
+                moved = F.grid_sample(z.flatten(0, 1), grid, padding_mode="border",
+                                      align_corners=False)
                 z = moved.unflatten(0, z.shape[:2])
             y = vae.decode(z + noise * torch.randn_like(z)).float()
         loss = reconstruction_loss(y.flatten(0, 1), x.flatten(0, 1))
         if phase == 0:
             hint = max(0, 1 - step / COLOUR_STEPS)
-            loss = loss + 1e-3 * z.square().mean() + hint * colour_loss(z.flatten(0, 1), x.flatten(0, 1))
+            loss = loss + 1e-3 * z.square().mean()
+            loss = loss + hint * colour_loss(z.flatten(0, 1), x.flatten(0, 1))
         vae.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -275,7 +294,7 @@ def gradient_loss(a, b):
     return sum((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for d in (2, 3))
 
 
-def views(stills, folder, n, frames, size, rng):
+def views(pictures, folder, n, frames, size, rng):
     """A batch to sharpen the decoder on: flights (n, frames, 3, size, size) in [-1, 1] through
     crops of pictures. With a folder, three fifths come from it and the rest are synthetic. A pixel
     of a crop is as large as one of a picture of 256 pixels, or up to 1.5 times smaller."""
@@ -284,11 +303,12 @@ def views(stills, folder, n, frames, size, rng):
         if folder and rng.uniform() < 0.6:
             image = world.photograph(folder, rng)
         else:
-            image = stills[rng.integers(len(stills))].float() / 127.5 - 1
+            image = pictures[rng.integers(len(pictures))].float() / 127.5 - 1
         scale = size / 256 * rng.uniform(0.65, 1)
         offset = torch.from_numpy(rng.uniform(-1, 1, 2) * (1 - scale)).float().expand(frames, 2)
         path = scale * world.scales(rng.uniform(0, 160), world.FPS, frames)
-        videos.append(world.windows(image[rng.permutation(3)].expand(frames, -1, -1, -1), path, offset, size))
+        images = image[rng.permutation(3)].expand(frames, -1, -1, -1)
+        videos.append(world.windows(images, path, offset, size))
     return torch.stack(videos)
 
 
@@ -303,12 +323,12 @@ def sharpen(args):
     opt = torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.5, 0.99), weight_decay=1e-3)
     judge_opt = torch.optim.AdamW(judge.parameters(), lr=1e-3, betas=(0.5, 0.99), weight_decay=1e-3)
     noise = (vae.quant_conv.bias[4:] / 2).exp().view(4, 1, 1)  # what normalise() left there
-    stills = torch.stack([((world.picture(0, i) + 1) * 127.5).to(torch.uint8) for i in range(args.stills)])
-    step, start, mean = 0, time.time(), {}
+    pictures, step, start, mean = stills(args.stills), 0, time.time(), {}
+    kept = {"decoder": decoder, "judge": judge, "opt": opt, "judge_opt": judge_opt}
     if os.path.exists(path):
         state = torch.load(path)
         step, average = state["step"], state["average"]
-        for thing, name in ((decoder, "decoder"), (judge, "judge"), (opt, "opt"), (judge_opt, "judge_opt")):
+        for name, thing in kept.items():
             thing.load_state_dict(state[name])
         print(f"resumed at step {step}", flush=True)
     while step < args.steps:
@@ -316,9 +336,10 @@ def sharpen(args):
         torch.manual_seed(1 + step)
         set_rate(opt, args.lr, step, args.steps, warmup=50, least=0.05)
         n, frames = ((4, 1), (4, 1), (1, 5))[step % 3]
-        x = views(stills, args.pictures, n, frames, SHARP_CROP, rng)
+        x = views(pictures, args.pictures, n, frames, SHARP_CROP, rng)
         z = vae.encode(x.flatten(0, 1)).unflatten(0, (n, frames))
-        z = z + noise * torch.rand(n, 1, 1, 1, 1) * 1.2 * torch.randn_like(z)  # of each frame: it must not flicker
+        # each frame has noise of its own, of which the video must not flicker
+        z = z + noise * torch.rand(n, 1, 1, 1, 1) * 1.2 * torch.randn_like(z)
         y = vae.decode(z)
         true, made = x.flatten(0, 1), y.flatten(0, 1)
         losses = {"picture": reconstruction_loss(made, true), "edges": gradient_loss(made, true)}
@@ -341,10 +362,11 @@ def sharpen(args):
         for name, loss in losses.items():
             mean[name] = mean.get(name, loss.item()) * 0.98 + 0.02 * loss.item()
         if step % 50 == 0 or step == args.steps:
-            line = dict(step=step, **{k: round(v, 4) for k, v in mean.items()}, seconds=round(time.time() - start))
+            means = {name: round(loss, 4) for name, loss in mean.items()}
+            line = dict(step=step, **means, seconds=round(time.time() - start))
             print(json.dumps(line), flush=True)
-            save_state(path, step=step, average=average, decoder=decoder.state_dict(), judge=judge.state_dict(),
-                       opt=opt.state_dict(), judge_opt=judge_opt.state_dict())
+            states = {name: thing.state_dict() for name, thing in kept.items()}
+            save_state(path, step=step, average=average, **states)
             save_file(average, os.path.join(args.out, "decoder.safetensors"))
 
 
@@ -359,14 +381,16 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Train the toy's VAE, or pack a trained toy.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--out", default=os.path.join(ROOT, "runs", "toy"), help="folder of a run, or file of --pack")
+    add("--out", default=os.path.join(ROOT, "runs", "toy"),
+        help="folder of a run, or file of --pack")
     add("--pictures", metavar="FOLDER", help="pictures for --sharpen beside the synthetic ones")
     add("--stills", type=int, default=1500, help="synthetic stills that the VAE is trained on")
     add("--steps", type=int, default=750, help="of --sharpen")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--sharpen", metavar="MODEL", help="the VAE's third phase, on the decoder of this model")
-    add("--adversarial", type=float, default=0.15, help="weight of the discriminator in the third phase")
-    add("--pack", metavar="MODEL", help="write this model as it ships, with --decoder, to the file --out")
+    add("--adversarial", type=float, default=0.15,
+        help="weight of the discriminator in the third phase")
+    add("--pack", metavar="MODEL", help="write this model as it ships, with --decoder, to --out")
     add("--decoder", metavar="FILE", help="with --pack: the decoder of --sharpen")
     args = p.parse_args()
     torch.set_num_threads(1)

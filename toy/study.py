@@ -2,9 +2,10 @@
 is known.
 
     python toy/study.py  # -> runs/study/{tables.md,figure.png,strip.png}; needs matplotlib
-    python toy/study.py --quick  # without ablations and a model from scratch: 100 steps, one seed, two pictures
+    python toy/study.py --quick  # fewer rows, 100 steps, one seed, two pictures
 
-    1. Rows       what is compared: untuned and post-tuned extensions, a model from scratch, the alternatives, ablations
+    1. Rows       what is compared: untuned and post-tuned extensions, ablations, a model from
+                  scratch, the alternatives
     2. Training   train.py, as anybody would call it, from assets/toy.safetensors
     3. Samples    40 frames of each picture, and how they compare with the true flight
     4. Report     tables, the figure, a strip of frames
@@ -39,6 +40,7 @@ T, SIZE, SHORT = 40, 128, world.SHORT
 MOTION = 40.0
 SEEDS = (0, 2, 3)                   # of training clips too: 1 is pretrain.HELD_OUT's
 SIGMAS = (0.2, 1.0, 5.0, 25.0)      # noise levels at which losses are compared
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 # --------------------------------------------------------------------------------------------------
 # 1. Rows
@@ -79,7 +81,8 @@ def rows(a):
         return os.path.join(a.out, *parts)
 
     found = {"base, asked for 40 frames": (BASE, None)}
-    found |= {f"untuned: {table}": (BASE, out("start", f"{table}.safetensors")) for table in UNTUNED}
+    for table in UNTUNED:
+        found[f"untuned: {table}"] = (BASE, out("start", f"{table}.safetensors"))
     for name in runs(a):
         quarters = (1, 2, 4) if name.startswith("fold") else (4,)
         for k in quarters:
@@ -122,7 +125,8 @@ def scratch(a):
         torch.manual_seed(0)
         svd = exsvd.load(BASE)
         unet = pretrain.init(exsvd.UNet(replace(svd.unet.config, native_frames=T)))
-        exsvd.save_model(path, unet, svd.vae, svd.clip, dtype=torch.float16, defaults=svd.meta["defaults"])
+        exsvd.save_model(path, unet, svd.vae, svd.clip, dtype=torch.float16,
+                         defaults=svd.meta["defaults"])
     return path
 
 
@@ -130,18 +134,19 @@ def train(a, name, *arguments):
     """One run of train.py, resumed where it stopped; nothing happens if it has ended."""
     out = os.path.join(a.out, "runs", slug(name))
     os.makedirs(out, exist_ok=True)
-    command = [sys.executable, os.path.join(ROOT, "train.py"), "--out", out, "--workers", "1", "--sample-every", "0",
-               "--data", os.path.join(ROOT, "toy", "world.py"), "--frames", str(T), "--size", f"{SIZE}x{SIZE}",
-               *arguments]
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "--out", out, "--workers", "1",
+               "--sample-every", "0", "--data", os.path.join(ROOT, "toy", "world.py"),
+               "--frames", str(T), "--size", f"{SIZE}x{SIZE}", *arguments]
     with open(os.path.join(out, "output.txt"), "a") as log:
-        subprocess.run(command, stdout=log, stderr=log, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        subprocess.run(command, stdout=log, stderr=log, check=True, env=ONE_THREAD)
 
 
 def train_all(a, pool):
     jobs = []
     if not a.quick:  # the longest goes first
         longer = ["--steps", str(5 * a.steps), "--weights-every", str(5 * a.steps)]
-        jobs.append(pool.submit(train, a, "scratch", "--model", scratch(a), "--train", "^unet", *longer))
+        jobs.append(pool.submit(
+            train, a, "scratch", "--model", scratch(a), "--train", "^unet", *longer))
     quarter = ["--steps", str(a.steps), "--weights-every", str(max(1, a.steps // 4))]
     for name, (table, seed, extra) in runs(a).items():
         common = ["--model", BASE, "--extension", start(a, table), "--seed", str(seed)]
@@ -156,25 +161,31 @@ def train_all(a, pool):
 
 def pictures(a):
     """{name: (3,PICTURE,PICTURE) in [-1,1]}, none of them trained on."""
-    files = sorted(glob(os.path.join(ROOT, "toy", "photographs", "*.jpg"))) + [os.path.join(ROOT, "assets", "img.png")]
-    size = world.PICTURE
-    found = {os.path.basename(f): data.fit_image(data.read_image(f), size, size) for f in files[-a.pictures:]}
-    return found | {f"synthetic {i}": world.picture(pretrain.HELD_OUT, i) for i in range(a.pictures)}
+    files = sorted(glob(os.path.join(ROOT, "toy", "photographs", "*.jpg")))
+    files.append(os.path.join(ROOT, "assets", "img.png"))
+    size, found = world.PICTURE, {}
+    for file in files[-a.pictures:]:
+        found[os.path.basename(file)] = data.fit_image(data.read_image(file), size, size)
+    for i in range(a.pictures):
+        found[f"synthetic {i}"] = world.picture(pretrain.HELD_OUT, i)
+    return found
 
 
 def generate(svd, first, frames, fps=world.FPS, overlap=None):
     """What a model makes of a first frame (3,S,S): (frames,3,S,S) in [-1,1]. overlap: in rounds,
     which share frames."""
-    return sample.generate(svd, first, size=(SIZE, SIZE), frames=frames, motion=MOTION, fps=fps, overlap=overlap)
+    return sample.generate(svd, first, size=(SIZE, SIZE), frames=frames, motion=MOTION, fps=fps,
+                           overlap=overlap)
 
 
 def imitate(svd, how, first):
     """40 frames by a base that knows 8: the alternatives of the paper's introduction."""
     if how == "chained windows":
         return generate(svd, first, T, overlap=1)
-    key = generate(svd, first, SHORT, 1.6 if how.endswith("1.6 fps") else world.FPS)  # 8 frames, or 8 further apart
-    key = key.flatten(1).T[None]                                                  # (1, pixels, 8)
-    return F.interpolate(key, T, mode="linear", align_corners=True)[0].T.unflatten(1, (3, SIZE, SIZE))
+    fps = 1.6 if how.endswith("1.6 fps") else world.FPS  # at 1.6 the 8 frames are further apart
+    key = generate(svd, first, SHORT, fps).flatten(1).T[None]                     # (1, pixels, 8)
+    video = F.interpolate(key, T, mode="linear", align_corners=True)[0].T         # (T, pixels)
+    return video.unflatten(1, (3, SIZE, SIZE))
 
 
 @torch.no_grad()
@@ -186,7 +197,9 @@ def losses(svd, frames, count=8):
         item = clips[i]
         video = data.to_float(item["video"])
         x = data.encode_frames(svd.vae, video)[None] * exsvd.VAE_SCALE
-        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[:1], torch.zeros(1), torch.zeros_like(video[:1]))
+        first = video[:1]
+        cond, ctx = data.encode_condition(
+            svd.vae, svd.clip, first, torch.zeros(1), torch.zeros_like(first))
         ids, noise = exsvd.unet_ids(svd.unet.config.ids, item | {"aug": 0.0}), torch.randn(x.shape)
         given = x, noise, cond[None], ctx[None], ids
         found.append([loss_at(svd.unet, sigma, *given) for sigma in SIGMAS])
@@ -194,7 +207,8 @@ def losses(svd, frames, count=8):
 
 
 def loss_at(unet, sigma, x, noise, *conditions):
-    return exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, torch.tensor([sigma]), noise, *conditions).item()
+    loss, sigma = exsvd.LOSSES["edm"], torch.tensor([sigma])
+    return exsvd.training_loss(unet, loss, x, sigma, noise, *conditions).item()
 
 
 def measure_row(a, row):
@@ -211,9 +225,11 @@ def measure_row(a, row):
         video = generate(svd, first, T) if model else imitate(svd, row, first)
         found["pictures"][name] = measure.measure(video, picture, MOTION, world.FPS)
         if i == 0:
-            exsvd.save(path.replace(".json", ".safetensors"), {"video": sample.to_pixels(video)}, {})
+            pixels = {"video": sample.to_pixels(video)}
+            exsvd.save(path.replace(".json", ".safetensors"), pixels, {})
         if model:
-            found["short"][name] = measure.measure(generate(svd, first, SHORT), picture, MOTION, world.FPS)
+            video = generate(svd, first, SHORT)
+            found["short"][name] = measure.measure(video, picture, MOTION, world.FPS)
     with exsvd.written_whole(path) as temporary:
         Path(temporary).write_text(json.dumps(found))
 
@@ -231,11 +247,11 @@ def summary(row):
     good = row["pictures"].values()
     curve = torch.tensor([m["psnr"] for m in good]).mean(0)
     short = [mean(m["psnr"]) for m in row["short"].values()]
-    columns = {"arrival": mean([m["arrival"] for m in good]), "RMS": mean([m["rms"] for m in good]),
-               "back": mean([m["back"] for m in good]), "flicker": mean([m["flicker"] for m in good]),
-               "PSNR 7": curve[7].item(), "PSNR 20": curve[20].item(), "PSNR 39": curve[-1].item(),
-               "PSNR of 8 frames": mean(short) if short else None}
-    return columns | ({f"loss {s:g}": v for s, v in zip(SIGMAS, row["losses"])} if row["losses"] else {})
+    names = {"arrival": "arrival", "RMS": "rms", "back": "back", "flicker": "flicker"}
+    columns = {column: mean([m[name] for m in good]) for column, name in names.items()}
+    columns |= {f"PSNR {t}": curve[t].item() for t in (7, 20, 39)}
+    columns["PSNR of 8 frames"] = mean(short) if short else None
+    return columns | {f"loss {s:g}": v for s, v in zip(SIGMAS, row["losses"] or [])}
 
 
 def table(found):
@@ -247,7 +263,8 @@ def table(found):
 
     columns = list(max(found.values(), key=len))
     lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    lines += [f"| {row} | " + " | ".join(cell(v.get(c)) for c in columns) + " |" for row, v in found.items()]
+    for row, values in found.items():
+        lines.append(f"| {row} | " + " | ".join(cell(values.get(c)) for c in columns) + " |")
     return "\n".join(lines)
 
 
@@ -291,8 +308,10 @@ def strip(a):
     picture = next(iter(pictures(a).values()))
     videos = [sample.to_pixels(world.flight(picture, world.scales(MOTION, world.FPS, T), SIZE))]
     for row in ("untuned: fold", "post-tuned: fold, seed 0", *compared(a)):
-        videos.append(exsvd.Tensors(os.path.join(a.out, "rows", slug(row) + ".safetensors")).get("video"))
-    data.write_png(os.path.join(a.out, "strip.png"), torch.cat([torch.cat(list(v[shown]), 1) for v in videos], 0))
+        path = os.path.join(a.out, "rows", slug(row) + ".safetensors")
+        videos.append(exsvd.Tensors(path).get("video"))
+    strips = [torch.cat(list(video[shown]), 1) for video in videos]
+    data.write_png(os.path.join(a.out, "strip.png"), torch.cat(strips, 0))
 
 
 def report(a):
@@ -302,9 +321,11 @@ def report(a):
             found[row] = json.load(f)
     text = table({row: summary(values) for row, values in found.items()})
     seeds = [summary(found[f"post-tuned: fold, seed {seed}"]) for seed in SEEDS[:a.seeds]]
-    spread = {c: f"{min(s[c] for s in seeds):.3f} to {max(s[c] for s in seeds):.3f}" for c in seeds[0]}
-    seeds = ", ".join(f"{c} {v}" for c, v in spread.items())
-    text += f"\n\nThe fold, post-tuned, least to most of its seeds: {seeds}.\n"
+    spread = []
+    for column in seeds[0]:
+        values = [seed[column] for seed in seeds]
+        spread.append(f"{column} {min(values):.3f} to {max(values):.3f}")
+    text += f"\n\nThe fold, post-tuned, least to most of its seeds: {', '.join(spread)}.\n"
     with open(os.path.join(a.out, "tables.md"), "w") as f:
         f.write(text)
     figure(a, found)
@@ -317,11 +338,13 @@ def main():
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default=os.path.join(ROOT, "runs", "study"))
     p.add_argument("--steps", type=int, default=200, help="of post-tuning")
-    p.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1), help="how many of SEEDS")
+    p.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1),
+                   help="how many of SEEDS")
     p.add_argument("--pictures", type=int, default=3,
-                   help="assets/img.png and the last of toy/photographs, and as many synthetic pictures")
+                   help="of assets/img.png and toy/photographs, and as many synthetic ones")
     p.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
-    p.add_argument("--quick", action="store_true", help="100 steps, 1 seed, 1 + 1 pictures, fewer rows, other folder")
+    p.add_argument("--quick", action="store_true",
+                   help="100 steps, 1 seed, 1 + 1 pictures, fewer rows, other folder")
     p.add_argument("--row", help=argparse.SUPPRESS)  # measure it, in a process of its own
     a = p.parse_args()
     if a.quick:
@@ -333,9 +356,11 @@ def main():
         start(a, name)
     with ThreadPoolExecutor(a.jobs) as pool:
         train_all(a, pool)
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, *sys.argv, "--row"]
-        list(pool.map(lambda row: subprocess.run([*command, row], check=True, env=env), rows(a)))
+        jobs = [pool.submit(subprocess.run, [*command, row], check=True, env=ONE_THREAD)
+                for row in rows(a)]
+        for job in jobs:
+            job.result()
     report(a)
 
 

@@ -25,14 +25,14 @@ FPS = 8                  # frames per second of long clips
 RATES = (8, 4, 1.6, 1.6, 1.6)  # of short ones: at 1.6 eight frames get as far as thirty-six do at 8
 SHORT = 8                # frames; clips of at most that many are short
 MAX_MOTION = 80          # the fastest motion bucket: 40 frames at FPS end at a window of 0.68
-PICTURE = 384            # pixels of a picture; clips are 256 or less, so that flying in finds detail
+PICTURE = 384            # pixels of a picture; clips are 256 or less: flying in finds detail
 FIT = 64                 # pixels at which windows are compared
 LARGEST = 1500           # pixels of the largest square that is taken of a photograph
 
 
 class Clips:
-    """Clips of flights, determined by (seed, n). size: (S, S), or several of them, which come equally
-    often. pictures: a folder that half of the flights go into.
+    """Clips of flights, determined by (seed, n). size: (S, S), or several of them, which come
+    equally often. pictures: a folder that half of the flights go into.
 
     The camera starts at a window of 0.7 to 1 of a picture, flies into that window's middle, and
     stands still in one of eight clips. Short clips come at each of RATES, so that the model learns
@@ -60,7 +60,9 @@ class Clips:
 
     def measure(self, frames, image, fps, motion):
         """Returns "arrival": the share of its way that the camera has flown at the last frame."""
-        return {"arrival": way(camera_path(frames, image), motion, fps)[-1].item()} if motion else {}
+        if not motion:
+            return {}
+        return {"arrival": way(camera_path(frames, image), motion, fps)[-1].item()}
 
 
 clips = Clips
@@ -71,7 +73,8 @@ def log_uniform(rng, low, high):
 
 
 def power_noise(rng, size, steepness):
-    """Two fields of mean 0 and variance 1 whose amplitude falls as frequency**-steepness: (2,size,size)."""
+    """Two fields of mean 0 and variance 1 whose amplitude falls as frequency**-steepness:
+    (2,size,size)."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])
     frequency[0, 0] = np.inf
     real, imaginary = rng.standard_normal((2, size, size))
@@ -81,7 +84,8 @@ def power_noise(rng, size, steepness):
 
 
 def outline(rng, x, y):
-    """Signed distance of points x, y from a random convex shape of radius about 1, negative inside."""
+    """Signed distance of points x, y from a random convex shape of radius about 1; negative
+    inside."""
     turn, flat = rng.uniform(0, 2 * math.pi), rng.uniform(0.4, 1)
     u = math.cos(turn) * x + math.sin(turn) * y
     v = math.cos(turn) * y - math.sin(turn) * x
@@ -98,17 +102,22 @@ def outline(rng, x, y):
 def picture(seed, index):
     """A synthetic still, a function of (seed, index) alone: float32 (3, PICTURE, PICTURE)."""
     rng, size = np.random.default_rng([seed, index]), PICTURE
-    smooth, rough = power_noise(rng, size, rng.uniform(1.3, 1.9)), power_noise(rng, size, rng.uniform(0.6, 1.4))
+    smooth = power_noise(rng, size, rng.uniform(1.3, 1.9))
+    rough = power_noise(rng, size, rng.uniform(0.6, 1.4))
     y, x = np.mgrid[:size, :size].astype(np.float32)
     vivid = rng.uniform(0.1, 0.9)  # photographs are pale, and of few colours
-    palette = [colorsys.hsv_to_rgb(rng.uniform(), vivid * rng.beta(1.2, 1.5), rng.uniform(0.05, 1)**0.8)
-               for _ in range(rng.integers(2, 7))]
+    palette = []
+    for _ in range(rng.integers(2, 7)):
+        hue, saturation = rng.uniform(), vivid * rng.beta(1.2, 1.5)
+        palette.append(colorsys.hsv_to_rgb(hue, saturation, rng.uniform(0.05, 1)**0.8))
 
     def colour():
-        return np.clip(palette[rng.integers(len(palette))] + rng.normal(0, 0.06, 3), 0, 1).astype(np.float32)
+        near = palette[rng.integers(len(palette))] + rng.normal(0, 0.06, 3)
+        return np.clip(near, 0, 1).astype(np.float32)
 
     angle = rng.uniform(0, 2 * math.pi)  # the ground: a gradient and tinted noise
-    slope = (math.cos(angle) * (x - size / 2) + math.sin(angle) * (y - size / 2)) / (size * rng.uniform(0.4, 1.2))
+    along = math.cos(angle) * (x - size / 2) + math.sin(angle) * (y - size / 2)
+    slope = along / (size * rng.uniform(0.4, 1.2))
     ramp = np.clip(0.5 + slope, 0, 1)[..., None]
     image = colour() * ramp + colour() * (1 - ramp)                               # (size, size, 3)
     for field in (smooth[0], smooth[1], rough[0]):
@@ -128,34 +137,40 @@ def picture(seed, index):
             distance = distance + smooth[0][part] * rng.uniform(0.05, 0.25)
         cover = np.clip(0.5 - distance * (radius / focus), 0, 1)[..., None].astype(np.float32)
         shade = rng.normal(0, 0.1) * u + rng.normal(0, 0.1) * v  # light from one side, and texture
-        shade = shade + (rough if rng.uniform() < 0.6 else smooth)[1][part] * log_uniform(rng, 0.005, 0.12)
+        texture = rough if rng.uniform() < 0.6 else smooth
+        shade = shade + texture[1][part] * log_uniform(rng, 0.005, 0.12)
         if rng.uniform() < 0.15:                                                  # stripes
             waves = np.sin((math.cos(angle) * u + math.sin(angle) * v) * rng.uniform(3, 30))
             shade = shade + rng.uniform(0.05, 0.3) * waves
         image[part] += cover * (colour() + shade[..., None].astype(np.float32) - image[part])
     image = (image - 0.5) * rng.uniform(0.6, 1.25) + 0.5 + rng.uniform(-0.12, 0.12)
-    return torch.from_numpy(np.ascontiguousarray(image)).float().permute(2, 0, 1).clamp(0, 1) * 2 - 1
+    image = torch.from_numpy(np.ascontiguousarray(image)).float().permute(2, 0, 1)
+    return image.clamp(0, 1) * 2 - 1
 
 
 @functools.cache
 def opened(folder):
     """The pictures of a folder, each as uint8 (H, W, 3)."""
-    return [np.asarray(Image.open(os.path.join(folder, name)).convert("RGB")) for name in sorted(os.listdir(folder))]
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
 
 
 def photograph(folder, rng):
-    """A random square of a picture of the folder, or its mirror image: float32 (3, PICTURE, PICTURE)."""
+    """A random square of a picture of the folder, or its mirror image: float32 (3, PICTURE,
+    PICTURE)."""
     images = opened(folder)
     image = images[rng.integers(len(images))]
     side = int(log_uniform(rng, PICTURE, max(PICTURE, min(*image.shape[:2], LARGEST))))
     top, left = (int(rng.integers(max(1, n - side + 1))) for n in image.shape[:2])
-    square = Image.fromarray(image[top:top + side, left:left + side]).resize((PICTURE, PICTURE), Image.LANCZOS)
+    square = Image.fromarray(image[top:top + side, left:left + side])
+    square = square.resize((PICTURE, PICTURE), Image.LANCZOS)
     square = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
     return square.flip(2) if rng.uniform() < 0.5 else square
 
 
 def windows(images, scales, offsets, size):
-    """Windows onto images (n,3,H,W): (n,3,size,size), each pixel the mean of four samples, against aliasing.
+    """Windows onto images (n,3,H,W): (n,3,size,size). Each pixel is the mean of four samples,
+    against aliasing.
 
     scales (n,): 1 is all of an image. offsets (n,2): of the middles; 1 is half an image.
     """
@@ -195,8 +210,8 @@ def camera_path(video, picture):
     parabola. Only flights into the middle are recognised.
     """
     tried = torch.arange(0.5, 1.105, 0.01)
-    frames = flatten(F.interpolate(video, (FIT, FIT), mode="bilinear", antialias=True, align_corners=False))
-    score = frames @ flatten(flight(picture, tried, FIT)).T  # (T, tried)
+    small = F.interpolate(video, (FIT, FIT), mode="bilinear", antialias=True, align_corners=False)
+    score = flatten(small) @ flatten(flight(picture, tried, FIT)).T  # (T, tried)
     best = score.argmax(1).clamp(1, len(tried) - 2)
     left, middle, right = (score.gather(1, (best + i)[:, None])[:, 0] for i in (-1, 0, 1))
     shift = 0.5 * (left - right) / (left - 2 * middle + right).clamp(max=-1e-9)
