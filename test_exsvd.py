@@ -719,16 +719,15 @@ def test_layout_handed_to_flash_attn(monkeypatch):
 
 
 def test_what_flash_attn_takes(monkeypatch):
-    def fits(dim, dtype=torch.bfloat16, cuda=True, capability=(8, 0), kernel=plain_attention):
-        monkeypatch.setattr(exsvd, "flash_attn_func", kernel)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        q = argparse.Namespace(shape=(1, 2, 1, dim), dtype=dtype, is_cuda=cuda, device="cuda")
-        return exsvd.flash_fits(q)
-
-    assert fits(64) and fits(80) and fits(256, torch.float16, capability=(9, 0))
-    assert not fits(512) and not fits(36) and not fits(64, torch.float32)
-    assert not fits(64, torch.float16, cuda=False) and not fits(64, capability=(7, 5))
-    assert not fits(64, kernel=None)
+    for takes, dim, *changes in (
+            (True, 64), (True, 80), (True, 256, ("dtype", torch.float16)), (False, 512), (False, 36),
+            (False, 64, ("dtype", torch.float32)), (False, 64, ("is_cuda", False)),
+            (False, 64, ("capability", (7, 5))), (False, 64, ("kernel", None))):
+        q = {"dtype": torch.bfloat16, "is_cuda": True, "capability": (8, 0), "kernel": plain_attention}
+        q = argparse.Namespace(shape=(1, 2, 1, dim), device="cuda", **q | dict(changes))
+        monkeypatch.setattr(exsvd, "flash_attn_func", q.kernel)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: q.capability)
+        assert exsvd.flash_fits(q) == takes, (dim, changes)
 
 
 @pytest.mark.skipif(exsvd.flash_attn_func is None or not torch.cuda.is_available(),
@@ -777,14 +776,13 @@ def test_balanced_checkpoints_compute_few_products_again():
 
 @torch.no_grad()
 def test_slices_change_no_output(monkeypatch):
-    for frames, sizes in ((None, [5000]), (12, [1000, 5000])):
-        unet, inputs = make_unet(num_frames=frames, **TWO_LEVELS), unet_inputs(5, (8, 16))
-        before = [x.clone() for x in inputs]
-        unet.slice_size = None
-        whole = unet(*inputs)
-        for unet.slice_size in sizes:
-            close(unet(*inputs), whole, 1e-5, f"UNet, slices of {unet.slice_size}")
-            assert all(map(torch.equal, inputs, before)), "slicing changed its inputs"
+    unet, inputs = make_unet(num_frames=12, **TWO_LEVELS), unet_inputs(5, (8, 16))
+    before = [x.clone() for x in inputs]
+    unet.slice_size = None
+    whole = unet(*inputs)
+    for unet.slice_size in (1000, 5000):
+        close(unet(*inputs), whole, 1e-5, f"UNet, slices of {unet.slice_size}")
+        assert all(map(torch.equal, inputs, before)), "slicing changed its inputs"
     vae, z, small = randomize(exsvd.VAE(VAE)), torch.randn(2, 3, 4, 4, 8), exsvd.Slices(2000)
     whole = vae.decode(z)
     monkeypatch.setattr(exsvd, "Slices", lambda: small)
@@ -899,8 +897,8 @@ def test_training_on_another_device():
         x, sigma, img = torch.empty(1, 3, 4, 8, 16), torch.empty(1), torch.rand(1, 3, 64, 128)
         ids = exsvd.unet_ids(UNET.ids, {"fps": 7, "motion": torch.ones(1), "aug": 0.02}, there)
         ctx = clip(exsvd.preprocess_clip(img, CLIP.image))[:, None]
-        loss = exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, sigma, x, vae.encode(img)[:, None], ctx, ids)
-        loss.mean().backward()
+        given = x, sigma, x, vae.encode(img)[:, None], ctx, ids
+        exsvd.training_loss(unet, exsvd.LOSSES["edm"], *given).mean().backward()
     assert {p.grad.device for p in last.parameters() if p.grad is not None} == {there}
 
 
@@ -1138,12 +1136,12 @@ def test_whole_models_of_ours(tmp_path, files):
 def test_a_unet_by_itself(tmp_path, files):
     """With the prefixes of training tools, in any layout."""
     other, folder = make_unet(seed=8), shutil.copytree(files.folder / "unet", tmp_path / "unet")
-    in_folder, sgm, ours = folder / "diffusion_pytorch_model.safetensors", tmp_path / "sgm", tmp_path / "x"
-    for path, layout, prefix in ((in_folder, "diffusers", "model."), (ours, "ours", ""),
+    in_folder, sgm = folder / "diffusion_pytorch_model.safetensors", tmp_path / "sgm"
+    for path, layout, prefix in ((in_folder, "diffusers", "model."), (tmp_path / "x", "ours", ""),
                                  (sgm, "sgm", "module._orig_mod.unet.")):
         tensors = {prefix + n: t for n, t in named(other, layout).items()}
         save_file(tensors, path, metadata=CONFIG)
-    for path in (folder, in_folder, sgm, ours):
+    for path in (folder, in_folder, sgm, tmp_path / "x"):
         svd = exsvd.load(files.single, unet=path)
         same(svd.unet, other.state_dict())
     same(svd.vae, files.nets[1].state_dict())
@@ -1246,15 +1244,15 @@ def test_files_that_are_no_models(tmp_path):
     configs = ([], 3, None, {"unet": 3}, {"unet": {"channels": "a"}}, {"unet": {"groups": 0}},
                {"unet": {"chan": 1}}, {"vae": {"channels": [32]}}, {"clip": {"layers": -1}})
     metadata = ["{", "3", "null", "[1]", *(json.dumps({"config": config}) for config in configs)]
-    html, pointer = b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\noid"
     for words, contents in {
-            "is not a complete safetensors file": [b"", good[:20], good[:-1], good + b"0", html],
-            "is a Git LFS pointer": [pointer],
+            "is not a complete safetensors file": [b"", good[:20], good[:-1], good + b"0", b"<html>"],
+            "is a Git LFS pointer": [b"version https://git-lfs.github.com/spec/v1\noid"],
             "is a pickled checkpoint, which is never opened": [*pickles, b"PK\x03\x04" + good],
             "": [to_bytes(zeros, {"exsvd": text}) for text in metadata],
             "is the image-decoder variant.*use svd_xt.safetensors": [
                 to_bytes({"first_stage_model.post_quant_conv.weight": zeros["x"]})],
-            "is an extension, not a model": [to_bytes({"blocks.7.norm_in.bias": zeros["x"]})]}.items():
+            "is an extension, not a model": [to_bytes({"blocks.7.norm_in.bias": zeros["x"]})],
+    }.items():
         for content in contents:
             path.write_bytes(content)
             with refused(f"x.safetensors.*{words}"):
@@ -1278,22 +1276,22 @@ def test_damaged_headers_are_noticed(tmp_path, files):
 
 
 def test_paths_that_cannot_be_loaded(tmp_path, files):
-    none, folder, stem = tmp_path / "none", tmp_path / "folder", "vae/diffusion_pytorch_model.safetensors"
+    none, folder = tmp_path / "none", shutil.copytree(files.folder, tmp_path / "folder")
+    weights, config = folder / "vae/diffusion_pytorch_model.safetensors", folder / "unet/config.json"
     for given, words in (([none], "none: no such weight file"),
                          ([files.single, none], "none: no such weight file"),
                          ([tmp_path], "no unet/diffusion_pytorch_model.safetensors"),
                          ([files.single, files.single], "is not an extension")):
         with refused(words):
             exsvd.load(*given, device="meta")
-    shutil.copytree(files.folder, folder)
-    for config, words in (("{", "not readable as JSON"), ("3", "not readable as JSON of diffusers"),
-                          ('{"num_frames": "many"}', "many of its configuration")):
-        (folder / "unet/config.json").write_text(config)
+    for text, words in (("{", "not readable as JSON"), ("3", "not readable as JSON of diffusers"),
+                        ('{"num_frames": "many"}', "many of its configuration")):
+        config.write_text(text)
         with refused(f"unet/.*{words}"):
             exsvd.load(folder)
-    (folder / stem).rename(folder / f"{stem}.index.json")
+    config.write_text("{}")
+    weights.rename(f"{weights}.index.json")
     with refused("no vae/.*split into several files: .*max_shard_size"):
-        (folder / "unet/config.json").write_text("{}")
         exsvd.load(folder)
 
 
@@ -1303,6 +1301,10 @@ def test_tensors_that_do_not_fit(tmp_path, files):
     release, first = named(files.longer, "exvideo"), "conv_in.weight"
     a, b = "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"
     q = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
+
+    def without(part):
+        return {n: t for n, t in release.items() if part not in n}
+
     for net, tensors, *words in (
             (unet, {"my.a": one, "my.b": one + 1}, "UNet .1428 tensors.: 1428 missing, such as",
              "2 unexpected, such as my.a, my.b"),
@@ -1310,15 +1312,13 @@ def test_tensors_that_do_not_fit(tmp_path, files):
             (unet, {f"module.{n}": t for n, t in good.items()} | {"a.b": one}, "1428 missing"),
             (unet, {n.replace(first, "conv_inn.weight"): t for n, t in good.items()},
              "1 missing, such as conv_in.weight", "1 unexpected, such as conv_inn.weight"),
-            (unet, good | {first: good[first].flatten()}, "1 mis-shaped, such as conv_in.weight"),
             (unet, good | {a: good[b], b: good[a]}, "2 mis-shaped",
              rf"{a} \(128, 768\) instead of \(128, 32\)"),
             (clip, named(unet, "sgm"), "has nothing of the ImageEncoder"),
-            (clip, joined | {q: joined[q][:, :3].contiguous()}, r"q_proj.weight \(64, 3\)", "192, 64"),
-            # two layouts in one file
-            (vae, named(vae, "sgm") | named(vae, "diffusers"), "VAE", "unexpected"),
-            (files.longer, {n: t for n, t in release.items() if "_conv" not in n}, "32 missing"),
-            (files.longer, {n: t for n, t in release.items() if "embeddings" not in n}, "16 missing"),
+            (clip, joined | {q: joined[q][:3]}, r"q_proj.weight \(3, 64\)", "192, 64"),
+            (vae, named(vae, "sgm") | named(vae, "diffusers"), "VAE", "unexpected"),  # two layouts
+            (files.longer, without("_conv"), "32 missing"),
+            (files.longer, without("embeddings"), "16 missing"),
             (files.longer, release | {"blocks.8.norm_in.weight": torch.zeros(32)},
              "1 unexpected, such as blocks.8.")):
         save_file(tensors, tmp_path / "x")
@@ -1361,7 +1361,7 @@ def test_files_name_their_ids(tmp_path, files, monkeypatch):
         code_with("pan")
         assert torch.equal(exsvd.load(*given, parts=("unet",)).unet.cond_embed[0].weight, weight)
         code_with("zoom")
-        with pytest.raises(exsvd.WeightsError, match="conditioned on fps, motion, aug, pan, but.*zoom"):
+        with refused("conditioned on fps, motion, aug, pan, but.*zoom"):
             exsvd.load(*given, device="meta")
 
 
