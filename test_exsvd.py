@@ -40,6 +40,7 @@ import sys
 import time
 import warnings
 import zlib
+from collections import Counter
 from dataclasses import asdict, replace
 from fractions import Fraction
 from unittest.mock import Mock, patch
@@ -383,7 +384,6 @@ def test_inputs_that_do_not_fit():
             (unet, unet_inputs(2, (20, 16)), "multiples of 8"),
             (unet, (x, c_noise, ctx[:1], ids), "ctx"),
             (unet, (x, c_noise, ctx.repeat(1, 2, 1), ids), "ctx"),
-            (unet, (x, c_noise, ctx[:, 0], ids), "ctx"),
             (unet, unet_inputs(13), "13 frames asked of a model extended to 12"),
             (exsvd.extend, (unet, 0), "at least one"),
             (vae.encode, [torch.zeros(1, 3, 60, 60)], "got (1, 3, 60, 60)"),
@@ -671,7 +671,7 @@ def all_threads():
 
 @torch.no_grad()
 def test_seams_do_not_show(all_threads):
-    """The mean change from frame to frame beside that of the whole decode: at the seams as
+    """The mean change from frame to frame beside that of the whole decode: at the seam as
     elsewhere, to 2 % in the mean of three flights into photographs and to 0.05 of 255 in each. (Of
     a smooth picture, a rocket in the sky, it is 7 %, and 0.02 of 255.)"""
     vae = exsvd.load(os.path.join(HERE, "assets", "toy.safetensors"), parts=("vae",)).vae
@@ -679,18 +679,15 @@ def test_seams_do_not_show(all_threads):
     for name in ("astronaut", "chelsea", "coffee"):
         photograph = data.read_image(os.path.join(HERE, "toy", "photographs", f"{name}.jpg"))
         photograph = data.fit_image(photograph, 256, 256)
-        z = vae.encode(world.flight(photograph, world.scales(60, world.FPS, 48), 64))[None]
+        z = vae.encode(world.flight(photograph, world.scales(60, world.FPS, 28), 64))[None]
         whole, pieces = vae.decode(z)[0], list(sample.decode(vae, z, 16))
-        video, seam = torch.cat(pieces), torch.zeros(47, dtype=torch.bool)
-        for begin in np.cumsum([len(p) for p in pieces])[:-1]:
-            seam[begin - 1:begin + overlap] = True  # every change that involves a blended frame
+        video, seam = torch.cat(pieces), torch.zeros(27, dtype=torch.bool)
+        [first, _] = map(len, pieces)
+        seam[first - 1:first + overlap] = True  # every change that involves a blended frame
         change, true = ((x[1:] - x[:-1]).abs().mean((1, 2, 3)) * 127.5 for x in (video, whole))
         ratios.append((change / true)[seam].mean() / (change / true)[~seam].mean())
-        excess = (change - true)[seam].mean()
-        psnr = 10 * torch.log10(4 / (video - whole).square().mean())
-        print(f"change at the seams x {ratios[-1]:.3f} of elsewhere, {excess:+.3f} of 255; "
-              f"PSNR against the whole decode {psnr:.1f} dB")  # pytest -s shows it
-        assert psnr > 50 and abs(excess) < 0.05
+        assert abs((change - true)[seam].mean()) < 0.05
+        assert 10 * torch.log10(4 / (video - whole).square().mean()) > 50  # PSNR
     assert abs(torch.stack(ratios).mean() - 1) <= 0.02, ratios
 
 
@@ -718,17 +715,17 @@ def test_layout_handed_to_flash_attn(monkeypatch):
         assert flash.call_args.kwargs == {"deterministic": deterministic}
 
 
-def test_what_flash_attn_takes(monkeypatch):
-    def fits(dim, dtype=torch.bfloat16, cuda=True, capability=(8, 0), kernel=plain_attention):
-        monkeypatch.setattr(exsvd, "flash_attn_func", kernel)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        q = argparse.Namespace(shape=(1, 2, 1, dim), dtype=dtype, is_cuda=cuda, device="cuda")
-        return exsvd.flash_fits(q)
-
-    assert fits(64) and fits(80) and fits(256, torch.float16, capability=(9, 0))
-    assert not fits(512) and not fits(36) and not fits(64, torch.float32)
-    assert not fits(64, torch.float16, cuda=False) and not fits(64, capability=(7, 5))
-    assert not fits(64, kernel=None)
+@pytest.mark.parametrize("takes, dim, changes", [
+    (True, 64, {}), (True, 80, {}), (True, 256, {"dtype": torch.float16}), (False, 512, {}),
+    (False, 36, {}), (False, 64, {"dtype": torch.float32}), (False, 64, {"is_cuda": False}),
+    (False, 64, {"capability": (7, 5)}), (False, 64, {"kernel": None})])
+def test_what_flash_attn_takes(monkeypatch, takes, dim, changes):
+    q = argparse.Namespace(shape=(1, 2, 1, dim), device="cuda", dtype=torch.bfloat16, is_cuda=True,
+                           capability=(8, 0), kernel=plain_attention)
+    vars(q).update(changes)
+    monkeypatch.setattr(exsvd, "flash_attn_func", q.kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: q.capability)
+    assert exsvd.flash_fits(q) == takes
 
 
 @pytest.mark.skipif(exsvd.flash_attn_func is None or not torch.cuda.is_available(),
@@ -777,14 +774,13 @@ def test_balanced_checkpoints_compute_few_products_again():
 
 @torch.no_grad()
 def test_slices_change_no_output(monkeypatch):
-    for frames, sizes in ((None, [5000]), (12, [1000, 5000])):
-        unet, inputs = make_unet(num_frames=frames, **TWO_LEVELS), unet_inputs(5, (8, 16))
-        before = [x.clone() for x in inputs]
-        unet.slice_size = None
-        whole = unet(*inputs)
-        for unet.slice_size in sizes:
-            close(unet(*inputs), whole, 1e-5, f"UNet, slices of {unet.slice_size}")
-            assert all(map(torch.equal, inputs, before)), "slicing changed its inputs"
+    unet, inputs = make_unet(num_frames=12, **TWO_LEVELS), unet_inputs(5, (8, 16))
+    before = [x.clone() for x in inputs]
+    unet.slice_size = None
+    whole = unet(*inputs)
+    for unet.slice_size in (1000, 5000):
+        close(unet(*inputs), whole, 1e-5, f"UNet, slices of {unet.slice_size}")
+        assert all(map(torch.equal, inputs, before)), "slicing changed its inputs"
     vae, z, small = randomize(exsvd.VAE(VAE)), torch.randn(2, 3, 4, 4, 8), exsvd.Slices(2000)
     whole = vae.decode(z)
     monkeypatch.setattr(exsvd, "Slices", lambda: small)
@@ -805,17 +801,22 @@ def test_sliced_norm_is_as_exact_as_group_norm():
 
 
 def test_a_step_of_training_is_counted():
-    """By DeepSpeed's own code. What is trained takes 24 bytes during the update: master, moments,
-    average, gradient and a temporary, shared by two ranks."""
+    """By DeepSpeed's own code, of networks that are not as deep. What is trained takes 24 bytes
+    during the update: master, moments, average, gradient and a temporary, shared by two ranks."""
     code = """if True:
+        from functools import partial
+        import exsvd
         from bench import compare
+        exsvd.UNet = partial(exsvd.UNet, exsvd.UNetConfig((320, 640), (5, 10)))
+        exsvd.ImageEncoder = partial(exsvd.ImageEncoder, exsvd.CLIPConfig(layers=2))
         stages = compare.step_stages("none", (2, 8, 8), ranks=2)
         print(*(peak for peak, _ in stages.values()))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     encoding, passes, update = map(int, done.stdout.splitlines()[-1].split())
     with torch.device("meta"):
-        unet, vae, clip = exsvd.extend(exsvd.UNet()), exsvd.VAE(), exsvd.ImageEncoder()
+        unet = exsvd.extend(exsvd.UNet(exsvd.UNetConfig((320, 640), (5, 10))))
+        vae, clip = exsvd.VAE(), exsvd.ImageEncoder(exsvd.CLIPConfig(layers=2))
     trains = [n for n in freeze(unet) if not exsvd.WITHOUT_EFFECT.search(n)]
     trained = sum(unet.get_parameter(n).numel() for n in trains)
     held = sum(2 * p.numel() for network in (unet, clip) for p in network.parameters())
@@ -899,8 +900,8 @@ def test_training_on_another_device():
         x, sigma, img = torch.empty(1, 3, 4, 8, 16), torch.empty(1), torch.rand(1, 3, 64, 128)
         ids = exsvd.unet_ids(UNET.ids, {"fps": 7, "motion": torch.ones(1), "aug": 0.02}, there)
         ctx = clip(exsvd.preprocess_clip(img, CLIP.image))[:, None]
-        loss = exsvd.training_loss(unet, exsvd.LOSSES["edm"], x, sigma, x, vae.encode(img)[:, None], ctx, ids)
-        loss.mean().backward()
+        given = x, sigma, x, vae.encode(img)[:, None], ctx, ids
+        exsvd.training_loss(unet, exsvd.LOSSES["edm"], *given).mean().backward()
     assert {p.grad.device for p in last.parameters() if p.grad is not None} == {there}
 
 
@@ -1129,12 +1130,12 @@ def test_whole_models_of_ours(tmp_path, files):
 def test_a_unet_by_itself(tmp_path, files):
     """With the prefixes of training tools, in any layout."""
     other, folder = make_unet(seed=8), shutil.copytree(files.folder / "unet", tmp_path / "unet")
-    in_folder, sgm, ours = folder / "diffusion_pytorch_model.safetensors", tmp_path / "sgm", tmp_path / "x"
-    for path, layout, prefix in ((in_folder, "diffusers", "model."), (ours, "ours", ""),
+    in_folder, sgm = folder / "diffusion_pytorch_model.safetensors", tmp_path / "sgm"
+    for path, layout, prefix in ((in_folder, "diffusers", "model."), (tmp_path / "x", "ours", ""),
                                  (sgm, "sgm", "module._orig_mod.unet.")):
         tensors = {prefix + n: t for n, t in named(other, layout).items()}
         save_file(tensors, path, metadata=CONFIG)
-    for path in (folder, in_folder, sgm, ours):
+    for path in (folder, in_folder, sgm, tmp_path / "x"):
         svd = exsvd.load(files.single, unet=path)
         same(svd.unet, other.state_dict())
     same(svd.vae, files.nets[1].state_dict())
@@ -1218,10 +1219,6 @@ def test_a_lora(tmp_path, published, files, lora):
     assert len(load_file(tmp_path / "lora")) == 16 * 4 * 2
     for given in ((files.single, tmp_path / "lora"), (tmp_path / "whole",)):
         same(exsvd.load(*given, parts=("unet",)).unet, unet.state_dict())
-    half = exsvd.load(files.single, tmp_path / "lora", torch.float16, parts=("unet",),
-                      keep_float32=exsvd.is_extension_parameter).unet
-    assert all(p.dtype == (torch.float32 if exsvd.is_extension_parameter(n) else torch.float16)
-               for n, p in half.named_parameters())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1235,15 +1232,15 @@ def test_files_that_are_no_models(tmp_path):
         torch.save(zeros, path, _use_new_zipfile_serialization=zipped)
         pickles.append(path.read_bytes())
     metadata = ["{", "3", "null", "[1]", '{"config": {"unet": {"chan": 1}}}']
-    html, pointer = b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\noid"
     for words, contents in {
-            "is not a complete safetensors file": [b"", good[:20], good[:-1], good + b"0", html],
-            "is a Git LFS pointer": [pointer],
+            "is not a complete safetensors file": [b"", good[:20], good[:-1], good + b"0", b"<h>"],
+            "is a Git LFS pointer": [b"version https://git-lfs.github.com/spec/v1\noid"],
             "is a pickled checkpoint, which is never opened": [*pickles, b"PK\x03\x04" + good],
             "": [to_bytes(zeros, {"exsvd": text}) for text in metadata],
             "is the image-decoder variant.*use svd_xt.safetensors": [
                 to_bytes({"first_stage_model.post_quant_conv.weight": zeros["x"]})],
-            "is an extension, not a model": [to_bytes({"blocks.7.norm_in.bias": zeros["x"]})]}.items():
+            "is an extension, not a model": [to_bytes({"blocks.7.norm_in.bias": zeros["x"]})],
+    }.items():
         for content in contents:
             path.write_bytes(content)
             with refused(f"x.safetensors.*{words}"):
@@ -1267,15 +1264,15 @@ def test_damaged_headers_are_noticed(tmp_path, files):
 
 
 def test_paths_that_cannot_be_loaded(tmp_path, files):
-    none, folder, stem = tmp_path / "none", tmp_path / "folder", "vae/diffusion_pytorch_model.safetensors"
+    none, folder = tmp_path / "none", shutil.copytree(files.folder, tmp_path / "folder")
+    weights = folder / "vae/diffusion_pytorch_model.safetensors"
     for given, words in (([none], "none: no such weight file"),
                          ([files.single, none], "none: no such weight file"),
                          ([tmp_path], "no unet/diffusion_pytorch_model.safetensors"),
                          ([files.single, files.single], "is not an extension")):
         with refused(words):
             exsvd.load(*given, device="meta")
-    shutil.copytree(files.folder, folder)
-    os.remove(folder / stem)
+    weights.unlink()
     with refused("no vae/.*in several parts must be saved again with a larger max_shard_size"):
         exsvd.load(folder)
 
@@ -1286,6 +1283,10 @@ def test_tensors_that_do_not_fit(tmp_path, files):
     release, first = named(files.longer, "exvideo"), "conv_in.weight"
     a, b = "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"
     q = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
+
+    def without(part):
+        return {n: t for n, t in release.items() if part not in n}
+
     for net, tensors, *words in (
             (unet, {"my.a": one, "my.b": one + 1}, "UNet .1428 tensors.: 1428 missing, such as",
              "2 unexpected, such as my.a, my.b"),
@@ -1293,15 +1294,13 @@ def test_tensors_that_do_not_fit(tmp_path, files):
             (unet, {f"module.{n}": t for n, t in good.items()} | {"a.b": one}, "1428 missing"),
             (unet, {n.replace(first, "conv_inn.weight"): t for n, t in good.items()},
              "1 missing, such as conv_in.weight", "1 unexpected, such as conv_inn.weight"),
-            (unet, good | {first: good[first].flatten()}, "1 mis-shaped, such as conv_in.weight"),
             (unet, good | {a: good[b], b: good[a]}, "2 mis-shaped",
              rf"{a} \(128, 768\) instead of \(128, 32\)"),
             (clip, named(unet, "sgm"), "has nothing of the ImageEncoder"),
-            (clip, joined | {q: joined[q][:, :3].contiguous()}, r"q_proj.weight \(64, 3\)", "192, 64"),
-            # two layouts in one file
-            (vae, named(vae, "sgm") | named(vae, "diffusers"), "VAE", "unexpected"),
-            (files.longer, {n: t for n, t in release.items() if "_conv" not in n}, "32 missing"),
-            (files.longer, {n: t for n, t in release.items() if "embeddings" not in n}, "16 missing"),
+            (clip, joined | {q: joined[q][:3]}, r"q_proj.weight \(3, 64\)", "192, 64"),
+            (vae, named(vae, "sgm") | named(vae, "diffusers"), "VAE", "unexpected"),  # two layouts
+            (files.longer, without("_conv"), "32 missing"),
+            (files.longer, without("embeddings"), "16 missing"),
             (files.longer, release | {"blocks.8.norm_in.weight": torch.zeros(32)},
              "1 unexpected, such as blocks.8.")):
         save_file(tensors, tmp_path / "x")
@@ -1344,7 +1343,7 @@ def test_files_name_their_ids(tmp_path, files, monkeypatch):
         code_with("pan")
         assert torch.equal(exsvd.load(*given, parts=("unet",)).unet.cond_embed[0].weight, weight)
         code_with("zoom")
-        with pytest.raises(exsvd.WeightsError, match="conditioned on fps, motion, aug, pan, but.*zoom"):
+        with refused("conditioned on fps, motion, aug, pan, but.*zoom"):
             exsvd.load(*given, device="meta")
 
 
@@ -1473,8 +1472,8 @@ BAD_PICTURES = {  # what a file holds, words of the message
     "noise": (NOISE.tobytes(), "Invalid data"), "a\nb": (b"?", "Invalid data"),
     "x.heic": (b"\0\0\0\x18ftypheic" + bytes(99), "Invalid data"),
     "large.png": (LARGE, "more than 179 megapixels: shrink it"),
-    "float.tif": (file_of(np.full((9, 9), 1.5, np.float32), "TIFF"), "values go beyond .*: export it"),
-    "minus.tif": (file_of(np.full((9, 9), -0.5, np.float32), "TIFF"), "values go beyond .*: export it"),
+    "float.tif": (file_of(np.full((9, 9), 1.5, np.float32), "TIFF"), "beyond .*: export it"),
+    "minus.tif": (file_of(np.full((9, 9), -0.5, np.float32), "TIFF"), "beyond .*: export it"),
     "raw.dng": (RAW, "a raw photograph: export it"),
     "missing.png": (None, "No such file"), ".": (None, "Is a directory"),
     "x.svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="5" height="5"/>', "no picture"),
@@ -1507,8 +1506,8 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, capfd, name):
     with pytest.raises(data.MediaError, match=words) as e:
         if name in BAD_TARGETS:
             data.VideoWriter(tmp_path / name, content)
-        else:
-            data.read_image(tmp_path / name) if name in BAD_PICTURES else open_clips(tmp_path / name)
+        read = data.read_image if name in BAD_PICTURES else open_clips
+        read(tmp_path / name)
     assert str(e.value).isprintable() and data.one_line(tmp_path / name) in str(e.value)
     assert contents(tmp_path) == before and capfd.readouterr() == ("", "")
 
@@ -1535,12 +1534,14 @@ def write_video(path, frames, codec="libx264", rate=30, times=None, aspect=None,
     with av.open(str(path), "w") as c:
         s = c.add_stream(codec, rate=rate, options=CODEC_OPTIONS.get(codec, {}) | options)
         s.metadata.update(metadata)
-        form, about = PIXEL_FORMATS.get(codec, "yuv420p"), {"gop_size": 12, "time_base": base} | context
+        form = PIXEL_FORMATS.get(codec, "yuv420p")
+        about = {"gop_size": 12, "time_base": base} | context
         about |= {"qmin": 2, "qmax": 2} if codec.startswith(("mpeg", "mjpeg")) else {}
         about |= {"sample_aspect_ratio": aspect} if aspect else {}
         for x, time_stamp in zip(frames, times or itertools.count()):
             if not isinstance(x, av.VideoFrame):
-                x = av.VideoFrame.from_ndarray(np.ascontiguousarray(x), "rgb24").reformat(format=form)
+                x = av.VideoFrame.from_ndarray(np.ascontiguousarray(x), "rgb24")
+                x = x.reformat(format=form)
             x.pts, x.time_base = time_stamp, base
             if not s.codec_context.is_open:
                 s.width, s.height, s.pix_fmt = x.width, x.height, x.format.name
@@ -1565,12 +1566,13 @@ def test_hdr_and_bt2020_become_sdr(tmp_path, curve, white, quarter, grey):
     red = np.array([0.6274, 0.0691, 0.0164]) ** (1 / 2.4)
     codes = np.stack([[white] * 3, [quarter] * 3, red]).repeat(16, 0)[None].repeat(32, 0)
     want = np.array([[255] * 3, [grey] * 3, [255, 0, 0]]).repeat(16, 0)[None].repeat(32, 0)
-    frame = av.VideoFrame.from_ndarray(np.rint(65535 * codes).astype(np.uint16), "rgb48le").reformat(
-        format="yuv444p10le", dst_colorspace=9, dst_color_range=1)
+    frame = av.VideoFrame.from_ndarray(np.rint(65535 * codes).astype(np.uint16), "rgb48le")
+    frame = frame.reformat(format="yuv444p10le", dst_colorspace=9, dst_color_range=1)
     named = {"color_trc": curve, "color_primaries": 9, "colorspace": 9, "color_range": 1}
     files = [write_video(tmp_path / "v.mkv", [frame], "ffv1", context=named)]
     if curve == 16:
-        avif, png = (file_of(np.rint(255 * codes).astype(np.uint8), form) for form in ("AVIF", "PNG"))
+        codes = np.rint(255 * codes).astype(np.uint8)
+        avif, png = file_of(codes, "AVIF"), file_of(codes, "PNG")
         at = avif.index(b"colrnclx") + 8
         files += [tmp_path / "x.avif", tmp_path / "x.png"]
         files[1].write_bytes(avif[:at] + bytes([0, 9, 0, curve]) + avif[at + 4:])
@@ -1929,14 +1931,14 @@ def test_what_cannot_be_used_is_left_out_and_named(mixed, capsys, monkeypatch):
 def test_index_is_built_once_and_again_for_what_changed(mixed, monkeypatch):
     scan = spied(monkeypatch, data, "scan")
     first = open_clips(mixed)
-    assert scan.call_count == 11 and open_clips(mixed).index == first.index and scan.call_count == 11
+    assert open_clips(mixed).index == first.index and scan.call_count == 11
     write_video(mixed / "short.mp4", scene(6, 9))
     assert open_clips(mixed).index["short.mp4"]["frames"] == 9
     index = mixed / data.INDEX
     index.write_bytes(index.read_bytes()[:-9])  # cut off by a full disk
     open_clips(mixed)
     open_clips(mixed)
-    assert [os.path.basename(call.args[0]) for call in scan.call_args_list[11:]] == ["short.mp4"] * 2
+    assert [call.args[0] for call in scan.call_args_list[11:]] == 2 * [str(mixed / "short.mp4")]
 
 
 NAMES = ["deep/vp9.webm", "good.mp4"]
@@ -1946,7 +1948,7 @@ LISTS = {
     "b.csv": "path\n" + "\n".join(NAMES),
     "c.csv": "\ufeffcaption,extra,video\r\n" + "\r\n".join(ROWS),
     "d.csv": "path,file\n,x\n" + ",x\n".join(NAMES) + ",x",  # with an empty cell
-    "e.json": json.dumps([*NAMES, "two\nlines.mp4", "no \udcff", "\0"]),  # three that cannot be opened
+    "e.json": json.dumps([*NAMES, "two\nlines.mp4", "no \udcff", "\0"]),  # three can't be opened
     "f.json": "\ufeff" + json.dumps([{"path": name, "cap": "x"} for name in NAMES])}
 
 
@@ -1985,6 +1987,7 @@ def test_items_depend_on_seed_and_number_alone(mixed):
 
 
 def test_a_file_that_goes_during_a_run_costs_a_line_and_another_clip(mixed, capfd):
+    """Where no other is left, the error of a reader is one line."""
     dataset = open_clips(mixed, frames=24)
     before = [dataset[n] for n in range(20)]
     os.remove(mixed / "good.mp4")
@@ -1994,11 +1997,7 @@ def test_a_file_that_goes_during_a_run_costs_a_line_and_another_clip(mixed, capf
             assert same_item(dataset[n], item) == (not gone)
         except data.MediaError:
             assert dataset._draw(n + 10**9)[0] == "good.mp4"  # the other clip is of the same file
-    assert "good.mp4: cannot be read: No such file or directory; another clip" in capfd.readouterr().err
-
-
-def test_the_error_of_a_worker_is_one_line(mixed):
-    dataset = open_clips(mixed)
+    assert re.search("good.mp4: cannot be read: No such .*; another clip", capfd.readouterr().err)
     for path in mixed.rglob("*.*"):
         os.remove(path)
     with pytest.raises(data.MediaError, match=rf"^{mixed}\S*[^\n]*$"):
@@ -2073,28 +2072,17 @@ def test_motion_and_its_buckets_are_exvideos():
     assert data.motion_bucket(9.0) == 127 and data.motion_bucket(0.2, "64") == 64
 
     frames, motion = list(x.numpy()), data.Motion()  # whose running sums change nothing
-    clips = [*(range(a, a + 8) for a in (0, 1, 2, 3, 4, 6, 7, 50)), range(5, 60, 7), range(6, 60, 7)]
-    clips += [[12, 12, 13, 15], [12, 13, 15, 15], [13, 15, 15, 15], [13, 13, 15, 15]]  # some twice
-    for clip in [*clips, [3], [4]]:
+    clips = [range(a, a + 8) for a in (0, 1, 2, 3, 4, 6, 7, 50)]
+    clips += [range(5, 60, 7), range(6, 60, 7), [12, 12, 13, 15], [12, 13, 15, 15],
+              [13, 15, 15, 15], [13, 13, 15, 15], [3], [4]]  # some twice
+    for clip in clips:
         assert motion.score([frames[k] for k in clip]) == data.motion_score(x[clip])
 
 
 def test_noise_on_condition_images_is_log_normal():
     draws = data.draw_conditions(0, [f"a.mp4@{n}" for n in range(2000)], (8, 8))[0].log()
-    assert draws.mean() == pytest.approx(-3, abs=0.05) and draws.std() == pytest.approx(0.5, abs=0.05)
+    assert [draws.mean(), draws.std()] == pytest.approx([-3, 0.5], abs=0.05)
     assert data.draw_conditions(0, ["a"], (16, 8))[1].shape == (1, 3, 8, 16)
-
-
-@pytest.fixture(scope="module")
-def coder(tmp_path_factory):
-    """A model file so small that encoding a frame takes milliseconds."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    unet = exsvd.UNet(exsvd.UNetConfig((8, 8, 8, 8), (1, 1, 1, 1), 16, 4, 8))
-    clip = exsvd.ImageEncoder(exsvd.CLIPConfig(32, 1, 2, 28, 16, 56))
-    exsvd.save_model(str(path), unet, exsvd.VAE(exsvd.VAEConfig((8, 8, 8, 8), 4)), clip,
-                     defaults={"train": {"frames": 6, "size": [64, 64]}})
-    return str(path)
 
 
 @pytest.fixture
@@ -2111,14 +2099,14 @@ SIZES = [(128, 64), (256, 128), (64, 128)]  # of two alike the first
 
 
 @pytest.mark.parametrize("dtype, bound, more", [
-    (torch.float32, 0, {}), (torch.float32, 0, {"fps": 13.0}), (torch.float32, 0, {"size": SIZES}),
-    (torch.float32, 0, {"start_every": 3}), (torch.float16, 3e-4, {}),
-    (torch.bfloat16, 3e-3, {})], ids=str)
-def test_latents_are_what_training_from_videos_sees(pair, tmp_path, coder, dtype, bound, more):
+    (torch.float32, 0, {}), (torch.float32, 0, {"fps": 13.0}),
+    (torch.float32, 0, {"size": SIZES, "start_every": 3}),
+    (torch.float16, 3e-4, {}), (torch.bfloat16, 3e-3, {})], ids=str)
+def test_latents_are_what_training_from_videos_sees(pair, tmp_path, small, dtype, bound, more):
     """Of several sizes a video takes the nearest in aspect ratio."""
     options = OPTIONS_4 | more
-    svd = exsvd.load(coder, parts=("vae", "clip"))
-    data.encode(coder, pair, tmp_path / "out", dtype, **options)
+    svd = exsvd.load(small, parts=("vae", "clip"))
+    data.encode(small, pair, tmp_path / "out", dtype, **options)
     videos = data.open_dataset(pair, **options)
     latents = data.open_dataset(tmp_path / "out", **options | {"start_every": 1})  # as encoded: 3
     assert latents.names == videos.names and latents.id == videos.id
@@ -2136,13 +2124,13 @@ def test_latents_are_what_training_from_videos_sees(pair, tmp_path, coder, dtype
         assert all(a[key] == b[key] for key in ("fps", "motion", "name")) and b["aug"] == aug.item()
 
 
-def test_latents_are_of_one_kind_of_clip_and_one_model(pair, tmp_path, coder):
-    data.encode(coder, pair, tmp_path / "out", **OPTIONS_4)
-    for change in ({"size": (64, 128)}, {"size": SIZES}, {"frames": 5}, {"stride": 1}, {"fps": 5.0}):
+def test_latents_are_of_one_kind_of_clip_and_one_model(pair, tmp_path, small):
+    data.encode(small, pair, tmp_path / "out", **OPTIONS_4)
+    for change in ({"size": (64, 128)}, {"size": SIZES}, {"frames": 5}, {"stride": 1}, {"fps": 5}):
         with pytest.raises(data.MediaError, match=f"was encoded with {next(iter(change))}"):
             data.open_dataset(tmp_path / "out", **OPTIONS_4 | change)
-    svd, other = exsvd.load(coder), str(tmp_path / "tiny.safetensors")
-    exsvd.save_model(other, svd.unet, svd.vae, svd.clip, torch.float16)  # the same, in half precision
+    svd, other = exsvd.load(small), str(tmp_path / "other.safetensors")
+    exsvd.save_model(other, svd.unet, svd.vae, svd.clip, torch.float16)  # the same model
     data.open_dataset(tmp_path / "out", model=other, **OPTIONS_4)
     with torch.no_grad():
         svd.vae.quant_conv.weight *= 1.01
@@ -2152,20 +2140,6 @@ def test_latents_are_of_one_kind_of_clip_and_one_model(pair, tmp_path, coder):
                 lambda: data.encode(other, pair, tmp_path / "out", **OPTIONS_4)):
         with pytest.raises(data.MediaError, match="was encoded with model"):
             use()
-
-
-def test_half_precision_is_exact_enough_to_train_on(monkeypatch):
-    svd, item = exsvd.load(sample.toy_files()[0]), world.clips(6, (128, 128), 7)[0]
-    video, noise, found = data.to_float(item["video"]), torch.randn(1, 6, 4, 16, 16), []
-    ids = exsvd.unet_ids(svd.unet.config.ids, item | {"aug": 0.0})
-    for dtype in (torch.float32, torch.float16):
-        monkeypatch.setattr(data, "encoding_on", lambda device: (dtype, 4))  # float16 as on a GPU
-        z = data.encode_frames(svd.vae, video)[None]
-        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[:1], torch.zeros(1), video[:1])
-        given = z * exsvd.VAE_SCALE, torch.ones(1), noise, cond[None], ctx[None], ids
-        found.append((z, exsvd.training_loss(svd.unet, exsvd.LOSSES["edm"], *given)))
-    (exact, exact_loss), (half, half_loss) = found
-    assert 0 < rel(half, exact) < 7e-4 and rel(half_loss, exact_loss) < 6e-4
 
 
 def test_frames_beyond_the_range_of_float16_are_encoded_in_float32(monkeypatch):
@@ -2178,9 +2152,9 @@ def test_frames_beyond_the_range_of_float16_are_encoded_in_float32(monkeypatch):
     assert rel(mixed[[0, 2, 3, 4, 6]], half) < 1e-3 and rel(mixed[[1, 5]], exact_too[[1, 5]]) < 1e-5
 
 
-def test_encoding_goes_on_and_follows_the_videos(pair, tmp_path, coder, monkeypatch, capsys):
+def test_encoding_goes_on_and_follows_the_videos(pair, tmp_path, small, monkeypatch, capsys):
     def run(*more, out="out"):
-        flags = ["--model", coder, "--data", pair, "--out", tmp_path / out]
+        flags = ["--model", small, "--data", pair, "--out", tmp_path / out]
         assert run_data(monkeypatch, "encode", *flags, *more) == 0
         files = (tmp_path / out).rglob("*.safetensors")
         return {path.name[0]: path.stat().st_mtime_ns for path in files}
@@ -2191,16 +2165,15 @@ def test_encoding_goes_on_and_follows_the_videos(pair, tmp_path, coder, monkeypa
             with open(path, "wb") as f:
                 f.write(b"half of it")
             raise KeyboardInterrupt
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(exsvd, "save_file", stops)
+
+    with patch.object(exsvd, "save_file", stops), pytest.raises(KeyboardInterrupt):
         run()
-    with monkeypatch.context() as m, pytest.raises(SystemExit, match="b.mp4: .* those of the index: remove"):
-        m.setattr(data, "_decode", lambda path: iter(()))  # a file that was changed meanwhile
+    with (patch.object(data, "_decode", lambda path: iter(())),  # a file that was changed meanwhile
+          pytest.raises(SystemExit, match="b.mp4: .* those of the index: remove")):
         run()
-    encode_file = data._encode_file
-    with monkeypatch.context() as m, pytest.raises(SystemExit, match="1 of 2 files .*a.mp4: cannot be read: x"):
-        m.setattr(data, "_encode_file", lambda dataset, name, *rest: encode_file(dataset, name, *rest)
-                  if name != "a.mp4" else exec("raise data.unreadable(name, 'x')"))
+    encode = Mock(side_effect=[data.unreadable("a.mp4", "x"), {"x": torch.ones(1)}])
+    with (patch.object(data, "_encode_file", encode),
+          pytest.raises(SystemExit, match="1 of 2 files .*a.mp4: cannot be read: x")):
         run(out="failed")
     assert list(data.latents_in(tmp_path / "failed")) == ["deep/b.mp4"]
     first, = contents(tmp_path / "out").keys() - {"latents.json"}
@@ -2221,14 +2194,15 @@ def test_encoding_goes_on_and_follows_the_videos(pair, tmp_path, coder, monkeypa
 
 @pytest.mark.parametrize("flags, words", [
     (["--size", "64"], "WIDTHxHEIGHT"), (["--size", "72x64"], "nearest is 64x64"),
-    (["--shard", 0, 2], "from 1 to"), (["--shard", 3, 2], "from 1 to"), (["--frames", "-1"], "at least 1"),
+    (["--shard", 0, 2], "from 1 to"), (["--shard", 3, 2], "from 1 to"), (["--frames", "-1"], "at"),
     ([], "the index cannot be written .*: give a .txt list")])
-def test_the_command_refuses_in_a_line(pair, monkeypatch, capsys, coder, tmp_path, flags, words):
-    (pair / data.INDEX).mkdir()  # stands in for a folder that is read-only, which does not stop root
+def test_the_command_refuses_in_a_line(pair, monkeypatch, capsys, small, tmp_path, flags, words):
+    (pair / data.INDEX).mkdir()  # as if the folder were read-only, which does not stop root
+    args = ["encode", "--model", small, "--data", pair, "--out", tmp_path / "out", *flags]
     with pytest.raises(SystemExit) as e:
-        args = ["--model", coder, "--data", pair, "--out", tmp_path / "out", *flags]
-        run_data(monkeypatch, "encode", *args)
-    assert re.search(words, f"{e.value} {capsys.readouterr().err}") and not (tmp_path / "out").exists()
+        run_data(monkeypatch, *args)
+    assert re.search(words, f"{e.value} {capsys.readouterr().err}")
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2351,7 +2325,8 @@ def test_what_the_model_says_comes_out(make, small_vae, monkeypatch):
     """It is asked at the schedule's noise levels. The noise of one mean is standard normal."""
     z = torch.randn(1, 8, 4, 8, 8)
     shown, _ = oracle(monkeypatch, z)
-    out = make("--schedule", "ays", "--sampler", "dpm++", "--steps", 4, "--share-mean", name="frames/")
+    flags = "--schedule", "ays", "--sampler", "dpm++", "--steps", 4, "--share-mean"
+    out = make(*flags, name="frames/")
     assert torch.equal(torch.stack([sigma for _, sigma in shown]), sample.ays_sigmas(4)[:-1])
     x, sigma = shown[0]
     noise = x / (sigma**2 + 1).sqrt()
@@ -2461,7 +2436,8 @@ def test_one_call_makes_what_the_command_makes(make, small, pictures):
     """Of a path, a Pillow image, or pixels; with Settings, or some of them by name."""
     folder = frames_of(make("--steps", 2, "--seed", 3, name="frames/"))
     svd, given, pixels = exsvd.load(small), dict(steps=2, seed=3), data.read_image(pictures[0])
-    for image in (pictures[0], Image.open(pictures[0]), pixels, pixels.numpy(), fitted(pictures[0])):
+    path = pictures[0]
+    for image in (path, Image.open(path), pixels, pixels.numpy(), fitted(path)):
         frames = sample.generate(svd, image, device="cpu", **given)
         assert torch.equal(sample.to_pixels(frames), folder), type(image)
     for settings in (sample.settings_for(svd, given), sample.complete(svd, given)):
@@ -2491,7 +2467,8 @@ def test_the_toy_that_ships(all_threads, tmp_path):
 
 
 def test_the_defaults_of_a_model_come_in_order():
-    """The class, published weights, the model's file, the extension's file, flags."""
+    """The class, published weights, the model's file, the extension's file, flags. Where no file
+    has a size, a video has as many pixels as published, in the picture's aspect ratio."""
     def has(s, **expected):
         assert asdict(s) == asdict(s) | expected
 
@@ -2499,23 +2476,24 @@ def test_the_defaults_of_a_model_come_in_order():
     svd = exsvd.SVD(unet, None, None, {}, None)
     has(sample.settings_for(svd), steps=25, size=(1024, 576), cfg=(1, 3), fps=7, native=25,
         dtype="float32", match_stats=False)
+    has(sample.complete(svd, {}, (400, 100)), size=(1536, 384))
     unet.max_frames = 128
-    has(sample.settings_for(replace(svd, extension={})), steps=50, size=(512, 512),
-        match_stats=True, contrast=1.2, encode_scale=0.13025)
+    published = replace(svd, extension={})
+    has(sample.settings_for(published), steps=50, size=(512, 512), match_stats=True, contrast=1.2,
+        encode_scale=0.13025)
+    has(sample.complete(published, {}, (400, 100)), size=(1024, 256))
     sampling = {"steps": 8, "size": [256, 128], "cfg": [1, 1], "sampler": "lcm", "contrast": None}
     own = {"defaults": {"sample": {"size": [64, 64]}}}
     ours = replace(svd, meta={"defaults": {"sample": sampling}}, extension=own)
     has(sample.settings_for(ours, {"steps": 3}), steps=3, size=(64, 64), cfg=(1, 1),
         schedule="lcm", match_stats=False, contrast=1)
+    has(sample.complete(ours, {}, (400, 100)), size=(64, 64))
+    has(sample.complete(ours, {"size": (128, 64)}, (400, 100)), size=(128, 64))
     for bad in ({"steps": 0}, {"size": [100, 64]}, {"cfg": [1]}, {"sampler": "rm -rf"},
                 {"out": "/etc/passwd"}, {"share_mean": 1}, {"fps": "fast"}, {"dtype": ["float32"]}):
-        meta = {"defaults": {"sample": bad}}
-        with pytest.raises(exsvd.WeightsError, match=f"m.st: its setting {next(iter(bad))} is not usable"):
-            sample.settings_for(replace(svd, meta=meta), model="m.st")
-
-
-def completed(svd, flags, picture=None):
-    return sample.complete(svd, sample.parse(["a.png", *flags.split()])[1], picture)
+        in_file = replace(svd, meta={"defaults": {"sample": bad}})
+        with refused(f"m.st: its setting {next(iter(bad))} is not usable"):
+            sample.settings_for(in_file, model="m.st")
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -2527,24 +2505,16 @@ def completed(svd, flags, picture=None):
     ("--cfg-interval 1 2", "cfg_interval has no effect without --cfg other than 1"),
     ("--eta 1 --strength 0.5", None)])  # the small model's sampler is ddim; 0.5 is the default
 def test_what_flags_warn_of(small, flags, words, capsys):
-    completed(exsvd.load(small, parts=("unet",)), flags)
+    svd = exsvd.load(small, parts=("unet",))
+    sample.complete(svd, sample.parse(["a.png", *flags.split()])[1])
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {words}") and said.count("\n") == 1 if words else not said
 
 
-def test_a_file_states_its_size_and_published_weights_follow_the_image(small):
-    ours = exsvd.load(small, parts=("unet",))
-    assert completed(ours, "", (400, 100)).size == (64, 64)
-    assert completed(ours, "--size 128x64", (400, 100)).size == (128, 64)
-    published = replace(ours, meta={})  # as many pixels as 1024x576, in the image's aspect
-    assert completed(published, "", (400, 100)).size == (1536, 384)
-    published.unet.max_frames = 16  # as many pixels as 512x512
-    assert completed(published, "", (400, 100)).size == (1024, 256)
-
-
 def test_default_model(tmp_path, monkeypatch, capsys):
     def chosen(model=None, extension=None):
-        model, files = sample.default_model(argparse.Namespace(model=model, extension=extension, unet=None))
+        given = argparse.Namespace(model=model, extension=extension, unet=None)
+        model, files = sample.default_model(given)
         return [os.path.relpath(path, tmp_path) for path in (model, *(files or ()))]
 
     monkeypatch.setattr(sample, "HERE", str(tmp_path))
@@ -2552,9 +2522,10 @@ def test_default_model(tmp_path, monkeypatch, capsys):
     toy = ["assets/toy.safetensors", "assets/toy-exvideo.safetensors"]
     assert chosen() == toy and "using the toy" in capsys.readouterr().err
     assert chosen(toy[0]) == toy and chosen("m") == ["m"]
-    weights = ["weights/svd_xt.safetensors", "weights/model.fp16.safetensors", "weights/exvideo.safetensors"]
     os.mkdir("weights")
-    for path in weights:  # the last is our own, and comes first
+    # the last is our own, and comes first
+    weights = [f"weights/{name}.safetensors" for name in ("svd_xt", "model.fp16", "exvideo")]
+    for path in weights:
         open(path, "w").close()
         assert chosen() == list(dict.fromkeys([weights[0], path]))
     assert chosen(extension=["e", "f"]) == [weights[0], "e", "f"] and not capsys.readouterr().err
@@ -2564,7 +2535,7 @@ def test_names_of_outputs():
     outs = ["a/b.1.mp4", "a/b.2.mp4", "b.1/", "b.2/", "b"]
     assert len({sample.latents_path(out) for out in outs}) == len(outs)
     jobs = sample.parse(["a.png", "--seeds", "2", "--out", "frames.d/"])[0].jobs
-    assert [out for *_, out in jobs] == ["frames.d-0/", "frames.d-1/"], "seeds of a folder are folders"
+    assert [out for *_, out in jobs] == ["frames.d-0/", "frames.d-1/"], "seeds of a folder"
 
 
 def test_offload_changes_nothing(make):
@@ -2618,8 +2589,9 @@ def test_what_stays_on_a_card(monkeypatch):
     moved, device = [], torch.device("cuda:1")
     with monkeypatch.context() as patched:
         patched.setattr(torch.nn.Module, "to", lambda network, where: moved.append(str(where)))
-        for gigabytes, home, slice_size in ((22, "cuda:1", None), (8, "cuda:1", 4 * size),
-                                            (7, "cpu", 4 * size), (6, "cpu", size), (1, "cpu", size)):
+        for gigabytes, home, slice_size in (
+                (22, "cuda:1", None), (8, "cuda:1", 4 * size), (7, "cpu", 4 * size),
+                (6, "cpu", size), (1, "cpu", size)):
             moved.clear()
             patched.setattr(sample, "free_bytes", lambda device: gigabytes * 1e9 / sample.USABLE)
             sample.place_networks(svd, s, device)
@@ -2627,7 +2599,8 @@ def test_what_stays_on_a_card(monkeypatch):
         with patch.object(svd.unet, "stream", Mock()):
             sample.place_networks(svd, s, device)
         assert len(moved) == 3, "with --offload nothing settles"
-    weights, s = sum(p.nbytes for p in svd.unet.parameters()), replace(s, frames=16, size=(256, 256))
+    weights = sum(p.nbytes for p in svd.unet.parameters())
+    s = replace(s, frames=16, size=(256, 256))
     monkeypatch.setattr(sample, "SLICES", (size // 2, size // 4))
     for slice_size, less in ((None, size // 2), (size // 2, size // 4)):
         peak, _ = compare.count("ours", (16, 32, 32), slice_size=slice_size)
@@ -2658,11 +2631,10 @@ def test_out_of_memory_takes_smaller_slices_and_draws_nothing_twice(make, monkey
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_offload_really_moves(make, small):
-    svd = exsvd.load(small)
-    with torch.inference_mode(), sample.on_device(torch.device("cuda"), svd.unet):
-        assert svd.unet.conv_out.weight.is_cuda
-    weight = svd.unet.conv_out.weight
-    assert not weight.is_cuda and not weight.is_inference()
+    unet = exsvd.load(small, parts=("unet",)).unet
+    with torch.inference_mode(), sample.on_device(torch.device("cuda"), unet):
+        assert unet.conv_out.weight.is_cuda
+    assert not unet.conv_out.weight.is_cuda and not unet.conv_out.weight.is_inference()
     make("--offload", "--device", "cuda")
     make("--device", "cuda", name="resident.mp4")
 
@@ -2705,27 +2677,25 @@ def test_torchrun_shares_out_the_videos(small, pictures, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
     (tmp_path / "deepspeed.py").write_text("raise ImportError")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               "sample.py", bad, *pictures, "--model", small, "--out", f"{tmp_path}/{{name}}.mp4"]
-    done = subprocess.run([*map(str, command)], cwd=HERE, env=os.environ | {"PYTHONPATH": str(tmp_path)},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "sample.py", bad, *pictures, "--model", small, "--out", tmp_path / "{name}.mp4"],
+        cwd=HERE, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode and "1 of 2 videos were not made" in done.stderr
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["first.mp4", "second.mp4"]
 
 
 def test_latents_survive_a_failing_decoder(make, small, tmp_path, monkeypatch):
     """They are decoded by the VAE that they were made for, or one that is named."""
-    def infinite(vae, z):
-        return torch.full((1, z.shape[1], 3, 64, 64), math.inf)
-
     model, lost = shutil.copy(small, tmp_path / "own.safetensors"), tmp_path / "lost.mp4"
     whole = make("--model", model, name="whole.mp4").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(exsvd.VAE, "decode", infinite)
-        with pytest.raises(FloatingPointError, match="--decode-only .*--dtype float32"):
-            make("--model", model, name="lost.mp4")
+    infinite = lambda vae, z: torch.full((1, z.shape[1], 3, 64, 64), math.inf)
+    with (patch.object(exsvd.VAE, "decode", infinite),
+          pytest.raises(FloatingPointError, match="--decode-only .*--dtype float32")):
+        make("--model", model, name="lost.mp4")
     assert not lost.exists()
-    again = ["--decode-only", sample.latents_path(str(lost)), "--dtype", "float32", "--out", str(lost)]
+    latents = sample.latents_path(str(lost))
+    again = ["--decode-only", latents, "--dtype", "float32", "--out", str(lost)]
     sample.main(again)
     assert lost.read_bytes() == whole
 
@@ -2734,7 +2704,7 @@ def test_latents_survive_a_failing_decoder(make, small, tmp_path, monkeypatch):
     with refused("own.safetensors, which is not there or has another VAE"):
         sample.main(again)
     with refused("was made with .*own.safetensors, and the VAE of .* is another"):
-        make("--model", model, "--video", again[1], images=(), name="refined.mp4")
+        make("--model", model, "--video", latents, images=(), name="refined.mp4")
     os.remove(model)
     with refused("own.safetensors, which is not there or has another VAE"):
         sample.main(again)
@@ -2742,26 +2712,21 @@ def test_latents_survive_a_failing_decoder(make, small, tmp_path, monkeypatch):
     sample.main([*again, "--model", small])
     assert lost.read_bytes() == whole
 
-
-def test_latents_that_cannot_be_used(tmp_path):
-    path, zeros = tmp_path / "saved.safetensors", torch.zeros(1, 2, 4, 8, 8)
-    saved = asdict(sample.Settings(frames=2, size=(64, 64), dtype="float32"))
-    for latents, settings, words in (
+    settings, zeros = exsvd.Tensors(latents).meta["settings"], torch.zeros(1, 8, 4, 8, 8)
+    for z, saved, words in (
             (zeros, None, "no latents"), (zeros, [1], "no latents"),
-            (zeros, {"frames": 2}, "no latents"), (zeros[0], saved, "no latents"),
-            (zeros * math.nan, saved, "not finite")):
-        exsvd.save(path, {"latents": latents}, {"settings": settings})
+            (zeros, {"frames": 2}, "no latents"), (zeros[0], settings, "no latents"),
+            (zeros * math.nan, settings, "not finite")):
+        exsvd.save(latents, {"latents": z}, {"settings": saved})
         with refused(words):
-            sample.saved_latents(path)
+            sample.saved_latents(latents)
 
 
 @pytest.mark.parametrize("args, words", [
     ("", "at least one image"), ("missing.png", "missing.png"),
-    ("{png} --size 100x64", "multiples of 64"), ("{png} --size big", "WIDTHxHEIGHT"),
-    ("{png} --size 64x64x64", "WIDTHxHEIGHT"), ("{png} --eta 2", "at most 1"),
-    ("{png} --strength 0", "at least 0.01"), ("{png} --frames 1.5", "a whole number"),
-    ("{png} --fps nan", "at least 1"), (f"{{png}} --seed {2**32}", "at most"),
-    ("{png} --sampler eular", "invalid choice"), ("{png} --keyframe c.png", "NUMBER=IMAGE"),
+    ("{png} --size 100x64", "multiples of 64"), ("{png} --eta 2", "at most 1"),
+    ("{png} --frames 1.5", "a whole number"), ("{png} --fps nan", "at least 1"),
+    (f"{{png}} --seed {2**32}", "at most"), ("{png} --keyframe c.png", "NUMBER=IMAGE"),
     ("{png} --end missing.png", "missing.png"), ("{png} --device nonsense", "--device nonsense"),
     ("{png} --video missing.mp4", "missing.mp4"), ("--video {png}", "holds a single picture"),
     ("{png} {png} --video missing.mp4", "one video"), ("{png} {png}", "same file"),
@@ -2775,7 +2740,8 @@ def test_latents_that_cannot_be_used(tmp_path):
     ("{png} --model missing.safetensors", "no such weight file"),
     ("{png} --model {png}", "not a complete safetensors"),
     ("{png} --extension {model}", "not an extension"),
-    ("{png} --unet missing.safetensors", "missing.safetensors"), ("--decode-only {model}", "no latents")])
+    ("{png} --unet missing.safetensors", "missing.safetensors"),
+    ("--decode-only {model}", "no latents")])
 def test_bad_input_is_one_line_and_a_failure(
         args, words, small, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -2792,7 +2758,7 @@ def test_what_the_command_prints(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sample, "main", lambda argv: print("caf\udce9 \xe9", flush=True))
     sample.command([])
-    assert terminal.buffer.getvalue() == b"caf\\udce9 \\xe9\n", "what a terminal can't costs nothing"
+    assert terminal.buffer.getvalue() == b"caf\\udce9 \\xe9\n", "what it can't show costs nothing"
     monkeypatch.undo()
     monkeypatch.setattr(sample, "load", Mock(side_effect=torch.OutOfMemoryError("injected")))
     with pytest.raises(SystemExit, match="^sample.py: out of memory.*--dtype float16"):
@@ -2800,21 +2766,22 @@ def test_what_the_command_prints(monkeypatch, tmp_path):
 
 
 def test_the_snippets_of_the_readme(small, extensions, pictures, tmp_path, monkeypatch):
-    """The very lines, with small files and a stand-in for the pipeline in place of the real ones."""
+    """The very lines, with small files and a stand-in for the pipeline."""
     diffusers, pipeline = pytest.importorskip("diffusers"), Mock()
     with open(os.path.join(HERE, "README.md")) as file:
         from_text, from_picture = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    for real, ours in (("weights/svd_xt.safetensors", small), ("assets/img.png", pictures[0]), ("cuda", "cpu"),
-                       ("weights/model.fp16.safetensors", extensions[1]), ("float16", "float32")):
+    for real, ours in (("weights/svd_xt.safetensors", small), ("assets/img.png", pictures[0]),
+                       ("weights/model.fp16.safetensors", extensions[1]), ("cuda", "cpu"),
+                       ("float16", "float32")):
         assert real in from_picture
         from_picture = from_picture.replace(real, ours)
     exec(from_picture, {})
     assert data.read_video("out.mp4")[0].shape == (20, 64, 64, 3)
 
     pipeline.to("cuda").return_value = argparse.Namespace(images=[Image.fromarray(corners())])
-    monkeypatch.setattr(diffusers.AutoPipelineForText2Image, "from_pretrained",
-                        lambda name, torch_dtype: pipeline)
+    pretrained = diffusers.AutoPipelineForText2Image
+    monkeypatch.setattr(pretrained, "from_pretrained", lambda name, torch_dtype: pipeline)
     monkeypatch.setattr(sample, "default_model", lambda a: (small, None))
     exec(from_text, {})
     pipeline.to("cuda").assert_called_with("a lighthouse")
@@ -2889,14 +2856,14 @@ def state_meta(out, step, changes=None):
 
 def kept(out, step, key):
     """What a state holds under a key, such as master: {name of a parameter: tensor}"""
-    tensors = load_file(state_path(out, step))
-    return {name.removesuffix(f".{key}"): t for name, t in tensors.items() if name.endswith(f".{key}")}
+    tensors, end = load_file(state_path(out, step)), f".{key}"
+    return {name.removesuffix(end): t for name, t in tensors.items() if name.endswith(end)}
 
 
 def same_tensors(ours, theirs):
     """Of two files, bit for bit"""
     ours, theirs = load_file(ours), load_file(theirs)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
 
 
 def same_state(out, other, step=4):
@@ -3044,9 +3011,10 @@ def test_only_temporal_blocks_learn_and_all_of_them(small, videos, one_rank):
     assert set(load_file(file)) == {name for names in in_release for name in names}
     s = sample.settings_for(svd)
     assert s.size == (64, 64) and s.sampler == "ddim", "as its base, at the size of training"
+    loss = float(log_of(one_rank.out)[-1]["loss"])
     said = {key: svd.extension[key] for key in ("step", "videos", "lr", "data", "loss", "commit")}
-    assert said == {"step": 4, "videos": 4, "lr": 1e-3, "data": str(videos), "commit": train.commit(),
-                    "loss": pytest.approx(float(log_of(one_rank.out)[-1]["loss"]), abs=1e-5)}
+    assert said == {"step": 4, "videos": 4, "lr": 1e-3, "data": str(videos),
+                    "commit": train.commit(), "loss": pytest.approx(loss, abs=1e-5)}
 
 
 def test_weight_decay_spares_norms_biases_tables_and_the_identity_convolution(small):
@@ -3112,7 +3080,7 @@ def test_one_clip_is_overfitted_and_samples_and_monitors_show_it(
     assert "at motion 40 and 8 fps: " in said, "the model's own, though the clip stands still"
     assert "brightness" in said, "what the dataset measures"
     calls = [(call.kwargs["step"], *call.args[0].items()) for call in wandb.log.call_args_list]
-    assert calls == sorted(calls, key=lambda call: call[0]), "W&B drops values whose number goes back"
+    assert calls == sorted(calls, key=lambda call: call[0]), "W&B drops what goes back"
     for curve, column in (("train/loss", "loss"), ("train/lr", "lr"), ("val/loss", "val_loss")):
         assert [(videos, value) for videos, (name, value) in calls if name == curve] == [
             (int(row["videos"]), pytest.approx(float(row[column]), abs=1e-5))
@@ -3120,13 +3088,16 @@ def test_one_clip_is_overfitted_and_samples_and_monitors_show_it(
     assert [videos for videos, (name, _) in calls if name == "sample/brightness"] == [0, 10, 20]
 
 
-def test_training_from_latents_is_training_from_videos(small, videos, one_rank, run, tmp_path):
+def test_training_from_latents_is_training_from_videos(
+        small, videos, one_rank, run, tmp_path, monkeypatch):
     latents = tmp_path / "latents"
+    monkeypatch.setattr(train, "VAL_CLIPS", 2)
     data.encode(small, videos, latents, torch.float32, frames=10, size=(64, 64))
-    out = run(f"{WHOLE} --sample-every 4 --val {latents}", data=latents)
-    assert [row["loss"] for row in log_of(out)[1:]] == [row["loss"] for row in log_of(one_rank.out)]
+    out = run(f"{WHOLE} --steps 2 --sample-every 2 --val {latents}", data=latents)
+    start, *rows = log_of(out)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in log_of(one_rank.out)[:2]]
     assert data.read_image(out / "progress.png").shape == (2 * 64, 9 * 64, 3)
-    assert 0 < float(log_of(out)[0]["val_loss"]) < 10
+    assert 0 < float(start["val_loss"]) < 10
     with pytest.raises(SystemExit, match="--val must be encoded"):
         run(f"{WHOLE} --val {videos}", data=latents)
 
@@ -3136,11 +3107,13 @@ def test_clips_of_several_sizes(small, run, monkeypatch):
     with pytest.raises(ValueError, match="the toy's clips are square"):
         run("--size 128x64", data=train.TOY_CLIPS)
     out = run("--size 128x128 64x64 --steps 3 --accumulate 2", data=train.TOY_CLIPS)
-    assert {tuple(call.args[1].shape[-2:]) for call in denoise.call_args_list} == {(16, 16), (8, 8)}
+    sizes = {tuple(call.args[1].shape[-2:]) for call in denoise.call_args_list}
+    assert sizes == {(16, 16), (8, 8)}
     meta = exsvd.load(out / "model-000003.safetensors", parts=("unet",)).meta
     assert meta["defaults"]["sample"]["size"] == [128, 128]
     in_file = {"defaults": {"train": {"size": [[128, 128], [64, 64]]}}}
-    assert sample.settings_in_file(train.TrainSettings, in_file, "train", small) == {"size": ((128, 128), (64, 64))}
+    settings = sample.settings_in_file(train.TrainSettings, in_file, "train", small)
+    assert settings == {"size": ((128, 128), (64, 64))}
 
 
 def test_accumulated_passes_are_one_large_batch(run, tmp_path):
@@ -3153,8 +3126,8 @@ def test_accumulated_passes_are_one_large_batch(run, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     moments = [kept(out, 2, "exp_avg").values() for out in (whole, parts)]
     close(*(torch.cat([t.flatten() for t in ts]) for ts in moments), 1e-3, "first moments")
-    # the number of passes may change within a run: there are fewer ranks, say
-    meta = state_meta(run(f"{flags} --steps 3 --accumulate 3"), 3)
+    # the number of passes may change within a run, when there are fewer ranks, and the decay too
+    meta = state_meta(run(f"{flags} --steps 3 --accumulate 3 --weight-decay 0"), 3)
     assert meta["updates"] == 3 and meta["videos"] == 7, "the average follows"
 
 
@@ -3237,43 +3210,38 @@ def test_a_state_is_cut_for_any_number_of_ranks(ranks, tmp_path, monkeypatch):
     from deepspeed.utils import link_hp_params
     monkeypatch.setattr(train, "dist", Mock(get_rank=lambda: 0))
     path, size = tmp_path / "state.safetensors", -(-13 // ranks)
-    module = torch.nn.ParameterDict({"a": torch.rand(3, 2), "b": torch.rand(5), "c": torch.rand(1, 2)})
-    start = {name: torch.zeros(p.shape) for name, p in module.items()}
-    state = {f"{name}.{key}": torch.rand(p.shape) for name, p in module.items()
+    shapes = {"a": (3, 2), "b": (5,), "c": (1, 2)}
+    module = torch.nn.ParameterDict({name: torch.rand(shape) for name, shape in shapes.items()})
+    start = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    state = {f"{name}.{key}": torch.rand(shape) for name, shape in shapes.items()
              for key in ("master", "average", "exp_avg")}
     exsvd.save(path, state, {"numbers": [{"step": 2.0}], "updates": 2, "loss_scaler": {}})
-    total, masters = {}, torch.zeros(ranks, size)
+    total, masters = Counter(), torch.zeros(ranks, size)
     for rank, master in enumerate(masters):
         link_hp_params([*module.values()], master, {}, {}, False, 0, rank * size, size, None)
         zero = Mock(single_partition_of_fp32_groups=[master], bit16_groups=[[*module.values()]])
         zero.optimizer.state = {master: {}}
-        shards = train.Shards(Mock(optimizer=zero, module=module, device="cpu", lr_scheduler=None), 0.9, start)
+        engine = Mock(optimizer=zero, module=module, device="cpu", lr_scheduler=None)
+        shards = train.Shards(engine, 0.9, start)
         shards.load(exsvd.Tensors(path))
         tensors, meta = shards.state()
         assert meta["numbers"] == [{"step": 2.0}] and tensors.keys() == state.keys()
-        total = {name: t + total.get(name, 0) for name, t in tensors.items()}  # as dist.reduce() adds
+        for name, t in tensors.items():  # as dist.reduce() adds
+            total[name] = total[name] + t
     assert all(torch.equal(total[name], t) for name, t in state.items())
     flat = torch.cat([state[f"{name}.master"].flatten() for name in module])
     assert torch.equal(masters.flatten(), F.pad(flat, (0, ranks * size - 13)))
 
 
-def test_a_state_that_cannot_be_read_ends_the_run_with_its_name(one_rank, run, tmp_path):
-    out = shutil.copytree(one_rank.out, tmp_path / "run")
-    state, before = state_path(out, 4), state_path(out, 3)
-    state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(SystemExit, match=f"{state} cannot be read .* go on from {before}"):
-        run()
-
-
-def test_a_state_of_other_settings_parameters_or_frozen_weights_is_refused(
+def test_a_state_that_is_damaged_or_of_other_settings_or_weights_is_refused(
         small, one_rank, run, videos, tmp_path, monkeypatch):
     out = shutil.copytree(one_rank.out, tmp_path / "run")
-    meta = state_meta(out, 4)
+    meta, state = state_meta(out, 4), state_path(out, 4)
     name = next(name for name in meta["layout"] if name.startswith("unet."))
 
     def refused(words, flags="", **changes):
         state_meta(out, 4, meta | changes)
-        with pytest.raises(SystemExit, match=f"state-00000004.safetensors was made with {words}"):
+        with pytest.raises(SystemExit, match=f"{state.name} was made with {words}"):
             run(f"{WHOLE} --steps 5 {flags}", data=videos)
 
     refused(r"drop 0.0 \(now 0.5\)", "--drop 0.5")
@@ -3285,6 +3253,10 @@ def test_a_state_of_other_settings_parameters_or_frozen_weights_is_refused(
     refused(r"optimizer Lion \(now AdamW\)", layout=meta["layout"] | {"optimizer": "Lion"})
     monkeypatch.setattr(exsvd, "ARCHITECTURE", "rotary")
     refused("architecture exvideo")
+    state.write_bytes(state.read_bytes()[:-100])
+    before = state_path(out, 3)
+    with pytest.raises(SystemExit, match=f"{state} cannot be read .* go on from {before}"):
+        run()
 
 
 HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
@@ -3293,7 +3265,7 @@ HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_support
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param(
     "float16", marks=pytest.mark.skipif(not HAS_FP16, reason="no fp16 on this CPU"))])
 def test_a_resumed_run_keeps_fp32_masters_and_what_was_chosen(dtype, run, all_threads, capsys):
-    """Threads change the last bits, and how many there are depends on what else the machine does."""
+    """Threads too: they change the last bits, and how many there are depends on the machine."""
     out = run(f"--steps 1 --dtype {dtype} --checkpoint balanced")
     assert state_meta(out, 1, {"threads": [3]})["threads"] == [torch.get_num_threads()]
     capsys.readouterr()
@@ -3305,7 +3277,8 @@ def test_a_resumed_run_keeps_fp32_masters_and_what_was_chosen(dtype, run, all_th
         assert not torch.equal(master, master.to(getattr(torch, dtype)).float())
 
 
-def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(one_rank, run, videos, monkeypatch, capsys):
+def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(
+        one_rank, run, videos, monkeypatch, capsys):
     save = exsvd.save
 
     def disk_full(path, *args):
@@ -3326,12 +3299,6 @@ def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(one_rank, run, vid
 # Optimiser and DeepSpeed
 
 
-def test_a_run_goes_on_with_another_weight_decay(run):
-    out = run("--train temporal --weight-decay 0 --steps 1")
-    run("--train temporal --weight-decay 0.5 --steps 2")
-    assert int(log_of(out)[-1]["step"]) == 2
-
-
 def test_optimiser_on_the_cpu(run, tmp_path):
     """--offload: DeepSpeed's own AdamW, with gradients that pass through small buckets. It
     resumes."""
@@ -3349,14 +3316,12 @@ def test_optimiser_on_the_cpu(run, tmp_path):
             close(ours[name], theirs[name], 1e-4, name)
 
 
-WARMUP_LR = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": 4, "warmup_type": "linear"}}
-ONE_CYCLE = {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 5e-4, "cycle_first_step_size": 4}}
-
-
+WARMUP = {"warmup_max_lr": "auto", "warmup_num_steps": 4, "warmup_type": "linear"}
+CYCLE = {"cycle_min_lr": 1e-4, "cycle_max_lr": 5e-4, "cycle_first_step_size": 4}
+SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 @pytest.mark.parametrize("scheduler, rates, optimizer, moment", [
-    (WARMUP_LR, [0, 0, 2.5e-4, 5e-4], torch.optim.AdamW, "exp_avg"),
-    (ONE_CYCLE, [1e-4, 2e-4, 3e-4, 4e-4], torch.optim.AdamW, "exp_avg"),
-    ({}, [1e-3] * 4, functools.partial(torch.optim.SGD, momentum=0.9), "momentum_buffer")])
+    ({"type": "WarmupLR", "params": WARMUP}, [0, 0, 2.5e-4, 5e-4], torch.optim.AdamW, "exp_avg"),
+    ({"type": "OneCycle", "params": CYCLE}, [1e-4, 2e-4, 3e-4, 4e-4], SGD, "momentum_buffer")])
 def test_what_schedulers_and_optimisers_keep_comes_back(
         scheduler, rates, optimizer, moment, run, tmp_path, monkeypatch):
     """A scheduler of DeepSpeed sets the rate alone, another optimiser is one function, and a run
@@ -3385,17 +3350,20 @@ def test_the_rate_rises_and_falls():
 def configured(tmp_path, config, **settings):
     """What deepspeed_config() makes of a file."""
     (tmp_path / "c.json").write_text(json.dumps(config))
-    return train.deepspeed_config(train.TrainSettings(deepspeed_config=str(tmp_path / "c.json"), **settings))
+    s = train.TrainSettings(deepspeed_config=str(tmp_path / "c.json"), **settings)
+    return train.deepspeed_config(s)
 
 
 def test_auto_in_a_deepspeed_config_means_ours(tmp_path):
     s = {"dtype": "bfloat16", "clip": 0.5}
     ours = train.deepspeed_config(train.TrainSettings(**s))
-    auto = {"gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"},
-            "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto"}, "data_types": "auto"}
+    auto = {"gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto",
+            "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto"},
+            "bf16": {"enabled": "auto"}, "data_types": "auto"}
     more = {"steps_per_print": 5, "wandb": {"enabled": False}, "flops_profiler": {"enabled": False}}
     assert configured(tmp_path, auto | more, **s) == ours | more
-    for kind, params in (("WarmupLR", {}), ("WarmupDecayLR", {"warmup_max_lr": 1e-5, "total_num_steps": 64000})):
+    for kind, params in (("WarmupLR", {}),
+                         ("WarmupDecayLR", {"warmup_max_lr": 1e-5, "total_num_steps": 64000})):
         scheduler = {"scheduler": {"type": kind, "params": {"warmup_max_lr": "auto"}}}
         assert configured(tmp_path, scheduler, **s)["scheduler"] == {"type": kind, "params": params}
 
@@ -3403,16 +3371,15 @@ def test_auto_in_a_deepspeed_config_means_ours(tmp_path):
 @pytest.mark.parametrize("config, words", [
     ([1], "must be an object"), ({"optimizer": {"type": "AdamW"}}, r"make_optimizer\(\)"),
     ({"zero_optimisation": {"stage": 2}}, "does not know zero_optimisation$"),
-    ({"zero_optimization": {"buckets": 1}}, "buckets Extra inputs"), ({"bf16": True}, "bf16 must be an object"),
-    ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size Input should be a valid integer"),
-    ({"train_batch_size": 7}, "7 != 1"),
+    ({"zero_optimization": {"buckets": 1}}, "buckets Extra inputs"),
+    ({"bf16": True}, "bf16 must be an object"), ({"train_batch_size": 7}, "7 != 1"),
     ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage must be 2: "),
     ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps must be 1: "),
     ({"bf16": {"enabled": True}}, "bf16.enabled must be False"),
     ({"scheduler": {"type": "StepLR"}}, "has no attribute 'StepLR'"),
     ({"scheduler": "WarmupLR"}, "scheduler must be an object"),
-    ({"scheduler": WARMUP_LR, "warmup": 10}, "give --warmup 0 --cooldown 0"),
-    ({"scheduler": WARMUP_LR, "cooldown": 10}, "give --warmup 0 --cooldown 0")])
+    ({"scheduler": {"type": "WarmupLR"}, "warmup": 10}, "give --warmup 0 --cooldown 0"),
+    ({"scheduler": {"type": "WarmupLR"}, "cooldown": 10}, "give --warmup 0 --cooldown 0")])
 def test_a_deepspeed_config_is_refused_in_one_line(config, words, tmp_path):
     flags = {name: config.pop(name) for name in ("warmup", "cooldown") if name in config}
     with pytest.raises(SystemExit, match=f"^train.py: --deepspeed_config .*c.json: .*{words}"):
@@ -3422,18 +3389,22 @@ def test_a_deepspeed_config_is_refused_in_one_line(config, words, tmp_path):
 # Networks: extensions, memory
 
 
-def networks_of(small, clips, *flags):
-    s = train.parse(["--model", small, "--data", str(clips), *flags])
-    return train.load_networks(s, True, torch.device("cpu"))
+def test_the_extension_is_in_fp32_and_a_frozen_clip_as_for_encoded_latents(small, monkeypatch):
+    def networks_of(*flags):
+        s = train.parse(["--model", small, "--data", "x", *flags])
+        return train.load_networks(s, True, torch.device("cpu"))
 
-
-def test_the_extension_is_in_fp32_and_a_frozen_clip_as_for_encoded_latents(small, clips, monkeypatch):
     monkeypatch.setattr(data, "encoding_on", lambda device: (torch.float16, 4))  # as on a GPU
-    svd, whole = networks_of(small, clips, "--dtype", "bfloat16"), exsvd.load(small)
+    # the base is told its native length: the fold walks over these positions, and no others
+    svd, whole = networks_of("--dtype", "bfloat16", "--native", "6"), exsvd.load(small)
     assert torch.equal(svd.clip.proj, whole.clip.proj.half())
     for name, p in svd.unet.named_parameters():
         assert p.dtype == (torch.float32 if ".attn.temporal." in name else torch.bfloat16), name
-    assert networks_of(small, clips, "--train", "clip").clip.proj.dtype == torch.float32
+    assert networks_of("--train", "clip").clip.proj.dtype == torch.float32
+    assert svd.unet.config.native_frames == 6
+    for block in svd.unet.temporal_blocks():
+        positions = torch.tensor(exsvd.fold_positions(6, 10))
+        assert torch.equal(block.frame_table, exsvd.sinusoid(positions, block.frame_table.shape[1]))
 
 
 def test_what_is_frozen_of_an_extension_is_saved_as_it_was(small, extensions, run):
@@ -3443,36 +3414,27 @@ def test_what_is_frozen_of_an_extension_is_saved_as_it_was(small, extensions, ru
         assert torch.equal(t, release[name].half()) == ("positional_conv" not in name), name
 
 
-def test_the_native_length_of_a_base_that_does_not_say_it(small, clips):
-    """The fold walks over the positions the base knows, and no others."""
-    unet = networks_of(small, clips, "--native", "6").unet
-    assert unet.config.native_frames == 6
-    for block in unet.temporal_blocks():
-        positions = torch.tensor(exsvd.fold_positions(6, 10))
-        assert torch.equal(block.frame_table, exsvd.sinusoid(positions, block.frame_table.shape[1]))
-
-
 def test_a_lora_over_a_frozen_release(
         small, extensions, run, lora, pictures, tmp_path, monkeypatch, capsys):
-    """It is trained, saved, loaded and sampled over the release, and goes on bit-identically."""
+    """It is trained, goes on, and is loaded and sampled over the release."""
     _, release = extensions
     flags = f"--train temporal --extension {release} --weights-every 1"
     out = run(f"{flags} --steps 1")
     run(f"{flags} --steps 2")
-    other = run(f"{flags} --steps 2", out=tmp_path / "straight")
     text, path = capsys.readouterr().out, out / "exvideo-000002.safetensors"
     assert " are trained in float32" in text and "resumed from" in text
-    assert same_state(out, other, 2)
     below, svd = (exsvd.load(small, files).unet for files in (release, [release, path]))
     for name, p in svd.named_parameters():
-        assert torch.equal(p, below.get_parameter(name)) == (not name.endswith((".A", ".B"))), name
+        equal = torch.equal(p, below.get_parameter(name))
+        assert equal != name.endswith((".A", ".B")), name
 
     def sampled(*files):
-        sample.main([pictures[0], "--model", small, "--out", str(tmp_path / "x.mp4"), "--extension", *files])
-        return latents_of(tmp_path / "x.mp4")
+        out = tmp_path / "x.mp4"
+        sample.main([pictures[0], "--model", small, "--out", str(out), "--extension", *files])
+        return latents_of(out)
 
     assert not torch.equal(sampled(release, str(path)), sampled(release))
-    with pytest.raises(exsvd.WeightsError, match="was trained over e.safetensors: give that extension"):
+    with refused("was trained over e.safetensors: give that extension"):
         exsvd.load(small, path)
     monkeypatch.setattr(lora, "RANK", 4)
     with pytest.raises(SystemExit, match=r"\.A \[8, 16\] \(now \[4, 16\]\)"):
@@ -3518,7 +3480,8 @@ def test_the_fastest_checkpoints_that_fit_are_chosen(free, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2e9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1e9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 1e9, 0))
-    name, why = train.choose_checkpoint(train.TrainSettings(), unet, 833_000_000, torch.device("cuda"))
+    s, device = train.TrainSettings(), torch.device("cuda")
+    name, why = train.choose_checkpoint(s, unet, 833_000_000, device)
     assert name == chosen and f"of {0.9 * min(free + 1, 300):.1f} GB that are free" in why
     assert free < 300 or "takes about 226.9 GB" in why
 
@@ -3595,9 +3558,8 @@ def test_a_run_that_is_alive_keeps_others_out(run, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     ("--nonsense", "unrecognized"), ("--size 100x100", "multiples of 64"),
-    ("--size 64", "WIDTHxHEIGHT"), ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"),
-    ("--motion much", "must be a number"), ("--data missing", "missing"),
-    ("--sample-image missing.png", "missing.png"), ("--loss l2", "invalid choice"),
+    ("--steps 0", "at least 1"), ("--drop 1.5", "at most 1"), ("--motion much", "must be a number"),
+    ("--data missing", "missing"), ("--sample-image missing.png", "missing.png"),
     ("--train nothing", "names no parameter"), ("--train (", "not a valid regular"),
     ("--size 128x64 64x64 --batch 2", "--batch must be 1"),
     ("--deepspeed_config missing.json", "missing.json")])
@@ -3629,7 +3591,7 @@ def test_the_world_is_a_flight_whose_speed_the_bucket_gives():
         clips = world.clips(frames, (size, size), seed=0)
         for n in range(24):  # enough to see every rate
             item = clips[n]
-            assert item["video"].dtype == torch.uint8 and item["video"].shape == (frames, 3, size, size)
+            data.check_item(item, frames, (size, size))
             video = item["video"] / 127.5 - 1
             path = world.camera_path(video, video[0])
             true = world.scales(item["motion"], item["fps"], frames)
@@ -3648,7 +3610,7 @@ def test_flights_into_pictures_of_a_folder(tmp_path):
     data.write_png(str(tmp_path / "a.png"), pixels)
     rng = np.random.default_rng(0)
     squares = [world.photograph(str(tmp_path), rng) for _ in range(4)]  # the only square there is
-    assert all((x - true).abs().max() < 0.01 or (x.flip(2) - true).abs().max() < 0.01 for x in squares)
+    assert all(min((x - true).abs().max(), (x.flip(2) - true).abs().max()) < 0.01 for x in squares)
     mixed = world.clips(2, (64, 64), 0, pictures=str(tmp_path))
     synthetic = world.clips(2, (64, 64), 0)
     same = [torch.equal(mixed[n]["video"], synthetic[n]["video"]) for n in range(12)]
