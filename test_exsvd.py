@@ -2142,6 +2142,20 @@ def test_latents_are_of_one_kind_of_clip_and_one_model(pair, tmp_path, small):
             use()
 
 
+def test_half_precision_is_exact_enough_to_train_on(monkeypatch):
+    svd, item = exsvd.load(sample.toy_files()[0]), world.clips(6, (128, 128), 7)[0]
+    video, noise, found = data.to_float(item["video"]), torch.randn(1, 6, 4, 16, 16), []
+    ids = exsvd.unet_ids(svd.unet.config.ids, item | {"aug": 0.0})
+    for dtype in (torch.float32, torch.float16):
+        monkeypatch.setattr(data, "encoding_on", lambda device: (dtype, 4))  # float16 as on a GPU
+        z = data.encode_frames(svd.vae, video)[None]
+        cond, ctx = data.encode_condition(svd.vae, svd.clip, video[:1], torch.zeros(1), video[:1])
+        given = z * exsvd.VAE_SCALE, torch.ones(1), noise, cond[None], ctx[None], ids
+        found.append((z, exsvd.training_loss(svd.unet, exsvd.LOSSES["edm"], *given)))
+    (exact, exact_loss), (half, half_loss) = found
+    assert 0 < rel(half, exact) < 7e-4 and rel(half_loss, exact_loss) < 6e-4
+
+
 def test_frames_beyond_the_range_of_float16_are_encoded_in_float32(monkeypatch):
     vae, video = randomize(exsvd.VAE(VAE)), torch.rand(5, 3, 32, 48)
     too_large = torch.cat([video, torch.full((2, 3, 32, 48), 6e4)])[[0, 5, 1, 2, 3, 6, 4]]
@@ -3416,13 +3430,14 @@ def test_what_is_frozen_of_an_extension_is_saved_as_it_was(small, extensions, ru
 
 def test_a_lora_over_a_frozen_release(
         small, extensions, run, lora, pictures, tmp_path, monkeypatch, capsys):
-    """It is trained, goes on, and is loaded and sampled over the release."""
+    """It is trained, saved, loaded and sampled over the release, and goes on bit-identically."""
     _, release = extensions
     flags = f"--train temporal --extension {release} --weights-every 1"
     out = run(f"{flags} --steps 1")
     run(f"{flags} --steps 2")
     text, path = capsys.readouterr().out, out / "exvideo-000002.safetensors"
     assert " are trained in float32" in text and "resumed from" in text
+    assert same_state(out, run(f"{flags} --steps 2", out=tmp_path / "straight"), 2)
     below, svd = (exsvd.load(small, files).unet for files in (release, [release, path]))
     for name, p in svd.named_parameters():
         equal = torch.equal(p, below.get_parameter(name))
