@@ -394,7 +394,8 @@ def choose_checkpoint(s, unet, elements, device):
     gradients = elements * (unet.conv_out.weight.itemsize + fp32_bytes)
     need = {name: activations(name, s, unet) + gradients for name in CHECKPOINTS}
     name = next((name for name in CHECKPOINTS if need[name] <= free), "memory")
-    return name, f"a step takes about {need[name] / 1e9:.1f} of {free / 1e9:.1f} GB that are free"
+    needs, there = (f"{n / 1e9:.1f} GB" for n in (need[name], free))
+    return name, f"a step takes about {needs} of the {there} that are free"
 
 
 # --------------------------------------------------------------------------------------------------

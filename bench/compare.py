@@ -359,8 +359,8 @@ def step_stages(level, shape, ranks=1, offload=False):
                     "fps": torch.ones(1), "motion": torch.ones(1)}
             x, cond, ctx, ids = train.inputs(s, svd, item)
             stages["encoding"] = meter.stage()
-            sigma, noise, conditioned = (t[None].to(device) for t in train.draw(s, 0, x.shape[1:]))
-            loss = engine(x, sigma, noise, cond, ctx, ids, conditioned)
+            sigma, noise, keep_image = (t[None].to(device) for t in train.draw(s, 0, x.shape[1:]))
+            loss = engine(x, sigma, noise, cond, ctx, ids, keep_image)
             engine.backward(loss.mean())
             stages["forward and backward"] = meter.stage()
             engine.step()
