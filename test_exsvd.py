@@ -686,8 +686,9 @@ def test_seams_do_not_show(all_threads):
         seam[first - 1:first + overlap] = True  # every change that involves a blended frame
         change, true = ((x[1:] - x[:-1]).abs().mean((1, 2, 3)) * 127.5 for x in (video, whole))
         ratios.append((change / true)[seam].mean() / (change / true)[~seam].mean())
-        assert abs((change - true)[seam].mean()) < 0.05
-        assert 10 * torch.log10(4 / (video - whole).square().mean()) > 50  # PSNR
+        psnr = 10 * torch.log10(4 / (video - whole).square().mean())
+        print(f"{name}: PSNR against the whole decode {psnr:.1f} dB")  # pytest -s shows it
+        assert psnr > 50 and abs((change - true)[seam].mean()) < 0.05
     assert abs(torch.stack(ratios).mean() - 1) <= 0.02, ratios
 
 
