@@ -283,11 +283,11 @@ SVD_DEFAULTS = dict(size=(1024, 576), steps=25, cfg=(1.0, 3.0), fps=7.0, decode_
 RELEASE_DEFAULTS = dict(match_stats=True, contrast=1.2, encode_scale=exsvd.EXVIDEO_ENCODE_SCALE)
 
 
-def defaults_of(svd, model="the model", extension="the extension"):
+def defaults_of(meta, extension_meta, model="the model", extension="the extension"):
     """The settings that the files of a model hold, the extension's before the model's: {name:
-    value}. Raises WeightsError, see settings_in_file()."""
-    in_model = settings_in_file(Settings, svd.meta, "sample", model)
-    return in_model | settings_in_file(Settings, svd.extension, "sample", extension)
+    value}. meta, extension_meta: of exsvd.SVD. Raises WeightsError, see checked()."""
+    in_model = settings_in_file(Settings, meta, "sample", model)
+    return in_model | settings_in_file(Settings, extension_meta, "sample", extension)
 
 
 def settings_for(svd, given=None, model="the model", extension="the extension"):
@@ -298,7 +298,8 @@ def settings_for(svd, given=None, model="the model", extension="the extension"):
         published = SVD_DEFAULTS
     elif svd.extension == {}:  # an extension without our metadata is the release
         published = RELEASE_DEFAULTS
-    s = Settings(**(published | defaults_of(svd, model, extension) | (given or {})))
+    in_files = defaults_of(svd.meta, svd.extension, model, extension)
+    s = Settings(**(published | in_files | (given or {})))
     dtype = str(svd.unet.conv_out.weight.dtype).removeprefix("torch.")
     return replace(s, native=s.native or svd.unet.config.native_frames, dtype=dtype,
                    schedule=s.schedule or SAMPLERS[s.sampler].schedule)
@@ -321,7 +322,8 @@ def complete(svd, given=None, picture=None, video=None, keyframes=()):
         size = 8 * w, 8 * h
         if "fps" not in given:
             fps = max(1.0, video.fps * frames / len(video.latents))  # as fast as it was
-    elif picture and "size" not in defaults_of(svd) | given:  # published ones take any aspect ratio
+    elif picture and "size" not in defaults_of(svd.meta, svd.extension) | given:
+        # published models take any aspect ratio
         size = data.default_size(*picture, math.prod(size))
     if svd.unet.stream and "decode_chunk" not in given:  # 3 GB decode 4 frames of 1024x1024
         chunk = max(4, min(chunk, 4_000_000 // math.prod(size)))
@@ -922,13 +924,13 @@ def default_model(args):
 
 def load(args, given, model, extension, device):
     """The three networks, ready to sample."""
-    files, top = exsvd.open_model(model)[0], exsvd.open_extensions(extension)[-1:]
-    noted = exsvd.SVD(None, None, None, files["unet"].meta, top[0].meta if top else None)
-    wanted = (defaults_of(noted, model, extension and extension[-1]) | given).get("dtype")
+    meta, top = exsvd.open_model(model)[0]["unet"].meta, extension and extension[-1]
+    extension_meta = exsvd.open_extensions(extension)[-1].meta if extension else None
+    wanted = (defaults_of(meta, extension_meta, model, top) | given).get("dtype")
     dtype = getattr(torch, wanted) if wanted else exsvd.best_dtype(device)
     home = "cpu" if args.offload or device.type == "cuda" else device  # see place_networks()
     svd = exsvd.load(model, extension, dtype, home, unet=args.unet)
-    s = settings_for(svd, given, model, extension and extension[-1])
+    s = settings_for(svd, given, model, top)
     if args.offload:
         svd.unet.stream = exsvd.Stream(svd.unet, device)
     if args.compile:

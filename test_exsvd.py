@@ -2511,6 +2511,15 @@ def test_the_defaults_of_a_model_come_in_order():
             sample.settings_for(in_file, model="m.st")
 
 
+def test_a_dtype_that_the_extension_states_is_used(small, tmp_path):
+    path, args = str(tmp_path / "e.safetensors"), Mock(unet=None, offload=False, compile=False)
+    unet = exsvd.extend(exsvd.load(small, parts=("unet",)).unet, 20)
+    exsvd.save_extension(path, unet, defaults={"sample": {"dtype": "bfloat16"}})
+    for given, dtype in (({}, torch.bfloat16), ({"dtype": "float16"}, torch.float16)):
+        svd = sample.load(args, given, small, [path], torch.device("cpu"))
+        assert svd.unet.conv_out.weight.dtype == dtype
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--frames 9", "9 frames, but this model knows 8"), ("--frames 9 --native 9", None),
     ("--frames 9 --overlap 1", None),

@@ -84,7 +84,7 @@ from tqdm import tqdm
 import data
 import exsvd
 import sample
-from data import frame_size
+from data import frame_size  # by its name alone, since `data` is also a setting
 from sample import integer, number, setting
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -168,7 +168,7 @@ class TrainSettings:
     dtype: str = setting(None, sample.DTYPES, "of the weights; float16 scales the loss [by device: exsvd.best_dtype]")
     offload: bool = setting(False, bool, "optimiser, masters, moments and EMA in CPU memory")
     deepspeed_config: str = setting(None, str, "JSON, merged over our settings", flag="--deepspeed_config")
-    checkpoint: str = setting("auto", ["auto", *CHECKPOINTS], "activations to keep for the backward pass; auto: what fits")
+    checkpoint: str = setting("auto", ["auto", *CHECKPOINTS], "activations to keep for the way back; auto: what fits")
     workers: int = setting(2, integer(0), "processes per rank that read clips")
     timeout: float = setting(30.0, number(0.1), "minutes after which ranks give up waiting for another")
     deterministic: bool = setting(False, bool, "bit-identical on CUDA too, slower")
